@@ -1,0 +1,207 @@
+"""A decomposed model on disk: a folder with ``config.json`` and ``model.safetensors``.
+
+Nothing is pickled. Loading replays the layer swaps on a model that the caller makes, then
+loads strictly; nothing in the folder names code to run.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deeptwist._version import __version__
+from deeptwist.convolution import Convolution
+from deeptwist.decompositions import FactoredLayer, from_dict
+from deeptwist.errors import DeepTwistError
+from deeptwist.factorization import swap
+from deeptwist.planning import Plan, PlannedLayer
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LARGEST_CONFIG = 16 * 2**20  # bytes; a network of ten thousand layers takes a fifth
+
+
+def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:
+    """Writes a decomposed model to a folder, each file under a temporary name first.
+
+    Args:
+        model: what `DeepTwist.finish` or `decompose` gave.
+        path: the folder; made where it is missing, its artefact replaced where there is one.
+        base_model: a name for the network that was decomposed, for the reader; its class
+            where none is given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DeepTwistError: if the model has no factored layer, or the folder cannot be written.
+    """
+    layers = {
+        name: {
+            "convolution": module.convolution.to_dict(),
+            "decomposition": module.decomposition.to_dict(),
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLayer)
+    }
+    if not layers:
+        raise DeepTwistError(f"this {type(model).__name__} has no factored layer: decompose it first")
+    tensors, aliases = _distinct(model)
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(folder / WEIGHTS) as weights:
+            save_file(tensors, weights)
+            digest = _sha256(weights)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "deeptwist_version": __version__,
+            "base_model": base_model or type(model).__name__,
+            "weights_sha256": digest,
+            "aliases": aliases,
+            "layers": layers,
+        }
+        with _replacing(folder / CONFIG) as target:
+            Path(target).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
+    return folder
+
+
+def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Reads a folder that `save` wrote.
+
+    Args:
+        path: the folder.
+        model: the network that was decomposed, or a factory of it; its weights do not matter.
+
+    Returns:
+        The decomposed model, in evaluation mode, in the types that were saved, on the CPU.
+
+    Raises:
+        DeepTwistError: if a file is missing, damaged or of an unknown format, or if the model
+            is not the one that was decomposed.
+    """
+    folder = Path(path)
+    config = _read_config(folder / CONFIG)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise DeepTwistError(f"no {WEIGHTS} in {folder}")
+    if _sha256(weights) != config["weights_sha256"]:
+        raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
+    layers = tuple(_planned(name, values) for name, values in config["layers"].items())
+    base = model if isinstance(model, nn.Module) else model()
+    empty = {layer.name: _empty_kernels(layer) for layer in layers}
+    small = swap(base, Plan(layers, 0, ()), empty)
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise DeepTwistError(f"{weights} is not a safetensors file: {error}") from None
+    for alias, name in config["aliases"].items():
+        if name in state:
+            state[alias] = state[name]
+    _load_strictly(small, state, base_model=config["base_model"])
+    return small.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DeepTwistError(f"no {CONFIG} in {path.parent}: not a folder that deeptwist saved")
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise DeepTwistError(f"{path} is too large for a configuration: not read")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DeepTwistError(f"{path} is not JSON: {error}") from None
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise DeepTwistError(
+            f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
+        )
+    kinds = {"layers": dict, "aliases": dict, "base_model": str, "weights_sha256": str}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise DeepTwistError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
+    return config
+
+
+def _planned(name: str, values: Any) -> PlannedLayer:
+    try:
+        convolution = Convolution.from_dict(values["convolution"])
+        decomposition = from_dict(values["decomposition"])
+        # A rank that the layer cannot hold would ask for memory without bound.
+        if decomposition.resolve(convolution, None) != decomposition:
+            raise DeepTwistError(f"cannot hold {decomposition}")
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise DeepTwistError(f"{CONFIG} is damaged at layer {name!r}: {error}") from None
+    return PlannedLayer(
+        name=name,
+        kind="",
+        num_weights=convolution.num_weights,
+        convolution=convolution,
+        decomposition=decomposition,
+    )
+
+
+def _empty_kernels(layer: PlannedLayer) -> list[Tensor]:
+    assert layer.convolution is not None
+    assert layer.decomposition is not None
+    levels = layer.decomposition.levels(layer.convolution)
+    # On 'meta' until the model proves to hold this layer: sizes in the file cost nothing.
+    return [torch.empty(part.kernel_shape, device="meta") for level in levels for part in level]
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: str) -> None:
+    expected = model.state_dict()
+    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or extra:
+        raise DeepTwistError(
+            f"the artefact is of another model ({base_model}): "
+            f"{len(missing)} tensors missing {sorted(missing)[:2]}, "
+            f"{len(extra)} unexpected {sorted(extra)[:2]}"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise DeepTwistError(
+                f"the artefact is of another model ({base_model}): {name!r} is "
+                f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
+            )
+    model.load_state_dict(state, strict=True, assign=True)
+    
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state's tensors, each once, and the other names of those that are shared."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = first.setdefault(id(tensor), name)
+        if owner == name:
+            tensors[name] = tensor.detach().cpu().contiguous()
+        else:
+            aliases[name] = owner
+    return tensors, aliases
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path`, renamed to it once it is written in full."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""A convolution without its numbers: the geometry that every cost and every layer follows from.
+
+A linear layer is the convolution without spatial axes (``kernel_size == ()``), so that
+nothing downstream needs to tell the two apart.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deeptwist.errors import DeepTwistError
+
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[type[nn.Module], ...] = (
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+READABLE: tuple[type[nn.Module], ...] = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The geometry of one convolution or linear layer.
+
+    Attributes:
+        in_channels: S in the paper.
+        out_channels: T in the paper.
+        kernel_size: one size per spatial axis; ``()`` for a linear layer.
+        stride: one step per spatial axis.
+        padding: one width per spatial axis, or ``"same"``.
+        dilation: one spacing per spatial axis.
+        groups: channel groups, each an independent convolution.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        transposed: whether it is the transposed convolution.
+        output_padding: extra output size per spatial axis, for transposed ones.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | Literal["same"] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Convolution":
+        """Reads the geometry of a torch layer.
+
+        Args:
+            layer: an `nn.Conv{1,2,3}d`, `nn.ConvTranspose{1,2,3}d` or `nn.Linear`.
+
+        Raises:
+            DeepTwistError: for any other module.
+        """
+        if isinstance(layer, nn.Linear):
+            return cls(layer.in_features, layer.out_features)
+        if not isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)):
+            raise DeepTwistError(f"{type(layer).__name__} is not a convolution or linear layer")
+        padding = layer.padding
+        return cls(
+            in_channels=layer.in_channels,
+            out_channels=layer.out_channels,
+            kernel_size=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            padding=(0,) * len(layer.kernel_size)
+            if padding == "valid"
+            else ("same" if padding == "same" else tuple(padding)),
+            dilation=tuple(layer.dilation),
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            transposed=isinstance(layer, _TRANSPOSED),
+            output_padding=tuple(layer.output_padding)
+            if isinstance(layer, _TRANSPOSED)
+            else (0,) * len(layer.kernel_size),
+        )
+
+    @property
+    def dims(self) -> int:
+        """The number of spatial axes: 0 for a linear layer."""
+        return len(self.kernel_size)
+
+    @property
+    def taps(self) -> int:
+        """The number of kernel positions, d·d in the paper; 1 for a linear layer."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The kernel's shape (g, o, i, *k): one independent kernel per group."""
+        return (
+            self.groups,
+            self.out_channels // self.groups,
+            self.in_channels // self.groups,
+            *self.kernel_size,
+        )
+
+    @property
+    def num_weights(self) -> int:
+        """How many numbers the kernel holds, the bias not counted."""
+        return math.prod(self.kernel_shape)
+
+    def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
+        """The spatial size that comes out for a spatial size that goes in."""
+        if self.padding == "same":
+            return tuple(input_size)
+        sizes = []
+        for axis, size in enumerate(input_size):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            step, pad = self.stride[axis], self.padding[axis]
+            sizes.append(
+                (size - 1) * step - 2 * pad + reach + self.output_padding[axis] + 1
+                if self.transposed
+                else (size + 2 * pad - reach - 1) // step + 1
+            )
+        return tuple(sizes)
+
+    def macs(self, input_size: Sequence[int]) -> int:
+        """Multiply-accumulates for one example of this spatial size; the bias not counted."""
+        positions = input_size if self.transposed else self.output_size(input_size)
+        return self.num_weights * math.prod(positions)
+
+    def along(
+        self, axes: Collection[int], in_channels: int, out_channels: int, groups: int
+    ) -> "Convolution":
+        """The convolution that does this one's work on some spatial axes and none on the others.
+
+        It keeps kernel size, stride, padding and dilation on `axes` and is pointwise elsewhere;
+        without axes it is the 1×1 convolution.
+        """
+
+        def keep(values: Sequence[int], neutral: int) -> tuple[int, ...]:
+            return tuple(value if a in axes else neutral for a, value in enumerate(values))
+
+        if not axes:
+            return pointwise(self.dims, in_channels, out_channels, groups)
+        return Convolution(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=keep(self.kernel_size, 1),
+            stride=keep(self.stride, 1),
+            padding="same" if self.padding == "same" else keep(self.padding, 0),
+            dilation=keep(self.dilation, 1),
+            groups=groups,
+            padding_mode=self.padding_mode,
+            transposed=self.transposed,
+            output_padding=keep(self.output_padding, 0),
+        )
+
+    def build(self, kernel: Tensor, bias: Tensor | None) -> nn.Module:
+        """The plain torch layer of this geometry that holds these numbers.
+
+        Args:
+            kernel: (g, o, i, *k), see `kernel_shape`.
+            bias: (out_channels,) or none.
+
+        Returns:
+            An `nn.Linear`, `nn.Conv{1,2,3}d` or `nn.ConvTranspose{1,2,3}d`.
+        """
+        # On 'meta' the layer costs no memory and no random numbers until it gets its own.
+        layer: nn.Module
+        if self.dims == 0:
+            layer = nn.Linear(self.in_channels, self.out_channels, False, device="meta")
+        else:
+            kind: Any = (_TRANSPOSED if self.transposed else _CONVOLUTIONS)[self.dims - 1]
+            options = {"output_padding": self.output_padding} if self.transposed else {}
+            layer = kind(
+                self.in_channels,
+                self.out_channels,
+                self.kernel_size,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                groups=self.groups,
+                bias=False,
+                padding_mode=self.padding_mode,
+                device="meta",
+                **options,
+            )
+        layer.weight = nn.Parameter(weight_of(kernel, self).contiguous())
+        layer.bias = None if bias is None else nn.Parameter(bias)
+        return layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` is its inverse."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Convolution":
+        """The inverse of `to_dict`.
+
+        Raises:
+            DeepTwistError: if a field is missing or unknown.
+        """
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise DeepTwistError(f"not a convolution's geometry: {error}") from None
+
+    def __str__(self) -> str:
+        text = f"{self.in_channels}→{self.out_channels}"
+        if self.dims:
+            text += ", " + "×".join(map(str, self.kernel_size))
+        if self.groups > 1:
+            text += f", {self.groups} groups"
+        return text + (", transposed" if self.transposed else "")
+
+
+def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> Convolution:
+    """The 1×1 convolution with `dims` spatial axes (the linear layer where there are none)."""
+    ones, zeros = (1,) * dims, (0,) * dims
+    return Convolution(
+        in_channels, out_channels, ones, ones, zeros, ones, groups, output_padding=zeros
+    )
+
+
+def kernel_of(weight: Tensor, convolution: Convolution) -> Tensor:
+    """A torch weight as the kernel (g, o, i, *k): transposed layers store (g·i, o, *k)."""
+    groups, out, into, *size = convolution.kernel_shape
+    if convolution.transposed:
+        return weight.reshape(groups, into, out, *size).transpose(1, 2)
+    return weight.reshape(groups, out, into, *size)
+
+
+def weight_of(kernel: Tensor, convolution: Convolution) -> Tensor:
+    """The inverse of `kernel_of`."""
+    if convolution.transposed:
+        kernel = kernel.transpose(1, 2)
+    return kernel.flatten(0, 1)
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that a decomposition computes in: fp64 for fp64, fp32 for all narrower ones."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,202 @@
+"""The laws that every decomposition keeps.
+
+A `Decomposition` is a frozen value: a method and its rank, without tensors. It names the
+convolutions that a layer becomes (`levels`), from which all costs follow; it turns a kernel
+into `Factors`; and it builds the factored layer.
+
+Laws, each a test in ``tests/test_laws.py`` that every method joins:
+
+- ``factors.reconstruct()`` has the kernel's shape, and decomposing it again changes nothing.
+- The error never rises with the rank; at full rank it is zero (CP excepted).
+- ``num_weights`` counts the numbers that the layer stores, ``macs`` the work that it does.
+- The layer equals the convolution with the reconstructed kernel.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from deeptwist.convolution import Convolution
+from deeptwist.errors import DeepTwistError
+from deeptwist.ranks import check_ratio, largest_rank
+
+Level = tuple[Convolution, ...]  # convolutions that run side by side on parts of the channels
+
+
+class Unfit(DeepTwistError):
+    """A layer that a decomposition cannot hold, or not as small as asked."""
+
+
+class Factors(ABC):
+    """The tensors that stand in for one kernel (g, o, i, *k)."""
+
+    @abstractmethod
+    def reconstruct(self) -> Tensor:
+        """The kernel (g, o, i, *k) that the factors stand for, in the computing dtype."""
+
+    @abstractmethod
+    def kernels(self) -> list[Tensor]:
+        """The kernel (g, o, i, *k) of each convolution in `Decomposition.levels`, in order."""
+
+
+class FactoredLayer(nn.Sequential):
+    """A convolution or linear layer held as factors: plain torch layers, one after the other.
+
+    The geometry of the layer it stands in for stays readable (``in_channels``, ``stride``, …;
+    ``in_features`` and ``out_features`` for a linear layer).
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        convolution: Convolution,
+        decomposition: "Decomposition",
+    ):
+        super().__init__(*stages)
+        self.convolution = convolution
+        self.decomposition = decomposition
+        if convolution.dims == 0:
+            self.in_features, self.out_features = convolution.in_channels, convolution.out_channels
+        else:
+            for field in fields(convolution):
+                setattr(self, field.name, getattr(convolution, field.name))
+
+    def _get_name(self) -> str:
+        return f"FactoredLayer[{self.decomposition}, {self.convolution}]"
+
+
+@dataclass(frozen=True)
+class Decomposition(ABC):
+    """A method and its rank; holds no tensors. See the module's docstring for its laws."""
+
+    method: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def needs_ratio(self) -> bool:
+        """Whether its rank is open."""
+
+    @abstractmethod
+    def resolve(self, convolution: Convolution, ratio: float | None) -> "Decomposition":
+        """The decomposition with every open choice made for this layer.
+
+        Args:
+            convolution: the layer.
+            ratio: dense ÷ factored weights to keep at least, where no rank is given.
+
+        Raises:
+            Unfit: if no rank keeps the ratio, or the given rank does not fit.
+        """
+
+    @abstractmethod
+    def levels(self, convolution: Convolution) -> tuple[Level, ...]:
+        """The convolutions that the layer becomes, level after level."""
+
+    @abstractmethod
+    def lowered_shape(self, convolution: Convolution) -> tuple[int, int] | None:
+        """The matrix that one group's kernel is lowered to; none for a tensor method."""
+
+    @abstractmethod
+    def decompose(self, kernel: Tensor) -> Factors:
+        """Approximates a kernel (g, o, i, *k); the rank must be resolved."""
+
+    def num_weights(self, convolution: Convolution) -> int:
+        """How many numbers the factors hold, the bias not counted."""
+        return sum(part.num_weights for level in self.levels(convolution) for part in level)
+
+    def work(
+        self, convolution: Convolution, input_size: Sequence[int]
+    ) -> list[tuple[Convolution, tuple[int, ...]]]:
+        """Every convolution of the factored layer with the spatial size that it is given."""
+        size, work = tuple(input_size), []
+        for level in self.levels(convolution):
+            work += [(part, size) for part in level]
+            size = level[0].output_size(size)
+        return work
+
+    def macs(self, convolution: Convolution, input_size: Sequence[int]) -> int:
+        """Multiply-accumulates of the factored layer for one example of this spatial size."""
+        return sum(part.macs(size) for part, size in self.work(convolution, input_size))
+
+    def layer(
+        self, convolution: Convolution, kernels: Sequence[Tensor], bias: Tensor | None
+    ) -> FactoredLayer:
+        """The layer that holds these kernels, one for each convolution in `levels`."""
+        parts = [part for level in self.levels(convolution) for part in level]
+        biases = [None] * (len(parts) - 1) + [bias]
+        stages = [part.build(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
+        return FactoredLayer(stages, convolution, self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `deeptwist.decompositions.from_dict` is its inverse."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"method": self.method, **plain}
+
+    def __str__(self) -> str:
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        shown = ", ".join(f"{name}={value}" for name, value in values if value is not None)
+        return f"{type(self).__name__}({shown})"
+
+
+@dataclass(frozen=True)
+class OneRank(Decomposition):
+    """A decomposition whose size one rank sets."""
+
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_count(type(self).__name__, "rank", self.rank)
+
+    @abstractmethod
+    def full_rank(self, convolution: Convolution) -> int:
+        """The rank from which on nothing is lost."""
+
+    @property
+    def needs_ratio(self) -> bool:  # noqa: D102
+        return self.rank is None
+
+    @property
+    def known_rank(self) -> int:
+        """The rank, once resolved."""
+        if self.rank is None:
+            raise DeepTwistError(f"{self} has no rank: resolve it for a layer first")
+        return self.rank
+
+    def resolve(self, convolution: Convolution, ratio: float | None) -> Self:  # noqa: D102
+        full = self.full_rank(convolution)
+        if self.rank is not None:
+            if self.rank > full:
+                raise Unfit(f"cannot hold {type(self).__name__} rank {self.rank}: at most {full}")
+            return self
+        if ratio is None:
+            raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
+        budget = convolution.num_weights / check_ratio(ratio)
+
+        def num_weights(rank: int) -> int:
+            return replace(self, rank=rank).num_weights(convolution)
+
+        rank = largest_rank(num_weights, full, budget)
+        if rank == 0:
+            raise cannot_shrink(convolution, num_weights(1), ratio)
+        return replace(self, rank=rank)
+
+
+def cannot_shrink(convolution: Convolution, smallest: int, ratio: float) -> Unfit:
+    """The error for a layer that not even rank 1 makes `ratio` times smaller."""
+    dense = convolution.num_weights
+    return Unfit(f"cannot be {ratio:g}× smaller: rank 1 holds {smallest:,} of {dense:,} weights")
+
+
+def check_count(owner: str, name: str, value: object) -> None:
+    """Checks that a field is a whole number from 1 on.
+
+    Raises:
+        DeepTwistError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DeepTwistError(f"{owner} {name} {value!r} is not a whole number from 1 on")

@@ -1,0 +1,170 @@
+"""Tucker-2 over output and input channels, by HOOI: 1×1, d×d on the core, 1×1.
+
+Kim et al., "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
+Applications", 2016; De Lathauwer et al., "On the Best Rank-1 and Rank-(R1, …, RN)
+Approximation", 2000 (HOOI); DeepTwist, section 3.1.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deeptwist.convolution import Convolution, computing_dtype, pointwise
+from deeptwist.decompositions.base import (
+    Decomposition,
+    Factors,
+    Level,
+    Unfit,
+    cannot_shrink,
+    check_count,
+)
+from deeptwist.decompositions.svd import SVD
+from deeptwist.errors import DeepTwistError
+from deeptwist.linalg import leading_subspace
+from deeptwist.ranks import check_ratio, fraction_of, largest_rank
+
+_SWEEPS = 100  # HOOI gains little after ten; this only bounds a matrix that never settles
+_TOLERANCE = 1e-7  # on the share of ‖W‖² that the core holds
+
+
+@dataclass(frozen=True)
+class Tucker(Decomposition):
+    """Tucker-2: a core between an input and an output basis.
+
+    A kernel of one tap is a matrix, for which the core is a detour: it resolves to `SVD`.
+
+    Attributes:
+        rank: (R_t, R_s) for output and input channels, per group; none to let `fraction` or
+            a ratio set both.
+        fraction: the paper's R_c: R_t = ⌊R_c·T⌋ and R_s = ⌊R_c·S⌋.
+    """
+
+    method: ClassVar[str] = "tucker"
+    rank: tuple[int, int] | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            if self.fraction is not None:
+                raise DeepTwistError("Tucker takes a rank or a fraction, not both")
+            if not isinstance(self.rank, tuple) or len(self.rank) != 2:
+                raise DeepTwistError(f"Tucker rank {self.rank!r} is not a pair (R_t, R_s)")
+            for rank in self.rank:
+                check_count("Tucker", "rank", rank)
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise DeepTwistError(f"Tucker fraction {self.fraction} is not above 0 and at most 1")
+
+    @property
+    def needs_ratio(self) -> bool:  # noqa: D102
+        return self.rank is None and self.fraction is None
+
+    @property
+    def known_rank(self) -> tuple[int, int]:
+        """The ranks (R_t, R_s), once resolved."""
+        if self.rank is None:
+            raise DeepTwistError(f"{self} has no rank: resolve it for a layer first")
+        return self.rank
+
+    def resolve(self, convolution: Convolution, ratio: float | None) -> Decomposition:  # noqa: D102
+        _, out, into, *_ = convolution.kernel_shape
+        if convolution.taps == 1:
+            return self._as_svd(min(out, into)).resolve(convolution, ratio)
+        if self.rank is not None:
+            if self.rank[0] > out or self.rank[1] > into:
+                raise Unfit(f"cannot hold Tucker ranks {self.rank}: at most {(out, into)}")
+            return self
+        if self.fraction is not None:
+            ranks = fraction_of(out, self.fraction), fraction_of(into, self.fraction)
+            if min(ranks) == 0:
+                raise Unfit(f"has rank 0 at fraction {self.fraction} of {min(out, into)} channels")
+            return Tucker(rank=ranks)
+        if ratio is None:
+            raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
+        return self._largest(convolution, check_ratio(ratio))
+
+    def _as_svd(self, full_rank: int) -> SVD:
+        if self.rank is not None:
+            return SVD(rank=min(self.rank))
+        if self.fraction is not None:
+            return SVD(rank=max(1, fraction_of(full_rank, self.fraction)))
+        return SVD()
+
+    def _largest(self, convolution: Convolution, ratio: float) -> "Tucker":
+        """The largest ranks in the proportion T : S, as the paper's fraction keeps it."""
+        _, out, into, *_ = convolution.kernel_shape
+        # Every fraction at which one of the floors steps up.
+        steps = sorted({Fraction(r, n) for n in (out, into) for r in range(1, n + 1)})
+
+        def at(step: int) -> Tucker:
+            fraction = steps[step - 1]
+            return Tucker(rank=(max(1, int(fraction * out)), max(1, int(fraction * into))))
+
+        def num_weights(step: int) -> int:
+            return at(step).num_weights(convolution)
+
+        step = largest_rank(num_weights, len(steps), convolution.num_weights / ratio)
+        if step == 0:
+            raise cannot_shrink(convolution, num_weights(1), ratio)
+        return at(step)
+
+    def lowered_shape(self, convolution: Convolution) -> None:  # noqa: D102
+        return None
+
+    def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
+        rank_out, rank_in = (convolution.groups * rank for rank in self.known_rank)
+        groups, dims = convolution.groups, convolution.dims
+        return (
+            (pointwise(dims, convolution.in_channels, rank_in, groups),),
+            (convolution.along(range(dims), rank_in, rank_out, groups),),
+            (pointwise(dims, rank_out, convolution.out_channels, groups),),
+        )
+
+    def decompose(self, kernel: Tensor) -> "TuckerFactors":  # noqa: D102
+        rank_out, rank_in = self.known_rank
+        kernel = kernel.to(computing_dtype(kernel.dtype))
+        scale = kernel.abs().amax(dim=tuple(range(1, kernel.dim())), keepdim=True)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).flatten(2)
+        tensor = kernel.flatten(3) / scale.unsqueeze(-1)  # (g, o, i, k)
+        by_out, by_in = tensor, tensor.transpose(1, 2)
+
+        def against(tensor: Tensor, basis: Tensor) -> Tensor:  # contracts axis 2
+            return torch.einsum("gabk,gbr->gark", tensor, basis)
+
+        basis_in = leading_subspace(by_in.flatten(2), rank_in)
+        held = torch.zeros(())
+        total = tensor.square().sum()
+        for _ in range(_SWEEPS):
+            basis_out = leading_subspace(against(by_out, basis_in).flatten(2), rank_out)
+            seen = against(by_in, basis_out)  # (g, i, r_out, k)
+            basis_in = leading_subspace(seen.flatten(2), rank_in)
+            core = torch.einsum("girk,gis->grsk", seen, basis_in)
+            before, held = held, core.square().sum()
+            if held - before <= _TOLERANCE * total:
+                break
+        # A third of the scale each, so that no factor over- or underflows a narrow type.
+        third = scale.pow(1 / 3)
+        core = (core * third.unsqueeze(-1)).reshape(*core.shape[:3], *kernel.shape[3:])
+        return TuckerFactors(basis_out * third, core, basis_in * third)
+
+
+@dataclass(frozen=True)
+class TuckerFactors(Factors):
+    """basis_out (g, o, r_out), core (g, r_out, r_in, *k) and basis_in (g, i, r_in)."""
+
+    basis_out: Tensor
+    core: Tensor
+    basis_in: Tensor
+
+    def reconstruct(self) -> Tensor:  # noqa: D102
+        kernel = torch.einsum(
+            "gor,grsk,gis->goik", self.basis_out, self.core.flatten(3), self.basis_in
+        )
+        return kernel.reshape(*kernel.shape[:3], *self.core.shape[3:])
+
+    def kernels(self) -> list[Tensor]:  # noqa: D102
+        ones = [1] * (self.core.dim() - 3)
+        into, out = self.basis_in.mT, self.basis_out
+        return [into.reshape(*into.shape, *ones), self.core, out.reshape(*out.shape, *ones)]

@@ -1,0 +1,212 @@
+"""DeepTwist: the network trains unchanged while its weights are pulled to low rank, now and then."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeptwist.convolution import weight_of
+from deeptwist.decompositions import Factors
+from deeptwist.errors import DeepTwistError
+from deeptwist.factorization import (
+    factorize,
+    planned_module,
+    relative_difference,
+    swap,
+    weight_of_layer,
+)
+from deeptwist.inspection import evaluating
+from deeptwist.planning import Plan
+
+logger = logging.getLogger("deeptwist")
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What one distortion step changed.
+
+    Attributes:
+        step: the number of optimizer steps before it.
+        weight_shift: Δw = ‖W − W′‖_F / N over all N compressed weights.
+        layer_shifts: the same for each layer by itself.
+        loss_increase: ΔL/L of the closure's loss; none where no closure was given.
+    """
+
+    step: int
+    weight_shift: float
+    layer_shifts: dict[str, float]
+    loss_increase: float | None = None
+
+
+@torch.no_grad()
+def distort(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> dict[str, float]:
+    """Writes every reconstruction over its weight, in place; returns ‖W − W′‖_F of each layer.
+
+    The Parameter stays the same object in the same memory format, and the optimizer's state is
+    left alone.
+    """
+    shifts = {}
+    for layer in plan.compressed:
+        assert layer.convolution is not None
+        weight = weight_of_layer(model, layer)
+        approximation = weight_of(factors[layer.name].reconstruct(), layer.convolution)
+        approximation = approximation.to(weight.dtype)
+        shifts[layer.name] = float(torch.linalg.vector_norm((weight - approximation).double()))
+        weight.copy_(approximation.reshape(weight.shape))
+    return shifts
+
+
+class DeepTwist:
+    """Counts optimizer steps and distorts the planned weights at every `interval`-th.
+
+    >>> twist = DeepTwist(model, plan, interval=200)  # doctest: +SKIP
+    >>> for x, y in loader:  # doctest: +SKIP
+    ...     loss(model(x), y).backward(); optimizer.step(); optimizer.zero_grad()
+    ...     twist.step()
+    >>> small = twist.finish()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        interval: int,
+        *,
+        example_input: Tensor | tuple[Tensor, ...] | None = None,
+    ):
+        """Attaches to a model; nothing is changed until the first distortion.
+
+        Args:
+            model: the network that was planned, unwrapped (not inside DDP or a compiled one).
+            plan: see `deeptwist.plan`.
+            interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual.
+            example_input: what `finish` compares outputs on; without it, standard normal
+                numbers of the plan's shapes.
+
+        Raises:
+            DeepTwistError: if the interval is not positive, the plan compresses nothing, or it
+                is for another model.
+        """
+        if interval < 1:
+            raise DeepTwistError(f"interval {interval} is not a number of steps from 1 on")
+        if not plan.compressed:
+            raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
+        for layer in plan.compressed:
+            planned_module(model, layer)
+        self.model = model
+        self.plan = plan
+        self.interval = interval
+        self.steps = 0
+        self.records: list[Distortion] = []
+        self.output_difference: float | None = None
+        self._example_input = example_input
+
+    def step(self, loss: Callable[[], Tensor | float] | None = None) -> Distortion | None:
+        """Call once after every optimizer step (after the last of accumulated gradients).
+
+        Args:
+            loss: a closure that gives the training loss on some fixed batch; it is called just
+                before and just after a distortion, for ΔL/L.
+
+        Returns:
+            The record of the distortion, at every `interval`-th call; else none.
+
+        Raises:
+            DeepTwistError: if a weight is not finite; no weight is changed then.
+        """
+        self.steps += 1
+        return self.distort(loss) if self.steps % self.interval == 0 else None
+
+    def distort(self, loss: Callable[[], Tensor | float] | None = None) -> Distortion:
+        """One distortion step now; see `step`."""
+        return self._distort(factorize(self.model, self.plan), loss)
+
+    def _distort(
+        self, factors: dict[str, Factors], loss: Callable[[], Tensor | float] | None = None
+    ) -> Distortion:
+        before = None if loss is None else float(loss())
+        shifts = distort(self.model, self.plan, factors)
+        after = None if loss is None else float(loss())
+        sizes = {layer.name: layer.num_weights for layer in self.plan.compressed}
+        whole = sum(shift**2 for shift in shifts.values()) ** 0.5
+        record = Distortion(
+            step=self.steps,
+            weight_shift=whole / sum(sizes.values()),
+            layer_shifts={name: shift / sizes[name] for name, shift in shifts.items()},
+            loss_increase=None if before is None or after is None else (after - before) / before,
+        )
+        self.records.append(record)
+        return record
+
+    def finish(self) -> nn.Module:
+        """A last distortion, then the decomposed model, checked against the distorted one.
+
+        Returns:
+            The decomposed model; `output_difference` then holds ‖y − y′‖ / ‖y‖ on the example.
+
+        Raises:
+            DeepTwistError: if a weight is not finite, or if the outputs differ by more than
+                the square root of the type's precision.
+        """
+        factors = factorize(self.model, self.plan)
+        self._distort(factors)
+        # The same factors serve both: CP's could not be found again from their product.
+        small = swap(self.model, self.plan, {n: f.kernels() for n, f in factors.items()})
+        self.output_difference = self._compare(small)
+        return small
+
+    def _compare(self, small: nn.Module) -> float:
+        inputs = self._inputs()
+        with evaluating(self.model), evaluating(small), torch.no_grad():
+            expected, found = (_tensors(network(*inputs)) for network in (self.model, small))
+        differences = [relative_difference(e, f) for e, f in zip(expected, found, strict=True)]
+        worst = max(differences, default=0.0)
+        allowed = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
+        logger.info("decomposed and distorted outputs differ by %.2e (relative)", worst)
+        if not worst <= allowed:
+            raise DeepTwistError(
+                f"the decomposed model's output differs by {worst:.1e} from the distorted one's "
+                f"(at most {allowed:.1e}): a layer computes more than its weight says; exclude it"
+            )
+        return worst
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        if self._example_input is not None:
+            given = self._example_input
+            return given if isinstance(given, tuple) else (given,)
+        reference = next(self.model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        return tuple(
+            torch.randn(shape, generator=generator).to(reference)
+            for shape in self.plan.example_shapes
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and the records, for a checkpoint; the weights are the model's."""
+        return {"steps": self.steps, "records": [vars(record) for record in self.records]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            DeepTwistError: if the state is not one of `state_dict`.
+        """
+        try:
+            steps, records = int(state["steps"]), [Distortion(**r) for r in state["records"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeepTwistError(f"not a DeepTwist state: {error}") from None
+        self.steps, self.records = steps, records
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors in a model's output, whatever holds them."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in _tensors(item)]
+    return []

@@ -1,0 +1,27 @@
+"""The one exception that a user's mistake raises."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DeepTwistError(ValueError):
+    """A mistake the caller can mend; its message is one line."""
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
+    """The error for a name that is not among `options`, pointing at the nearest one.
+
+    Args:
+        kind: what the name should have named, for example ``"model"``.
+        name: what was written.
+        options: the valid names.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    valid = sorted(options)
+    near = get_close_matches(name, valid, n=1, cutoff=0.5)
+    if near:
+        return DeepTwistError(f"unknown {kind} {name!r}: did you mean {near[0]!r}?")
+    shown = ", ".join(valid[:12]) + (", …" if len(valid) > 12 else "")
+    return DeepTwistError(f"unknown {kind} {name!r}: choose from {shown or 'none'}")

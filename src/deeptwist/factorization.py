@@ -1,0 +1,123 @@
+"""From weights to factors to the decomposed model: the swap of every planned layer."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deeptwist.convolution import READABLE, Convolution, kernel_of
+from deeptwist.decompositions import FactoredLayer, Factors
+from deeptwist.errors import DeepTwistError
+from deeptwist.planning import Plan, PlannedLayer
+
+
+def planned_module(model: nn.Module, layer: PlannedLayer) -> nn.Module:
+    """The model's module that a planned layer speaks of.
+
+    Raises:
+        DeepTwistError: if the model has no such module, or one of another geometry.
+    """
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        raise DeepTwistError(
+            f"the plan is for another model: this {type(model).__name__} has no {layer.name!r}"
+        ) from None
+    if isinstance(module, FactoredLayer):
+        raise DeepTwistError(f"layer {layer.name!r} is decomposed already")
+    if type(module) not in READABLE or Convolution.of(module) != layer.convolution:
+        raise DeepTwistError(
+            f"the plan is for another model: layer {layer.name!r} was ({layer.convolution}), "
+            f"here it is {type(module).__name__}({getattr(module, 'extra_repr', str)()})"
+        )
+    return module
+
+
+def weight_of_layer(model: nn.Module, layer: PlannedLayer) -> nn.Parameter:
+    """The parameter that a planned layer replaces."""
+    weight = planned_module(model, layer).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+@torch.no_grad()
+def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
+    """The factors of every compressed layer's weight as it is now; the model is not touched.
+
+    Raises:
+        DeepTwistError: if a weight is not finite, naming the layer; or if the plan is for
+            another model.
+    """
+    weights = {layer.name: weight_of_layer(model, layer) for layer in plan.compressed}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
+    factors = {}
+    for layer in plan.compressed:
+        assert layer.convolution is not None
+        assert layer.decomposition is not None
+        kernel = kernel_of(weights[layer.name], layer.convolution)
+        factors[layer.name] = layer.decomposition.decompose(kernel)
+    return factors
+
+
+def decompose(model: nn.Module, plan: Plan) -> nn.Module:
+    """The decomposed model: a copy in which every planned layer is held by its factors.
+
+    The factors start from the weights as they are now. The copy shares nothing with `model`,
+    has no bias where the source layer had none, and can be trained on: conventional fine-tuning.
+
+    Args:
+        model: the network that was planned.
+        plan: see `deeptwist.plan`.
+
+    Raises:
+        DeepTwistError: if a weight is not finite, or if the plan is for another model.
+    """
+    return swap(model, plan, {n: f.kernels() for n, f in factorize(model, plan).items()})
+
+
+def swap(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> nn.Module:
+    """A copy of the model with a factored layer, holding these kernels, for every planned one."""
+    replaced: dict[int, nn.Module] = {}
+    for layer in plan.compressed:
+        module = planned_module(model, layer)
+        replaced[id(module)] = _factored(module, layer, kernels[layer.name])
+    # Seeded with the new layers, deepcopy never copies the weights that they replace, and puts
+    # one factored layer wherever one dense layer was used.
+    small = copy.deepcopy(model, dict(replaced))
+    return small
+
+
+def _factored(module: nn.Module, layer: PlannedLayer, kernels: list[Tensor]) -> FactoredLayer:
+    assert layer.convolution is not None
+    assert layer.decomposition is not None
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    factored = layer.decomposition.layer(
+        layer.convolution,
+        [kernel.to(weight.dtype) for kernel in kernels],
+        None if bias is None else bias.detach().clone(),
+    )
+    if weight.dim() == 4 and _is_channels_last(weight):
+        factored = factored.to(memory_format=torch.channels_last)
+    factored.train(module.training)
+    for parameter in factored.parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    if bias is not None:
+        biases = [p for n, p in factored.named_parameters() if n.endswith("bias")]
+        for parameter in biases:
+            parameter.requires_grad_(bias.requires_grad)
+    return factored
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """‖y − y′‖ / ‖y‖ over all outputs."""
+    norm = torch.linalg.vector_norm(expected.double())
+    difference = torch.linalg.vector_norm(expected.double() - found.double())
+    return float(difference / norm) if norm > 0 else float(difference)

@@ -1,0 +1,181 @@
+"""What a model is made of: every layer with weights, how it is used, and whether it is safe to touch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from deeptwist.convolution import READABLE, Convolution
+from deeptwist.cost import Call
+from deeptwist.decompositions import FactoredLayer
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with weights.
+
+    Attributes:
+        module: the module.
+        names: its names in the model; more than one where the model uses it more than once.
+        num_weights: its weights, bias not counted; those of an earlier layer count there.
+        convolution: its geometry; none where it cannot be read.
+        calls: how the example input used it, in order.
+        turn: when the example input first reached it: 0, 1, …; after all others if never.
+        reason: why it must be kept; none where it can be decomposed.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    num_weights: int
+    convolution: Convolution | None
+    calls: tuple[Call, ...]
+    turn: int
+    reason: str | None
+
+
+def layers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
+    """Every module that holds weights itself, in the model's order.
+
+    Args:
+        model: any network; run once on `inputs`, in evaluation mode, and left as it was.
+        inputs: the model's positional inputs.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _weights(module):
+            names.setdefault(module, []).append(name)
+    factored = {
+        part
+        for module in model.modules()
+        if isinstance(module, FactoredLayer)
+        for part in module.modules()
+    }
+    calls, surprises = _record_calls(model, inputs, list(names))
+    turns = {module: turn for turn, module in enumerate(calls)}
+    owners: dict[Tensor, str] = {}
+    layers = []
+    for module, found in names.items():
+        shared = next((owners[p] for p in _weights(module) if p in owners), None)
+        own = [p for p in _weights(module) if p not in owners]
+        owners.update(dict.fromkeys(own, found[0]))
+        reason = (
+            ("is part of a factored layer" if module in factored else None)
+            or _unreadable(module)
+            or (f"shares its weight with {shared!r}" if shared else None)
+            or surprises.get(module)
+            or (None if calls[module] else "is not called on the example input")
+        )
+        layers.append(
+            Layer(
+                module=module,
+                names=tuple(found),
+                num_weights=sum(p.numel() for p in own),
+                convolution=_geometry(module),
+                calls=tuple(calls[module]),
+                turn=turns[module],
+                reason=reason,
+            )
+        )
+    return layers
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that are a matrix at least; uninitialised ones too."""
+    weights = []
+    for parameter in module.parameters(recurse=False):
+        lazy = isinstance(parameter, nn.UninitializedParameter)
+        if lazy or sum(side > 1 for side in parameter.shape) > 1 or _is_kernel(module, parameter):
+            weights.append(parameter)
+    if parametrize.is_parametrized(module):
+        weights += module.parametrizations.parameters()
+    return weights
+
+
+def _is_kernel(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return isinstance(module, READABLE) and parameter is getattr(module, "weight", None)
+
+
+def _geometry(module: nn.Module) -> Convolution | None:
+    if not isinstance(module, READABLE) or _is_lazy(module):
+        return None
+    return Convolution.of(module)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False))
+
+
+def _unreadable(module: nn.Module) -> str | None:
+    """Why the module's computation is not known to be that of its plain weight."""
+    kind = type(module)
+    if _is_lazy(module):
+        return "is not initialised yet: run the model once first"
+    if parametrize.is_parametrized(module):
+        return "has a parametrized weight: torch.nn.utils.parametrize.remove_parametrizations first"
+    if kind not in READABLE:
+        known = isinstance(module, READABLE)
+        return f"is a {kind.__name__}, " + (
+            "a subclass that may compute something else" if known else "not a convolution"
+        )
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "carries hooks (weight_norm, pruning, …), which a factored layer would lose"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "has a weight that is not a plain parameter"
+    if weight.dtype not in _FLOATS:
+        return f"has weights of type {weight.dtype}".replace("torch.", "")
+    return None
+
+
+def _record_calls(
+    model: nn.Module, inputs: tuple[Tensor, ...], modules: list[nn.Module]
+) -> tuple[dict[nn.Module, list[Call]], dict[nn.Module, str]]:
+    """How the inputs use each module, in order of first use, and which uses have no factored form."""
+    calls: dict[nn.Module, list[Call]] = {}
+    surprises: dict[nn.Module, str] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        given = [*args, *kwargs.values()]
+        if len(given) != 1 or not isinstance(given[0], Tensor):
+            surprises[module] = "is called with more than its input"
+            return
+        calls.setdefault(module, []).append(_call(module, given[0]))
+
+    readable = [module for module in modules if isinstance(module, READABLE)]
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in readable]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module in modules:
+        calls.setdefault(module, [])
+    return calls, surprises
+
+
+def _call(module: nn.Module, x: Tensor) -> Call:
+    if isinstance(module, nn.Linear):
+        return Call(x.shape[:-1].numel(), ())
+    dims = len(Convolution.of(module).kernel_size)
+    return Call(x.shape[0] if x.dim() == dims + 2 else 1, tuple(x.shape[-dims:]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in evaluation mode and every module back to what it was afterwards."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -1,0 +1,81 @@
+"""Tiling: a matrix cut into rectangles (paper, section 4.1), ragged edges included."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """A run of equally long pieces of one axis."""
+
+    offset: int
+    length: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """Where the run ends."""
+        return self.offset + self.length * self.count
+
+
+def cut(size: int, length: int) -> tuple[Span, ...]:
+    """Cuts an axis into pieces of `length`; what is left over is one shorter piece.
+
+    Returns:
+        One span where the pieces fit evenly, else two: the full pieces, then the edge.
+    """
+    length = min(length, size)
+    count, edge = divmod(size, length)
+    full = Span(0, length, count)
+    return (full, Span(full.stop, edge, 1)) if edge else (full,)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A matrix of `shape` (m, n) under tiles of (rows, cols).
+
+    Tiles of one size form a *patch*; an uneven grid has up to four: full tiles, the right
+    edge, the bottom edge and the corner.
+    """
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+
+    @property
+    def rows(self) -> tuple[Span, ...]:
+        """How the rows are cut."""
+        return cut(self.shape[0], self.tile[0])
+
+    @property
+    def cols(self) -> tuple[Span, ...]:
+        """How the columns are cut."""
+        return cut(self.shape[1], self.tile[1])
+
+    @property
+    def patches(self) -> tuple[tuple[Span, Span], ...]:
+        """The (rows, cols) spans of every patch, row by row."""
+        return tuple((row, col) for row in self.rows for col in self.cols)
+
+    @property
+    def num_tiles(self) -> int:
+        """The number of tiles, edges included."""
+        return sum(row.count * col.count for row, col in self.patches)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """Cuts a matrix (..., m, n) into its patches, each (..., tile row, tile col, h, w)."""
+        return [
+            matrix[..., row.offset : row.stop, col.offset : col.stop]
+            .unflatten(-1, (col.count, col.length))
+            .unflatten(-3, (row.count, row.length))
+            .transpose(-3, -2)
+            for row, col in self.patches
+        ]
+
+    def assemble(self, patches: list[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        blocks = [patch.transpose(-3, -2).flatten(-2).flatten(-3, -2) for patch in patches]
+        width = len(self.cols)
+        lines = [blocks[i : i + width] for i in range(0, len(blocks), width)]
+        return torch.cat([torch.cat(line, dim=-1) for line in lines], dim=-2)
