@@ -6,9 +6,7 @@ loads strictly; nothing in the folder names code to run.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from deeptwist.convolution import Convolution
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError
 from deeptwist.factorization import swap
+from deeptwist.files import replacing, write_text
 from deeptwist.planning import Plan, PlannedLayer
 
 FORMAT_VERSION = 1
@@ -53,12 +52,14 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         if isinstance(module, FactoredLayer)
     }
     if not layers:
-        raise DeepTwistError(f"this {type(model).__name__} has no factored layer: decompose it first")
+        raise DeepTwistError(
+            f"this {type(model).__name__} has no factored layer: decompose it first"
+        )
     tensors, aliases = _distinct(model)
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / WEIGHTS) as weights:
+        with replacing(folder / WEIGHTS) as weights:
             save_file(tensors, weights)
             digest = _sha256(weights)
         config = {
@@ -69,8 +70,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
             "aliases": aliases,
             "layers": layers,
         }
-        with _replacing(folder / CONFIG) as target:
-            Path(target).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_text(folder / CONFIG, json.dumps(config, indent=1))
     except OSError as error:
         raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
     return folder
@@ -126,6 +126,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise DeepTwistError(
             f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
         )
+    assert isinstance(config, dict)
     kinds = {"layers": dict, "aliases": dict, "base_model": str, "weights_sha256": str}
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
@@ -175,7 +176,7 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: st
                 f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
             )
     model.load_state_dict(state, strict=True, assign=True)
-    
+
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state's tensors, each once, and the other names of those that are shared."""
@@ -194,14 +195,3 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path`, renamed to it once it is written in full."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,19 +7,15 @@ nothing downstream needs to tell the two apart.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
 
-_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED: tuple[type[nn.Module], ...] = (
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 READABLE: tuple[type[nn.Module], ...] = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 
 
@@ -63,24 +59,27 @@ class Convolution:
         """
         if isinstance(layer, nn.Linear):
             return cls(layer.in_features, layer.out_features)
-        if not isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        transposed = isinstance(layer, _TRANSPOSED)
+        if not (transposed or isinstance(layer, _CONVOLUTIONS)):
             raise DeepTwistError(f"{type(layer).__name__} is not a convolution or linear layer")
-        padding = layer.padding
+        conv = cast(nn.Conv2d, layer)  # all six have these fields
+        none = (0,) * len(conv.kernel_size)
+        padding: tuple[int, ...] | Literal["same"]
+        if conv.padding == "same":
+            padding = "same"
+        else:
+            padding = none if isinstance(conv.padding, str) else tuple(conv.padding)
         return cls(
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
-            kernel_size=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=(0,) * len(layer.kernel_size)
-            if padding == "valid"
-            else ("same" if padding == "same" else tuple(padding)),
-            dilation=tuple(layer.dilation),
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            transposed=isinstance(layer, _TRANSPOSED),
-            output_padding=tuple(layer.output_padding)
-            if isinstance(layer, _TRANSPOSED)
-            else (0,) * len(layer.kernel_size),
+            in_channels=conv.in_channels,
+            out_channels=conv.out_channels,
+            kernel_size=tuple(conv.kernel_size),
+            stride=tuple(conv.stride),
+            padding=padding,
+            dilation=tuple(conv.dilation),
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            transposed=transposed,
+            output_padding=tuple(conv.output_padding) if transposed else none,
         )
 
     @property
@@ -166,7 +165,7 @@ class Convolution:
             An `nn.Linear`, `nn.Conv{1,2,3}d` or `nn.ConvTranspose{1,2,3}d`.
         """
         # On 'meta' the layer costs no memory and no random numbers until it gets its own.
-        layer: nn.Module
+        layer: nn.Linear | nn.Conv2d
         if self.dims == 0:
             layer = nn.Linear(self.in_channels, self.out_channels, False, device="meta")
         else:
@@ -186,7 +185,7 @@ class Convolution:
                 **options,
             )
         layer.weight = nn.Parameter(weight_of(kernel, self).contiguous())
-        layer.bias = None if bias is None else nn.Parameter(bias)
+        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         return layer
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +201,10 @@ class Convolution:
             DeepTwistError: if a field is missing or unknown.
         """
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            options: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+            }
+            return cls(**options)
         except TypeError as error:
             raise DeepTwistError(f"not a convolution's geometry: {error}") from None
 

@@ -39,7 +39,9 @@ def paper_flops(work: Work) -> int:
 
     Table 2 prints these, and weight counts, in units of `MEGA`.
     """
-    return sum(2 * convolution.macs(size) - _outputs(convolution, size) for convolution, size in work)
+    return sum(
+        2 * convolution.macs(size) - _outputs(convolution, size) for convolution, size in work
+    )
 
 
 def _outputs(convolution: Convolution, input_size: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""DeepTwist: the network trains unchanged while its weights are pulled to low rank, now and then."""
+"""DeepTwist: the network trains unchanged, its weights are pulled to low rank now and then."""
 
 import logging
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from deeptwist.factorization import (
     planned_module,
     relative_difference,
     swap,
-    weight_of_layer,
 )
 from deeptwist.inspection import evaluating
 from deeptwist.planning import Plan
@@ -51,7 +50,7 @@ def distort(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> dict[s
     shifts = {}
     for layer in plan.compressed:
         assert layer.convolution is not None
-        weight = weight_of_layer(model, layer)
+        weight = planned_module(model, layer).weight
         approximation = weight_of(factors[layer.name].reconstruct(), layer.convolution)
         approximation = approximation.to(weight.dtype)
         shifts[layer.name] = float(torch.linalg.vector_norm((weight - approximation).double()))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError
 from deeptwist.planning import Plan, PlannedLayer
 
+Dense = nn.Conv2d | nn.Linear  # what every layer that can be planned looks like: weight and bias
 
-def planned_module(model: nn.Module, layer: PlannedLayer) -> nn.Module:
+
+def planned_module(model: nn.Module, layer: PlannedLayer) -> Dense:
     """The model's module that a planned layer speaks of.
 
     Raises:
@@ -31,14 +34,7 @@ def planned_module(model: nn.Module, layer: PlannedLayer) -> nn.Module:
             f"the plan is for another model: layer {layer.name!r} was ({layer.convolution}), "
             f"here it is {type(module).__name__}({getattr(module, 'extra_repr', str)()})"
         )
-    return module
-
-
-def weight_of_layer(model: nn.Module, layer: PlannedLayer) -> nn.Parameter:
-    """The parameter that a planned layer replaces."""
-    weight = planned_module(model, layer).weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+    return cast(Dense, module)
 
 
 @torch.no_grad()
@@ -49,7 +45,7 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
         DeepTwistError: if a weight is not finite, naming the layer; or if the plan is for
             another model.
     """
-    weights = {layer.name: weight_of_layer(model, layer) for layer in plan.compressed}
+    weights = {layer.name: planned_module(model, layer).weight for layer in plan.compressed}
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
@@ -80,21 +76,19 @@ def decompose(model: nn.Module, plan: Plan) -> nn.Module:
 
 def swap(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> nn.Module:
     """A copy of the model with a factored layer, holding these kernels, for every planned one."""
-    replaced: dict[int, nn.Module] = {}
+    replaced: dict[int, object] = {}
     for layer in plan.compressed:
         module = planned_module(model, layer)
         replaced[id(module)] = _factored(module, layer, kernels[layer.name])
     # Seeded with the new layers, deepcopy never copies the weights that they replace, and puts
     # one factored layer wherever one dense layer was used.
-    small = copy.deepcopy(model, dict(replaced))
-    return small
+    return copy.deepcopy(model, replaced)
 
 
-def _factored(module: nn.Module, layer: PlannedLayer, kernels: list[Tensor]) -> FactoredLayer:
+def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> FactoredLayer:
     assert layer.convolution is not None
     assert layer.decomposition is not None
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
     factored = layer.decomposition.layer(
         layer.convolution,
         [kernel.to(weight.dtype) for kernel in kernels],

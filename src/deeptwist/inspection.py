@@ -1,4 +1,4 @@
-"""What a model is made of: every layer with weights, how it is used, and whether it is safe to touch."""
+"""What a model is made of: layers with weights, how they are used, and which are safe to touch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +93,7 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
         if lazy or sum(side > 1 for side in parameter.shape) > 1 or _is_kernel(module, parameter):
             weights.append(parameter)
     if parametrize.is_parametrized(module):
-        weights += module.parametrizations.parameters()
+        weights += [*module.get_submodule("parametrizations").parameters()]
     return weights
 
 
@@ -138,7 +138,7 @@ def _unreadable(module: nn.Module) -> str | None:
 def _record_calls(
     model: nn.Module, inputs: tuple[Tensor, ...], modules: list[nn.Module]
 ) -> tuple[dict[nn.Module, list[Call]], dict[nn.Module, str]]:
-    """How the inputs use each module, in order of first use, and which uses have no factored form."""
+    """How the inputs use each module, in order of first use, and the uses that no factors serve."""
     calls: dict[nn.Module, list[Call]] = {}
     surprises: dict[nn.Module, str] = {}
 

@@ -28,7 +28,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Divide and conquer gives up on a few fp32 matrices that it solves in fp64.
         u, s, vh = (x.to(matrix.dtype) for x in torch.linalg.svd(matrix.double(), False))
     return u, s, vh
@@ -44,7 +44,7 @@ def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
     Returns:
         (..., m, rank), the strongest direction first.
     """
-    _, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors
     return vectors[..., -rank:].flip(-1)
 
 

@@ -239,7 +239,16 @@ class Plan:
         )
 
 
-_HEADER = ("layer", "shape", "lowered", "decomposition", "rank", "weights", "MACs", "relative error")
+_HEADER = (
+    "layer",
+    "shape",
+    "lowered",
+    "decomposition",
+    "rank",
+    "weights",
+    "MACs",
+    "relative error",
+)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -305,8 +314,7 @@ def plan(
     convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
     first = min(convolutions, key=lambda layer: layer.turn, default=None)
     planned = tuple(
-        _plan_layer(layer, decomposition, ratio, rules, is_first=layer is first)
-        for layer in layers
+        _plan_layer(layer, decomposition, ratio, rules, is_first=layer is first) for layer in layers
     )
     counted = sum(layer.num_weights for layer in layers)
     total = sum(p.numel() for p in model.parameters())
@@ -333,7 +341,7 @@ def _plan_layer(
     )
     pattern, choice = rules.override(layer.names) or (None, decomposition)
     if choice is None:
-        return replace(kept, reason="kept by an override")
+        return replace(kept, reason="by an override")
     if isinstance(choice, Decomposition):
         decomposition = choice
     else:

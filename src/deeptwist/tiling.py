@@ -1,13 +1,13 @@
 """Tiling: a matrix cut into rectangles (paper, section 4.1), ragged edges included."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """A run of equally long pieces of one axis."""
 
     offset: int

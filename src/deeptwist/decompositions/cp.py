@@ -48,10 +48,12 @@ class CP(OneRank):
     def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
         groups, dims = convolution.groups, convolution.dims
         hidden = groups * self.known_rank
+        wide = [axis for axis in range(dims) if convolution.kernel_size[axis] > 1]
+        # An axis of one tap may still stride or pad: the first depthwise convolution does it too.
+        narrow = [axis for axis in range(dims) if axis not in wide]
         depthwise = [
-            (convolution.along((axis,), hidden, hidden, hidden),)
-            for axis in range(dims)
-            if convolution.kernel_size[axis] > 1
+            (convolution.along((axis, *narrow) if axis == wide[0] else (axis,), *[hidden] * 3),)
+            for axis in wide
         ]
         return (
             (pointwise(dims, convolution.in_channels, hidden, groups),),
@@ -71,8 +73,8 @@ class CPFactors(Factors):
 
     def reconstruct(self) -> Tensor:  # noqa: D102
         out, into, *spatial = self.bases
-        kernel = out @ _khatri_rao([into, *spatial]).mT
-        return kernel.unflatten(2, [basis.shape[1] for basis in self.bases[1:]])
+        kernel: Tensor = out @ _khatri_rao([into, *spatial]).mT
+        return kernel.reshape(*kernel.shape[:2], *[basis.shape[1] for basis in self.bases[1:]])
 
     def kernels(self) -> list[Tensor]:  # noqa: D102
         out, into, *spatial = self.bases
@@ -109,9 +111,7 @@ def _als(kernel: Tensor, rank: int) -> list[Tensor]:
     out = _initial(by_out, rank)
     into = _initial(by_in, rank)
     whole = tensor.unflatten(3, sides)
-    spatial = [
-        _initial(whole.movedim(3 + axis, 1).flatten(2), rank) for axis in range(len(sides))
-    ]
+    spatial = [_initial(whole.movedim(3 + axis, 1).flatten(2), rank) for axis in range(len(sides))]
     total = tensor.double().square().sum()
     error = total
     for _ in range(_SWEEPS):
@@ -166,11 +166,12 @@ def _solve(target: Tensor, others: list[Tensor]) -> Tensor:
     ridge = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30) * 1e-10
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky(gram + ridge[:, None, None] * eye)
-    return torch.cholesky_solve(target.double().mT, factor).mT.to(target.dtype)
+    solution: Tensor = torch.cholesky_solve(target.double().mT, factor).mT
+    return solution.to(target.dtype)
 
 
 def _unit(basis: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
     return basis / norms.clamp_min(torch.finfo(basis.dtype).tiny)
 
 

@@ -58,7 +58,9 @@ class Im2col(nn.Module):
         for axis, size in enumerate(conv.output_size(spatial)):
             # Taps of this axis become a new one behind those of the axes before it.
             taps = [
-                windows.narrow(2 + 2 * axis, tap * conv.dilation[axis], (size - 1) * conv.stride[axis] + 1)
+                windows.narrow(
+                    2 + 2 * axis, tap * conv.dilation[axis], (size - 1) * conv.stride[axis] + 1
+                )
                 for tap in range(conv.kernel_size[axis])
             ]
             stepped = [_every(tap, 2 + 2 * axis, conv.stride[axis]) for tap in taps]
@@ -90,5 +92,5 @@ class OverFeatures(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        y: Tensor = super().forward(x.reshape(-1, x.shape[-1], 1))
+        y: Tensor = super().forward(x.reshape(-1, x.shape[-1], 1))  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], -1)

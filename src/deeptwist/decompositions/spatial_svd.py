@@ -63,7 +63,10 @@ class SpatialSVDFactors(Factors):
         rank = self.left.shape[-1]
         if len(size) < 2:
             ones = [1] * len(size)
-            return [self.right.reshape(groups, rank, into, *size), self.left.reshape(groups, out, rank, *ones)]
+            return [
+                self.right.reshape(groups, rank, into, *size),
+                self.left.reshape(groups, out, rank, *ones),
+            ]
         first, *rest = size
         row = self.right.reshape(groups, rank, into, 1, *rest)
         column = self.left.reshape(groups, out, first, rank).transpose(2, 3)

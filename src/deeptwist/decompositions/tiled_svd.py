@@ -147,7 +147,9 @@ class TiledSVDFactors(Factors):
             rights = [line[column][1].transpose(1, 2).flatten(2, 3) for line in lines]
             kernel = torch.cat(rights, dim=2).flatten(0, 1)
             into.append(
-                kernel.unflatten(2, (-1, *size)) if aligned and size else kernel.reshape(*kernel.shape, *ones)
+                kernel.unflatten(2, (-1, *size))
+                if aligned and size
+                else kernel.reshape(*kernel.shape, *ones)
             )
         out = []
         for line in lines:
@@ -196,14 +198,17 @@ class _Plumbing:
     def stages(self, kernels: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The layer's modules, in order."""
         conv, (into, out) = self.convolution, self.levels
-        arrival, exchange, departure = self._input_order(), self._hidden_order(), self._output_order()
+        arrival, exchange, departure = (
+            self._input_order(),
+            self._hidden_order(),
+            self._output_order(),
+        )
         columns = [part.build(k, None) for part, k in zip(into, kernels[: len(into)], strict=True)]
         biases: Sequence[Tensor | None] = [None] * len(out)
         if bias is not None:
             biases = bias[departure.argsort()].split([part.out_channels for part in out])
         rows = [
-            part.build(k, b)
-            for part, k, b in zip(out, kernels[len(into) :], biases, strict=True)
+            part.build(k, b) for part, k, b in zip(out, kernels[len(into) :], biases, strict=True)
         ]
         stages: list[nn.Module | None] = [
             None if self.aligned else Im2col(conv),
@@ -221,7 +226,9 @@ class _Plumbing:
         taps = self.convolution.taps if self.aligned else 1
         width = self.grid.shape[1] // taps
         order = torch.arange(self.convolution.groups * width).unflatten(0, (-1, width))
-        spans = [order[:, col.offset // taps : col.stop // taps].flatten() for col in self.grid.cols]
+        spans = [
+            order[:, col.offset // taps : col.stop // taps].flatten() for col in self.grid.cols
+        ]
         return torch.cat(spans)
 
     def _hidden_order(self) -> Tensor:
@@ -230,19 +237,31 @@ class _Plumbing:
         found: dict[tuple[int, int], Tensor] = {}
         offset = 0
         for c, col in enumerate(self.grid.cols):
-            sizes = [row.count * rank for row, rank in zip(self.grid.rows, self.ranks[c::width], strict=True)]
-            block = torch.arange(groups * col.count * sum(sizes)).reshape(groups, col.count, -1) + offset
+            sizes = [
+                row.count * rank
+                for row, rank in zip(self.grid.rows, self.ranks[c::width], strict=True)
+            ]
+            block = (
+                torch.arange(groups * col.count * sum(sizes)).reshape(groups, col.count, -1)
+                + offset
+            )
             offset += block.numel()
-            for r, (part, row) in enumerate(zip(block.split(sizes, dim=2), self.grid.rows, strict=True)):
+            for r, (part, row) in enumerate(
+                zip(block.split(sizes, dim=2), self.grid.rows, strict=True)
+            ):
                 found[r, c] = part.unflatten(2, (row.count, -1)).transpose(1, 2).flatten(2)
         rows = range(len(self.grid.rows))
-        return torch.cat([torch.cat([found[r, c] for c in range(width)], 2).flatten() for r in rows])
+        return torch.cat(
+            [torch.cat([found[r, c] for c in range(width)], 2).flatten() for r in rows]
+        )
 
     def _output_order(self) -> Tensor:
         """Row patches hand their channels back to their groups."""
         groups, height = self.convolution.groups, self.grid.shape[0]
         order = torch.arange(groups * height).unflatten(0, (-1, height))
-        return torch.cat([order[:, row.offset : row.stop].flatten() for row in self.grid.rows]).argsort()
+        return torch.cat(
+            [order[:, row.offset : row.stop].flatten() for row in self.grid.rows]
+        ).argsort()
 
 
 def _abreast(layers: list[nn.Module], parts: Level) -> nn.Module:

@@ -1,0 +1,5 @@
+"""``python -m deeptwist``."""
+
+from deeptwist.cli import main
+
+main()

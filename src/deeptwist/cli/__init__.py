@@ -1,0 +1,35 @@
+"""The command line: `main` is the entry point."""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs a command; bad input ends with one line and exit code 2, never with a traceback.
+
+    Args:
+        words: what was written after ``deeptwist``; the process's own arguments if not given.
+    """
+    try:
+        from cyclopts import CycloptsError
+
+        from deeptwist.cli.commands import app
+    except ModuleNotFoundError as error:
+        sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
+    from deeptwist.errors import DeepTwistError
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app(words, exit_on_error=False, print_error=False)
+    except (DeepTwistError, CycloptsError) as error:
+        sys.exit(_complain(" ".join(str(error).split())))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone, as 'head' does: nothing to say
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(message: str) -> int:
+    print(f"deeptwist: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,161 @@
+"""Options that several commands share; each group knows the call that it stands for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from deeptwist.cli.words import make_decomposition, parse_override, parse_sizes
+from deeptwist.errors import DeepTwistError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deeptwist.decompositions import Decomposition
+    from deeptwist.planning import Plan
+    from deeptwist.training.settings import Settings
+
+MethodName = Literal["svd", "tiled-svd", "spatial-svd", "tucker", "cp"]
+Model = Annotated[
+    str,
+    Parameter(
+        help="resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory."
+    ),
+]
+AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """The network's weights and input.
+
+    Attributes:
+        weights: A checkpoint (.safetensors, or .pt/.pth/.th, read without unpickling code).
+        num_classes: Outputs of the network; the data set's where there is one.
+        input: Input size without the batch, such as 3x224x224.
+    """
+
+    weights: Path | None = None
+    num_classes: int | None = None
+    input: str | None = None
+
+    def build(
+        self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
+    ) -> "nn.Module":
+        """The network with its weights; what the data set says yields to what is written."""
+        from deeptwist.models import build_model, load_weights
+
+        if self.input is not None and in_channels is None and not model.startswith("torchvision/"):
+            in_channels = parse_sizes(self.input, "3x224x224")[0]
+        if in_channels == 3:
+            in_channels = None  # what every network takes by itself
+        network = build_model(
+            model, num_classes=self.num_classes or num_classes, in_channels=in_channels
+        )
+        if self.weights is not None:
+            load_weights(network, self.weights)
+        return network.eval()
+
+    def example_input(self, model: str, batch: int = 2) -> "Tensor":
+        """Standard normal numbers of the network's input size."""
+        import torch
+
+        usual = "3x224x224" if "/" in model else "3x32x32"
+        shape = parse_sizes(self.input or usual, "3x224x224")
+        return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Which layers are compressed, and how.
+
+    Attributes:
+        decomposition: How layers are held.
+        ratio: Dense ÷ factored weights that every compressed layer keeps at least.
+        rank: An explicit rank instead: 8, or 24x24 for Tucker.
+        fraction: For Tucker, the paper's fraction of the channels instead.
+        tile: For tiled-svd: rows x columns of the lowered kernel, such as 64x72.
+        skip_first_conv: Keep the convolution that runs first.
+        min_in_channels: Keep layers with fewer input channels.
+        linear: Whether linear layers are compressed too.
+        include: Compress only layers of this name, glob, or expression after re:.
+        exclude: Keep layers of this name, glob, or expression after re:.
+        override: PATTERN=keep, PATTERN=RATIO or PATTERN=METHOD:rank=…; the last match counts.
+        plan: Use a plan that 'deeptwist plan --out' wrote, instead of all the above.
+    """
+
+    decomposition: MethodName = "tiled-svd"
+    ratio: float | None = None
+    rank: str | None = None
+    fraction: float | None = None
+    tile: str | None = None
+    skip_first_conv: bool = False
+    min_in_channels: int = 1
+    linear: Annotated[bool, Parameter(negative="--no-linear")] = True
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    override: list[str] | None = None
+    plan: Path | None = None
+
+    def method(self) -> "Decomposition":
+        """The decomposition that was asked for."""
+        return make_decomposition(
+            self.decomposition, tile=self.tile, rank=self.rank, fraction=self.fraction
+        )
+
+    def build(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
+        """The plan for a network."""
+        from deeptwist.planning import Plan, plan
+
+        if self.plan is not None:
+            try:
+                return Plan.from_json(self.plan.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise DeepTwistError(f"cannot read plan {self.plan}: {error}") from None
+        return plan(
+            network,
+            self.method(),
+            ratio=self.ratio,
+            example_input=example_input,
+            skip_first_conv=self.skip_first_conv,
+            min_in_channels=self.min_in_channels,
+            linear=self.linear,
+            include=self.include or ("*",),
+            exclude=self.exclude or (),
+            overrides=dict(parse_override(text) for text in self.override or ()),
+        )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The training: SGD with Nesterov momentum and a cosine decay to zero.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images in a step.
+        lr: The learning rate that the decay starts from.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        interval: S_D, optimizer steps between distortions.
+        seed: Of the order of the images and their augmentation.
+        precision: bf16-mixed is bf16 autocast, the faster on most machines.
+    """
+
+    epochs: int = 6
+    batch_size: int = 128
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    interval: int = 200
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+
+    def settings(self) -> "Settings":
+        """The same as the training system's settings."""
+        from deeptwist.training.settings import Settings
+
+        return Settings(**vars(self))

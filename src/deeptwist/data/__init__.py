@@ -1,0 +1,48 @@
+"""Data sets by name or folder, their batches, and augmentation."""
+
+from pathlib import Path
+
+from deeptwist.data.augment import augment, normalize
+from deeptwist.data.batches import batches
+from deeptwist.data.cifar10 import load_cifar10
+from deeptwist.data.dataset import Dataset, Split
+from deeptwist.data.digits import load_digits
+from deeptwist.data.image_folder import load_image_folder
+from deeptwist.errors import DeepTwistError, unknown
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "augment",
+    "batches",
+    "load_cifar10",
+    "load_data",
+    "load_digits",
+    "load_image_folder",
+    "normalize",
+]
+
+
+def load_data(
+    spec: str, *, image_size: int | None = None, cache: str | Path | None = None
+) -> Dataset:
+    """A data set by name or folder.
+
+    Args:
+        spec: ``"digits"``, ``"cifar10"``, or the path of a folder, see `load_image_folder`.
+        image_size: height and width in pixels, for folders only.
+        cache: the cache folder; $DEEPTWIST_CACHE or ~/.cache/deeptwist if not given.
+
+    Raises:
+        DeepTwistError: if there is no such data set or it cannot be read.
+    """
+    named = spec in ("digits", "cifar10")
+    if named and image_size is not None:
+        raise DeepTwistError(f"{spec} has a fixed image size: leave out image_size={image_size}")
+    if spec == "digits":
+        return load_digits()
+    if spec == "cifar10":
+        return load_cifar10(cache=cache)
+    if Path(spec).name != spec or Path(spec).expanduser().is_dir():
+        return load_image_folder(spec, image_size=image_size, cache=cache)
+    raise unknown("data set", spec, ["digits", "cifar10", "path/to/folder"])

@@ -1,0 +1,65 @@
+"""What a data set is: images and labels in memory, and what training on them should know."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deeptwist.errors import DeepTwistError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split and their labels.
+
+    Attributes:
+        images: uint8 (N, C, H, W), 0 to 255.
+        labels: int64 (N,), indices into the data set's classes.
+
+    Raises:
+        DeepTwistError: if a dtype or shape is another.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise DeepTwistError(f"images must be uint8 (N, C, H, W), not {_described(images)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise DeepTwistError(
+                f"labels must be int64 ({len(images)},), one per image, not {_described(labels)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Two splits of one task, with the preparation that suits them.
+
+    Attributes:
+        name: what reports call it.
+        train: for training.
+        test: for evaluation.
+        classes: the name of each label.
+        mean: per channel, of pixel values scaled to [0, 1].
+        std: per channel, of pixel values scaled to [0, 1].
+        padding: pixels of zero padding for random crops, see `augment`.
+        flip: whether mirrored images are still of their class.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int
+    flip: bool
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

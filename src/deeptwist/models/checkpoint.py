@@ -1,0 +1,112 @@
+"""Weights from other people's files into a model, without running their code."""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deeptwist.errors import DeepTwistError
+
+_WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a checkpoint into a model: every tensor of one fits one of the other.
+
+    Args:
+        model: receives the weights in its own dtype and on its own device; unchanged on error.
+        path: a ``.safetensors`` file or a `torch.save` of tensors, never unpickled beyond those:
+            a state dict, or a dict that holds one as 'state_dict', 'model', 'model_state',
+            'model_state_dict' or 'state_dict_ema' (the first of these). The prefixes 'module.'
+            and '_orig_mod.' are dropped where the model itself has none.
+
+    Raises:
+        DeepTwistError: if the file is missing, unreadable or not of tensors alone, or if names or
+            shapes differ from the model's.
+    """
+    path = Path(path)
+    own = model.state_dict()
+    weights = _without_prefixes(_state_dict(_read(path), path), own)
+    _check_names(weights, own, path)
+    _check_shapes(weights, own, path)
+    model.load_state_dict(weights)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise DeepTwistError(f"no weights file at '{path}'")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise DeepTwistError(f"'{path}' is not a whole safetensors file: {error}") from None
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"{refused[1]}, which could run code" if refused else "something unreadable"
+        raise DeepTwistError(
+            f"'{path}' holds {reason}: save model.state_dict() alone and load that"
+        ) from None
+    except Exception as error:  # damaged bytes surface as a dozen types: EOFError, KeyError, …
+        raise DeepTwistError(
+            f"'{path}' is damaged or no checkpoint ({type(error).__name__})"
+        ) from None
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        inner = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
+        content = next(inner, content)
+    if not isinstance(content, dict) or not content:
+        raise DeepTwistError(f"'{path}' holds no state dict but a {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise DeepTwistError(
+                f"{name!r} in '{path}' is no tensor but of type {type(value).__name__}; "
+                f"a state dict may stand under one of {', '.join(_WRAPPERS)}"
+            )
+    return content
+
+
+def _without_prefixes(weights: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        wrapped = all(name.startswith(prefix) for name in weights)
+        if wrapped and not any(name.startswith(prefix) for name in own):
+            bare = {name.removeprefix(prefix): value for name, value in weights.items()}
+            return _without_prefixes(bare, own)
+    return weights
+
+
+def _check_names(weights: Iterable[str], own: Iterable[str], path: Path) -> None:
+    found, wanted = set(weights), set(own)
+    unexpected = sorted(found - wanted)
+    # Older files lack BatchNorm's step counter, which load_state_dict then fills in.
+    missing = sorted(n for n in wanted - found if not n.endswith("num_batches_tracked"))
+    complaints = [
+        f"{len(names)} {kind} ({_first(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if complaints:
+        raise DeepTwistError(f"'{path}' is not of this model: tensors {', '.join(complaints)}")
+
+
+def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    wrong = [
+        f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
+        for name, value in weights.items()
+        if value.shape != own[name].shape
+    ]
+    if wrong:
+        raise DeepTwistError(f"'{path}' is not of this model: {_first(wrong)}")
+
+
+def _first(items: list[str], shown: int = 3) -> str:
+    return ", ".join(items[:shown]) + (f", and {len(items) - shown} more" * (len(items) > shown))

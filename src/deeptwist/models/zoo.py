@@ -1,0 +1,144 @@
+"""Networks by name: the paper's, torchvision's, timm's and the user's own."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import nn
+
+from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
+from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "resnet56": resnet56,
+    "resnet110": resnet110,
+    "vgg19": vgg19,
+    "vgg19_bn": vgg19_bn,
+}
+
+
+def build_model(
+    name: str, *, num_classes: int | None = None, in_channels: int | None = None
+) -> nn.Module:
+    """A network with random weights; nothing is ever downloaded.
+
+    Args:
+        name: one of `MODELS`, ``"torchvision/NAME"`` (its image classifiers), ``"timm/NAME"``, or
+            ``"package.module:factory"``, looked for in the current directory first.
+        num_classes: logits that come out; the network's own default if not given.
+        in_channels: channels of the images; the network's own default if not given.
+
+    Returns:
+        The network. A factory of the user's is handed whichever of the two numbers are given and
+        named in its signature, and nothing else.
+
+    Raises:
+        DeepTwistError: if no such network exists, or the package that holds it is not installed.
+    """
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    given = {key: value for key, value in sizes.items() if value is not None}
+    source, _, network = name.partition("/")
+    if name in MODELS:
+        return MODELS[name](**given)
+    if source == "torchvision":
+        return _from_torchvision(network, **given)
+    if source == "timm":
+        return _from_timm(network, num_classes, in_channels)
+    if ":" in name:
+        return _from_factory(name, given)
+    others = [f"{package}/{network or 'NAME'}" for package in ("torchvision", "timm")]
+    raise unknown("model", name, [*MODELS, *others, "package.module:factory"])
+
+
+def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Module:
+    models = _import("torchvision.models", extra="cli")
+    # The other tasks' networks would download a backbone, and none returns plain logits.
+    classifiers = models.list_models(module=models)
+    if network not in classifiers:
+        raise unknown("torchvision model", network, classifiers)
+    if in_channels != 3:
+        raise DeepTwistError(
+            f"torchvision/{network} takes 3 input channels, not {in_channels}: "
+            "the timm/ networks take any number"
+        )
+    model: nn.Module = models.get_model(network, weights=None, **given)
+    return model
+
+
+def _from_timm(network: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    timm = _import("timm", extra="timm")
+    known = {*timm.list_models(), *timm.list_pretrained()}  # bare, and with a weights' tag
+    if network not in known:
+        raise unknown("timm model", network, known)
+    model: nn.Module = timm.create_model(
+        network, pretrained=False, num_classes=num_classes, in_chans=in_channels
+    )
+    return model
+
+
+def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    module = _import_own(module_name)
+    if not hasattr(module, attribute):
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise unknown(f"factory in {module_name}", attribute, public)
+    factory = getattr(module, attribute)
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise DeepTwistError(f"{name} is of type {type(factory).__name__}, not a function to call")
+    model = factory(**_accepted(factory, given, name))
+    if not isinstance(model, nn.Module):
+        raise DeepTwistError(f"{name} returned type {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _accepted(factory: Callable[..., object], given: dict[str, int], name: str) -> dict[str, int]:
+    signature = inspect.signature(factory)
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+        given = {key: value for key, value in given.items() if key in signature.parameters}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from None
+    return given
+
+
+def _import(module: str, *, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise DeepTwistError(
+            f"{error.name} is not installed: pip install 'deeptwist[{extra}]'"
+        ) from None
+
+
+def _import_own(module: str) -> ModuleType:
+    if not module or module.startswith("."):
+        raise DeepTwistError(f"module {module!r} has no full name: write 'package.module:factory'")
+    try:
+        with _current_directory_importable():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is there but lacks one of its own imports keeps its traceback.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise DeepTwistError(
+            f"no module {error.name!r} in {os.getcwd()} or among the installed packages"
+        ) from None
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)

@@ -1,0 +1,56 @@
+"""The page: everything is put in words, tables and drawings first, the template only lays out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
+from deeptwist.report import tables
+from deeptwist.report.cases import cases_of, verdict
+from deeptwist.report.plots import plots_of
+from deeptwist.training.records import Run
+
+
+def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
+    """Writes finished runs as one HTML file that needs nothing else, not even a network.
+
+    Args:
+        runs: from `records.read_run`; runs of several networks or data sets get a part each.
+        path: the file to write; an old one is replaced.
+        title: of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        DeepTwistError: if there is no run, or the file cannot be written.
+    """
+    if not runs:
+        raise DeepTwistError("there is no run to report on")
+    cases = cases_of(runs)
+    ordered = [run for case in cases for run in case.runs]
+    environment = Environment(
+        loader=PackageLoader("deeptwist", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("template.html.j2").render(
+        title=title,
+        parts=[
+            (case.name, verdict(case), tables.results(case), plots_of(case, f"plot{number}"))
+            for number, case in enumerate(cases)
+        ],
+        plans=tables.plans(ordered),
+        settings=tables.settings(ordered),
+        modes={run.summary.mode for run in runs},
+    )
+    try:
+        # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
+        write_text(path, page.encode(errors="replace").decode())
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from None
+    return path

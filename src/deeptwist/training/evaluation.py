@@ -1,0 +1,67 @@
+"""Accuracy and loss on a split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from deeptwist.data import Dataset, Split, batches, normalize
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection import evaluating
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean cross-entropy, and the share of images whose first guess is right (0 to 1)."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    data: Dataset,
+    *,
+    layout: torch.memory_format = torch.channels_last,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluates a model on images of a data set, in evaluation mode and on its own device.
+
+    Args:
+        model: gives logits (B, classes).
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        data: says how pixels are normalised and how many classes there are.
+        layout: the memory format of the inputs.
+        on_batch: called after every batch of up to 500.
+
+    Raises:
+        DeepTwistError: if the model's outputs are not one logit per class.
+    """
+    device = next(model.parameters()).device
+    outputs = []
+    with evaluating(model):
+        for some, _ in batches(Split(images, labels), _BATCH, generator=None):
+            x = normalize(some.to(device), data.mean, data.std).to(memory_format=layout)
+            outputs.append(model(x).float())
+            on_batch()
+    logits, targets = torch.cat(outputs), labels.to(device)
+    if logits.shape != (len(labels), len(data.classes)):
+        raise DeepTwistError(
+            f"the model gives outputs of shape {tuple(logits.shape[1:])}, "
+            f"{data.name} has {len(data.classes)} classes"
+        )
+    return Evaluation(
+        loss=float(functional.cross_entropy(logits, targets)),
+        accuracy=float(
+            multiclass_accuracy(logits, targets, num_classes=len(data.classes), average="micro")
+        ),
+    )

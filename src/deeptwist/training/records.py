@@ -1,0 +1,130 @@
+"""What a run leaves behind for a reader: one summary, and one line per epoch and distortion.
+
+A run's folder holds ``metrics.jsonl`` while it trains; then ``plan.json``, the model under
+``model/`` (``weights.safetensors`` for a dense one), and last of all ``run.json``, so that a
+folder with ``run.json`` is a finished run.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deeptwist.benchmark import Comparison, Timing
+from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
+from deeptwist.planning import Plan
+
+SUMMARY, METRICS, PLAN, ARTEFACT = "run.json", "metrics.jsonl", "plan.json", "model"
+DENSE_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to. Accuracies are shares of the test split's images.
+
+    Attributes:
+        name: of the run, as tables call it.
+        mode: ``"dense"``, ``"deeptwist"`` or ``"decomposed"``.
+        model: the network's name.
+        data: the data set's name.
+        decomposition: as asked for; none for a dense run.
+        ratio: as asked for, of each compressed layer.
+        accuracy_before: of the dense network that the run started from.
+        accuracy_untrained: of that network decomposed without any training.
+        accuracy: of the network that the run ended with, in fp32, in its deployed form.
+        loss: of the same.
+        parameters_before: of the dense network.
+        parameters: of the network that the run ended with.
+        macs_before: for one image, of the dense network.
+        macs: for one image.
+        bytes: of the weights' file.
+        steps: optimizer steps of the run.
+        seconds: of the whole run, evaluations included.
+        output_difference: ‖y − y′‖ / ‖y‖ of the decomposed against the distorted network.
+        latency: for one batch, dense and decomposed in turn.
+        latency_batch: images in that batch.
+        settings: of the training.
+        machine: in one line.
+        version: of deeptwist.
+    """
+
+    name: str
+    mode: str
+    model: str
+    data: str
+    decomposition: str | None
+    ratio: float | None
+    accuracy_before: float
+    accuracy_untrained: float | None
+    accuracy: float
+    loss: float
+    parameters_before: int
+    parameters: int
+    macs_before: int
+    macs: int
+    bytes: int
+    steps: int
+    seconds: float
+    output_difference: float | None
+    latency: Comparison | None
+    latency_batch: int | None
+    settings: dict[str, Any]
+    machine: str
+    version: str
+
+    def write(self, folder: Path) -> None:
+        """Writes ``run.json``, which marks the run as finished."""
+        write_text(folder / SUMMARY, json.dumps(asdict(self), indent=1, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as read from its folder.
+
+    Attributes:
+        summary: see `Summary`.
+        epochs: one dictionary per epoch, see `training.loop.Epoch`.
+        distortions: one per distortion, see `distortion.Distortion`.
+        plan: none for a dense run.
+    """
+
+    summary: Summary
+    epochs: list[dict[str, Any]]
+    distortions: list[dict[str, Any]]
+    plan: Plan | None
+
+
+def append(path: Path, event: str, values: dict[str, Any]) -> None:
+    """Appends one line to ``metrics.jsonl``."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": event, **values}) + "\n")
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+        DeepTwistError: if the folder holds none, or a damaged one.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise DeepTwistError(f"no finished run in {folder}: it has no {SUMMARY}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["latency"] is not None:
+            latency = values["latency"]
+            sides = {side: Timing(**latency[side]) for side in ("dense", "decomposed")}
+            values["latency"] = Comparison(speedup=latency["speedup"], **sides)
+        summary = Summary(**values)
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DeepTwistError(f"{folder} holds a damaged run: {error}") from None
+    plan = folder / PLAN
+    return Run(
+        summary=summary,
+        epochs=[line for line in metrics if line["event"] == "epoch"],
+        distortions=[line for line in metrics if line["event"] == "distortion"],
+        plan=Plan.from_json(plan.read_text(encoding="utf-8")) if plan.is_file() else None,
+    )

@@ -1,0 +1,162 @@
+"""The tables that the tests walk: a new decomposition joins them by one line in `METHODS`."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deeptwist import CP, SVD, Decomposition, DeepTwistError, SpatialSVD, TiledSVD, Tucker
+from deeptwist.convolution import Convolution, kernel_of, weight_of
+from deeptwist.decompositions import FactoredLayer, Factors
+from deeptwist.decompositions.base import OneRank
+
+METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
+    "svd": SVD(),
+    "tiled-rows": TiledSVD(),
+    "tiled-ragged": TiledSVD(tile=(3, 7)),
+    "tiled-aligned": TiledSVD(tile=(4, 18)),
+    "spatial": SpatialSVD(),
+    "tucker": Tucker(),
+    "cp": CP(),
+}
+EXACT = tuple(name for name in METHODS if name != "cp")  # at full rank
+
+# (layer, input shape); the weights are drawn where a test builds the layer
+GEOMETRIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "3x3": (lambda: nn.Conv2d(6, 10, 3, padding=1), (2, 6, 7, 8)),
+    "no bias": (lambda: nn.Conv2d(6, 10, 3, bias=False), (2, 6, 7, 8)),
+    "more in than out": (lambda: nn.Conv2d(11, 4, 3), (2, 11, 7, 8)),
+    "stride": (lambda: nn.Conv2d(6, 10, 3, stride=(2, 3), padding=(1, 2)), (2, 6, 9, 8)),
+    "dilation": (lambda: nn.Conv2d(6, 10, 3, dilation=(1, 2), padding=2), (2, 6, 9, 8)),
+    "groups": (lambda: nn.Conv2d(8, 12, 3, groups=2, padding=1), (2, 8, 7, 8)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (2, 6, 7, 8)),
+    "depth multiplier": (lambda: nn.Conv2d(4, 12, 3, groups=4), (2, 4, 7, 8)),
+    "1x1": (lambda: nn.Conv2d(6, 10, 1, stride=2), (2, 6, 7, 8)),
+    "1x1 padded": (lambda: nn.Conv2d(6, 10, 1, padding=1), (2, 6, 7, 8)),
+    "row": (lambda: nn.Conv2d(6, 10, (1, 3), padding=(0, 1)), (2, 6, 7, 8)),
+    "row, strided across": (lambda: nn.Conv2d(6, 10, (1, 3), stride=(2, 1)), (2, 6, 7, 8)),
+    "column, padded across": (lambda: nn.Conv2d(6, 10, (3, 1), padding=(1, 1)), (2, 6, 7, 8)),
+    "same": (lambda: nn.Conv2d(6, 10, 3, padding="same"), (2, 6, 7, 8)),
+    "same, even kernel": (lambda: nn.Conv2d(6, 10, (4, 2), padding="same"), (2, 6, 7, 8)),
+    "same, dilated": (
+        lambda: nn.Conv2d(6, 10, (2, 3), padding="same", dilation=(3, 2)),
+        (2, 6, 9, 8),
+    ),
+    "valid": (lambda: nn.Conv2d(6, 10, 3, padding="valid"), (2, 6, 7, 8)),
+    "reflect": (lambda: nn.Conv2d(6, 10, 3, padding=(2, 1), padding_mode="reflect"), (2, 6, 7, 8)),
+    "replicate": (
+        lambda: nn.Conv2d(6, 10, 3, padding=1, padding_mode="replicate"),
+        (2, 6, 7, 8),
+    ),
+    "circular same": (
+        lambda: nn.Conv2d(6, 10, (3, 2), padding="same", padding_mode="circular"),
+        (2, 6, 7, 8),
+    ),
+    "one channel": (lambda: nn.Conv2d(1, 5, 5), (2, 1, 7, 8)),
+    "linear": (lambda: nn.Linear(9, 14), (3, 9)),
+    "linear, tokens": (lambda: nn.Linear(9, 14, bias=False), (3, 5, 9)),
+    "1-D": (lambda: nn.Conv1d(6, 10, 3, stride=2, padding=1), (2, 6, 9)),
+    "1-D groups": (lambda: nn.Conv1d(6, 9, 3, groups=3, padding="same"), (2, 6, 9)),
+    "3-D": (lambda: nn.Conv3d(4, 6, (3, 2, 3), stride=(1, 2, 1), padding=1), (2, 4, 5, 6, 5)),
+    "3-D groups": (lambda: nn.Conv3d(4, 6, 3, groups=2, padding="same"), (2, 4, 4, 5, 5)),
+    "transposed 1-D": (lambda: nn.ConvTranspose1d(6, 10, 3, 2, 1, 1), (2, 6, 7)),
+    "transposed 2-D": (
+        lambda: nn.ConvTranspose2d(6, 10, 3, (2, 1), (1, 0), (1, 0), bias=False),
+        (2, 6, 5, 6),
+    ),
+    "transposed groups": (
+        lambda: nn.ConvTranspose2d(6, 4, (2, 3), 2, groups=2, dilation=(2, 1)),
+        (2, 6, 5, 6),
+    ),
+    "transposed 3-D": (lambda: nn.ConvTranspose3d(4, 6, 2, 2), (2, 4, 3, 4, 3)),
+}
+
+TOLERANCE = {  # of a relative difference
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 6e-3,
+    torch.bfloat16: 5e-2,
+}
+
+
+def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The message with which the call is refused; it is one line."""
+    with pytest.raises(DeepTwistError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert message
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def at(method: Decomposition, convolution: Convolution, share: float) -> Decomposition:
+    """The method at this share of its full rank, and at rank 1 at least."""
+    _, out, into, *_ = convolution.kernel_shape
+    if isinstance(method, OneRank):
+        resolvable = method
+        if isinstance(method, TiledSVD):
+            resolvable = replace(method, tile=method.grid(method.lowered_shape(convolution)).tile)
+        full = resolvable.full_rank(convolution)
+        if isinstance(method, CP):
+            full = min(full, 6)  # it has no full rank to speak of, and high ones take long
+        method = replace(method, rank=max(1, int(share * full)))
+    else:
+        method = Tucker(rank=(max(1, int(share * out)), max(1, int(share * into))))
+    return method.resolve(convolution, None)
+
+
+def holds(method: Decomposition, convolution: Convolution) -> bool:
+    """False for the one pair that has no layer: see `TiledSVD.resolve`."""
+    tiled = isinstance(method, TiledSVD)
+    return not (tiled and convolution.transposed and not method.is_aligned(convolution))
+
+
+def pairs(methods: Any = METHODS, geometries: Any = GEOMETRIES) -> Iterator[Any]:
+    """Every method with every geometry that it holds, as pytest parameters."""
+    for name in methods:
+        for geometry in geometries:
+            convolution = Convolution.of(GEOMETRIES[geometry][0]())
+            if holds(METHODS[name], convolution):
+                yield pytest.param(METHODS[name], geometry, id=f"{name}-{geometry}")
+
+
+def build(geometry: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    """A layer of this geometry, and an input for it."""
+    make, shape = GEOMETRIES[geometry]
+    return make().to(dtype).requires_grad_(False), torch.randn(shape, dtype=dtype)
+
+
+def read(layer: nn.Module) -> tuple[Convolution, Tensor]:
+    """A layer's geometry and kernel."""
+    convolution = Convolution.of(layer)
+    return convolution, kernel_of(layer.weight.detach(), convolution)
+
+
+def factored(layer: nn.Module, decomposition: Decomposition) -> tuple[Factors, FactoredLayer]:
+    """A layer's factors, and the layer that holds them."""
+    convolution, kernel = read(layer)
+    factors = decomposition.decompose(kernel)
+    kernels = [part.to(kernel.dtype) for part in factors.kernels()]
+    return factors, decomposition.layer(convolution, kernels, layer.bias)
+
+
+def with_kernel(layer: nn.Module, kernel: Tensor) -> nn.Module:
+    """The same layer with another kernel (g, o, i, *k)."""
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.copy_(weight_of(kernel, Convolution.of(layer)))
+    return twin
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """‖y − y′‖ / ‖y‖, of tensors of one shape and type."""
+    assert found.shape == expected.shape
+    expected, found = expected.detach().double(), found.detach().double()
+    scale = expected.abs().max().clamp_min(1e-300)
+    norm = torch.linalg.vector_norm(expected / scale)
+    away = torch.linalg.vector_norm((expected - found) / scale)
+    return float(away / norm) if norm > 0 else float(away)

@@ -1,0 +1,50 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from deeptwist import DeepTwistError
+
+torch.set_num_threads(1)
+
+# The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("same", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+SHARED = Path(os.environ.get("DEEPTWIST_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def error_of() -> Callable[..., str]:
+    """Calls what must refuse, and gives the message, which is one line."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+        with pytest.raises(DeepTwistError) as caught:
+            function(*args, **kwargs)
+        message = str(caught.value)
+        assert message
+        assert "\n" not in message
+        return message
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def resnet32_weights() -> dict[str, torch.Tensor]:
+    """The public ResNet-32 for CIFAR-10, with real, trained weights."""
+    path = SHARED / "weights" / "resnet32-cifar10.safetensors"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    from safetensors.torch import load_file
+
+    return load_file(path)

@@ -1,0 +1,208 @@
+"""The command line as a person meets it: its output and its exit code."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import deeptwist as dt
+from deeptwist import Plan
+from deeptwist.cli import main
+from deeptwist.data import load_digits
+from deeptwist.models import build_model, load_weights
+from deeptwist.training.evaluation import evaluate
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*words: object) -> Done:
+    """The command in this process: a new one would spend its time on importing torch."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([*map(str, words)])
+        except SystemExit as ended:
+            code = ended.code or 0
+    assert isinstance(code, int)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def refused(*words: object) -> str:
+    """The one line that a mistake is answered with."""
+    done = run(*words)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("deeptwist: ")
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
+    save_file(build_model("resnet20", in_channels=1).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["plam"], 'Did you mean "plan"?'),
+        (["plan", "resnet20", "--ratoi", "4"], "Did you mean --ratio?"),
+        (["plan", "resnet20", "--ratio", "four"], "--ratio"),
+        (["plan", "resnet20", "--ratio", "0.5"], "ratio 0.5 compresses nothing"),
+        (["plan", "resnet20"], "give it one, or give a ratio"),
+        (["plan", "resnt20", "--ratio", "4"], "did you mean 'resnet20'?"),
+        (["plan", "resnet20", "--ratio", "4", "--exclude", "layer1.0.conv"], "'layer1.0.conv2'?"),
+        (["plan", "resnet20", "--ratio", "4", "--tile", "64by64"], "'64by64'"),
+        (["plan", "resnet20", "--ratio", "4", "--override", "conv1"], "'conv1'"),
+        (["plan", "resnet20", "--ratio", "4", "--override", "conv1=sdv"], "did you mean 'svd'?"),
+        (
+            [
+                "plan",
+                "resnet20",
+                "--decomposition",
+                "tucker",
+                "--rank",
+                "80x80",
+                "--override",
+                "layer3.1.conv2=tucker:rank=80x80",
+            ],
+            "(64→64, 3×3) cannot hold Tucker ranks (80, 80): at most (64, 64)",
+        ),
+        (["plan", "resnet20", "--plan", "nowhere.json"], "nowhere.json"),
+        (["evaluate", "resnet20", "--data", "digist", "--artefact", "x"], "did you mean 'digits'?"),
+        (["evaluate", "resnet20", "--data", "digits", "--artefact", "nowhere"], "no config.json"),
+        (["evaluate", "resnet20", "--data", "digits"], "--weights"),
+        (["train", "resnet20", "--data", "/nowhere/at/all", "--out", "x"], "/nowhere/at/all"),
+        (["train", "resnet20", "--data", "digits", "--ratio", "4", "--out", "/proc/x"], "/proc/x"),
+        (["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"], "rounds 1"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], answer: str) -> None:
+    assert answer in refused(*words)
+
+
+def test_a_process_ends_the_same_way() -> None:
+    command = [sys.executable, "-m", "deeptwist", "plan", "resnt20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "deeptwist: unknown model 'resnt20': did you mean 'resnet20'?\n"
+
+
+def test_help_names_every_command_and_shows_examples() -> None:
+    overview = run("--help").stdout
+    for command in ("demo", "plan", "train", "decompose", "evaluate", "benchmark", "report"):
+        assert command in overview
+        assert f"deeptwist {command}" in run(command, "--help").stdout
+
+
+def test_a_plan_printed_as_json_reads_back_and_serves_as_input(tmp_path: Path) -> None:
+    words = ["plan", "resnet20", "--decomposition", "tucker", "--ratio", 4, "--skip-first-conv"]
+    printed = run(*words, "--json", "--out", tmp_path / "plan.json").stdout
+    plan = Plan.from_json(printed)
+    assert plan.layers[0].reason == "first convolution"
+    again = run("plan", "resnet20", "--plan", tmp_path / "plan.json", "--json").stdout
+    assert Plan.from_json(again) == plan
+
+
+def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_path: Path) -> None:
+    network = ["resnet20", "--weights", weights, "--input", "1x8x8"]
+    plan = ["--decomposition", "svd", "--ratio", 2, "--no-linear"]
+    sizes = json.loads(run("decompose", *network, *plan, "--out", tmp_path, "--json").stdout)
+    assert sizes["parameters"] < sizes["parameters_before"] / 1.9
+    words = ["evaluate", "resnet20", "--artefact", tmp_path, "--data", "digits", "--json"]
+    found = json.loads(run(*words).stdout)
+
+    dense = build_model("resnet20", in_channels=1)
+    load_weights(dense, weights)
+    made = dt.plan(dense, dt.SVD(), ratio=2, linear=False, example_input=torch.zeros(2, 1, 8, 8))
+    digits = load_digits()
+    test = digits.test.images, digits.test.labels, digits
+    expected = evaluate(dt.decompose(dense, made), *test)
+    assert found["images"] == 360
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert evaluate(dense, *test).loss != pytest.approx(expected.loss, rel=1e-3)
+
+
+def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    plan = ["--decomposition", "spatial-svd", "--ratio", 4, "--skip-first-conv", "--no-linear"]
+    words = [
+        "train",
+        "resnet20",
+        "--weights",
+        weights,
+        "--data",
+        "digits",
+        *plan,
+        "--epochs",
+        2,
+        "--interval",
+        5,
+        "--out",
+        out,
+    ]
+    summary = json.loads(run(*words, "--json").stdout)
+    assert summary["mode"] == "deeptwist"
+    assert summary["steps"] == 22
+    assert summary["output_difference"] < 1e-5
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["event"] == "distortion"]
+    assert steps == [5, 10, 15, 20, 22]
+    assert "holds a finished run" in refused(*words)
+
+    evaluated = json.loads(
+        run(
+            "evaluate", "resnet20", "--artefact", out / "model", "--data", "digits", "--json"
+        ).stdout
+    )
+    assert evaluated["accuracy"] == pytest.approx(summary["accuracy"], abs=1e-9)
+
+    timed = json.loads(
+        run(
+            "benchmark",
+            "resnet20",
+            "--input",
+            "1x8x8",
+            "--artefact",
+            out / "model",
+            "--rounds",
+            3,
+            "--batch",
+            4,
+            "--threads",
+            1,
+            "--json",
+        ).stdout
+    )
+    assert timed["parameters"] == summary["parameters"]
+    assert timed["decomposed"]["median"] > 0
+    page = tmp_path / "report.html"
+    assert run("report", out, "--out", page).returncode == 0
+    assert f"{summary['accuracy']:.1%}".rstrip("%") in page.read_text()
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_whole_job(tmp_path: Path) -> None:
+    done = run("demo", "--out", tmp_path / "demo", "--epochs", 4)
+    assert done.returncode == 0, done.stderr
+    for name in ("dense", "tucker-deeptwist", "tucker-conventional", "spatial-svd-deeptwist"):
+        assert name in done.stdout
+        assert (tmp_path / "demo" / name / "run.json").is_file()
+    assert (tmp_path / "demo" / "report.html").is_file()
