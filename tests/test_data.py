@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,15 +23,8 @@ from deeptwist.data import (
     load_image_folder,
     normalize,
 )
-from deeptwist.errors import DeepTwistError
 
-
-def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(DeepTwistError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+ErrorOf = Callable[..., str]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -46,7 +38,7 @@ def random_images(*shape: int, seed: int = 0) -> Tensor:
 # --- splits
 
 
-def test_a_split_is_uint8_images_and_one_label_each() -> None:
+def test_a_split_is_uint8_images_and_one_label_each(error_of: ErrorOf) -> None:
     images, labels = random_images(4, 3, 2, 2), torch.arange(4)
     assert Split(images, labels).images is images
     assert "float32 (4, 3, 2, 2)" in error_of(Split, images.float(), labels)
@@ -170,7 +162,7 @@ def test_the_order_follows_the_generator() -> None:
     assert sorted(first) == sorted(second) == list(range(50))
 
 
-def test_an_empty_batch_is_refused_at_once() -> None:
+def test_an_empty_batch_is_refused_at_once(error_of: ErrorOf) -> None:
     assert "not 0" in error_of(batches, numbered_split(3), 0, generator=None)
 
 
@@ -201,14 +193,16 @@ def test_digits_are_the_digits_that_their_labels_say() -> None:
     assert (data.train.labels[nearest] == data.test.labels).float().mean() > 0.97
 
 
-def test_names() -> None:
+def test_names(error_of: ErrorOf) -> None:
     assert error_of(load_data, "digts").endswith("did you mean 'digits'?")
     assert error_of(load_data, "cifar-10").endswith("did you mean 'cifar10'?")
     assert "no folder of images at" in error_of(load_data, "./digts")
     assert "fixed image size" in error_of(load_data, "digits", image_size=32)
 
 
-def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_without_a_network(
+    error_of: ErrorOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for scheme in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # where nothing listens
     monkeypatch.delenv("no_proxy", raising=False)
@@ -226,7 +220,7 @@ def test_cifar10_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_missing_package_says_how_to_get_it(
-    spec: str, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    error_of: ErrorOf, spec: str, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
@@ -417,7 +411,7 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert torch.equal(load_image_folder(tmp_path).train.images[0], pixels_of(path))
 
 
-def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(error_of: ErrorOf, folder: Path, tmp_path: Path) -> None:
     assert "/absent'" in error_of(load_image_folder, tmp_path / "absent")
     assert "not 0" in error_of(load_image_folder, folder, image_size=0)
     (folder / "test" / "dog").rename(folder / "test" / "fox")
@@ -434,7 +428,7 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["text", "empty", "truncated"])
 def test_a_damaged_image_is_named_and_nothing_is_cached(
-    folder: Path, cache: Path, damage: str
+    error_of: ErrorOf, folder: Path, cache: Path, damage: str
 ) -> None:
     path = folder / "test" / "dog" / "1.png"
     whole = path.read_bytes()
@@ -445,7 +439,9 @@ def test_a_damaged_image_is_named_and_nothing_is_cached(
     assert_faithful(load_image_folder(folder), folder)
 
 
-def test_a_cache_that_cannot_be_written_says_so(folder: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_says_so(
+    error_of: ErrorOf, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / "file" / "below"):
         assert "DEEPTWIST_CACHE" in error_of(load_image_folder, folder, cache=cache)

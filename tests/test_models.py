@@ -4,23 +4,24 @@ import pickle
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deeptwist.data import load_image_folder, normalize
-from deeptwist.errors import DeepTwistError
 from deeptwist.models import MODELS, build_model, load_weights
 from deeptwist.models.resnet_cifar import PadShortcut, resnet20
 from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
 
-SHARED = Path(os.environ.get("DEEPTWIST_SHARED", Path(__file__).parents[2] / "shared"))
+ErrorOf = Callable[..., str]
 RESNET32 = SHARED / "weights" / "resnet32-cifar10.safetensors"
 IMAGES_PER_CLASS = 100
 
@@ -39,14 +40,6 @@ def cifar10_sample(tmp_path: Path) -> Path:
             for image in sorted(category.iterdir())[:IMAGES_PER_CLASS]:
                 (tmp_path / split / category.name / image.name).symlink_to(image)
     return tmp_path
-
-
-def error_of(call: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(DeepTwistError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- the networks
@@ -146,17 +139,17 @@ def test_networks_copy_export_and_trace_whole(factory: Any) -> None:
         ("torch.nn:Identty", "Identity"),
     ],
 )
-def test_misspelt_names_give_the_nearest(name: str, nearest: str) -> None:
+def test_misspelt_names_give_the_nearest(error_of: ErrorOf, name: str, nearest: str) -> None:
     assert error_of(build_model, name).endswith(f"did you mean {nearest!r}?")
 
 
-def test_a_name_like_no_other_lists_them() -> None:
+def test_a_name_like_no_other_lists_them(error_of: ErrorOf) -> None:
     message = error_of(build_model, "xyz")
     assert "resnet32" in message
     assert "torchvision/NAME" in message
 
 
-def test_torchvision() -> None:
+def test_torchvision(error_of: ErrorOf) -> None:
     pytest.importorskip("torchvision")
     model = build_model("torchvision/resnet18", num_classes=5, in_channels=3).eval()
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
@@ -178,13 +171,13 @@ def test_timm(name: str) -> None:
     ],
 )
 def test_a_missing_package_says_how_to_get_it(
-    name: str, module: str, command: str, monkeypatch: pytest.MonkeyPatch
+    error_of: ErrorOf, name: str, module: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     assert command in error_of(build_model, name)
 
 
-def test_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_factories(error_of: ErrorOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ownnets.py").write_text(
         "from torch import nn\n"
         "def plain(): return nn.Linear(1, 1)\n"
@@ -298,7 +291,7 @@ def test_weights_take_the_models_dtype(tmp_path: Path) -> None:
     assert torch.equal(model.weight, stored.weight.float())
 
 
-def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_change_nothing(error_of: ErrorOf, tmp_path: Path) -> None:
     model = Small()
     before = numbers_of(model)
 
@@ -325,14 +318,16 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     assert "no state dict" in message_for({"state_dict": {}})
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(error_of: ErrorOf, tmp_path: Path) -> None:
     assert str(tmp_path / "absent.pt") in error_of(load_weights, Small(), tmp_path / "absent.pt")
     assert "no weights file" in error_of(load_weights, Small(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["zip.pt", "legacy.pt", "weights.safetensors"])
 @pytest.mark.parametrize("kept", [0, 0.01, 0.3, 0.9, 0.999])
-def test_truncated_files_are_refused(name: str, kept: float, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(
+    error_of: ErrorOf, name: str, kept: float, tmp_path: Path
+) -> None:
     model, path = Small(), tmp_path / name
     before = numbers_of(model)
     if name.endswith("safetensors"):
@@ -346,7 +341,7 @@ def test_truncated_files_are_refused(name: str, kept: float, tmp_path: Path) -> 
     assert_same(model, before)
 
 
-def test_text_is_refused(tmp_path: Path) -> None:
+def test_text_is_refused(error_of: ErrorOf, tmp_path: Path) -> None:
     (tmp_path / "page.pt").write_text("<html>404 not found</html>\n" * 30)
     assert "page.pt" in error_of(load_weights, Small(), tmp_path / "page.pt")
 
@@ -362,7 +357,7 @@ class Hostile:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_nothing_but_tensors_is_unpickled(tmp_path: Path) -> None:
+def test_nothing_but_tensors_is_unpickled(error_of: ErrorOf, tmp_path: Path) -> None:
     hostile = Hostile(tmp_path / "trace")
     path = tmp_path / "hostile.pt"
     torch.save({"state_dict": Small().state_dict(), "epoch": hostile}, path)

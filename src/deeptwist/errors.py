@@ -25,3 +25,8 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
         return DeepTwistError(f"unknown {kind} {name!r}: did you mean {near[0]!r}?")
     shown = ", ".join(valid[:12]) + (", …" if len(valid) > 12 else "")
     return DeepTwistError(f"unknown {kind} {name!r}: choose from {shown or 'none'}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, which may have many."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from deeptwist.convolution import READABLE, Convolution
 from deeptwist.cost import Call
 from deeptwist.decompositions import FactoredLayer
+from deeptwist.errors import DeepTwistError, first_line
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,6 +46,9 @@ def layers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
     Args:
         model: any network; run once on `inputs`, in evaluation mode, and left as it was.
         inputs: the model's positional inputs.
+
+    Raises:
+        DeepTwistError: if the model cannot run on the inputs.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -154,6 +158,11 @@ def _record_calls(
     try:
         with evaluating(model), torch.no_grad():
             model(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise DeepTwistError(
+            f"{type(model).__name__} cannot run on the example input {shapes}: {first_line(error)}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -291,7 +291,7 @@ def plan(
         include: patterns of the layers to compress.
         exclude: patterns of the layers to keep.
         overrides: pattern → another decomposition, another ratio, or none to keep the layer;
-            the last pattern that matches counts.
+            the last pattern that matches counts, before all rules above.
 
     Returns:
         The plan; every layer that is not compressed is in it with its reason.

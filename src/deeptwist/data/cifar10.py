@@ -7,7 +7,7 @@ import torch
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
 from deeptwist.data.extras import needs_extra
 from deeptwist.data.image_cache import cache_folder
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, first_line
 
 
 def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
@@ -27,10 +27,9 @@ def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
     try:
         train, test = (CIFAR10(folder, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeepTwistError(
-            f"cannot download CIFAR-10 into {folder} ({reason}): give a folder that holds "
-            "train/CLASS/*.png and test/CLASS/*.png instead"
+            f"cannot download CIFAR-10 into {folder} ({first_line(error)}): "
+            "give a folder that holds train/CLASS/*.png and test/CLASS/*.png instead"
         ) from None
     train_split, test_split = (
         Split(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from deeptwist.data.extras import needs_extra
 from deeptwist.errors import DeepTwistError
+from deeptwist.files import replacing
 
 _CHUNK = 256  # images decoded ahead of the disk: 38 MB at 224 × 224
-
 _WORTH_THREADS = 3 * 128 * 128  # numbers in an image
 
 Pixels = npt.NDArray[np.uint8]
@@ -63,20 +63,15 @@ def write_images(file: Path, paths: Sequence[str], image_size: int | None) -> No
         DeepTwistError: if an image cannot be decoded or the file not be written.
     """
     shape = (len(paths), *read_image(paths[0], image_size).shape)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as array:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(array, header)
-                for image in _decoded(paths, image_size):
-                    if image.shape != shape[1:]:
-                        raise MixedSizesError
-                    array.write(image.tobytes())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(file) as temporary, temporary.open("wb") as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)
+            for image in _decoded(paths, image_size):
+                if image.shape != shape[1:]:
+                    raise MixedSizesError
+                array.write(image.tobytes())
     except OSError as error:
         raise DeepTwistError(
             f"cannot cache decoded images in {file.parent} ({error.strerror}): "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -46,15 +45,13 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise DeepTwistError(f"'{path}' is not a whole safetensors file: {error}") from None
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"{refused[1]}, which could run code" if refused else "something unreadable"
         raise DeepTwistError(
             f"'{path}' holds {reason}: save model.state_dict() alone and load that"
         ) from None
-    except Exception as error:  # damaged bytes surface as a dozen types: EOFError, KeyError, …
+    except Exception as error:  # damaged bytes surface as a dozen types
         raise DeepTwistError(
             f"'{path}' is damaged or no checkpoint ({type(error).__name__})"
         ) from None

@@ -234,7 +234,7 @@ def _draw_bars(
         y = row + 0.26 * side
         axes.barh(y, timing.median, height=0.22, color=color)
         quartiles = [[timing.median - timing.lower], [timing.upper - timing.median]]
-        axes.errorbar(timing.median, y, xerr=quartiles, ecolor=INK, elinewidth=0.9, capsize=2)
+        axes.errorbar(timing.median, y, xerr=quartiles, color=INK, elinewidth=0.9, capsize=2)
         axes.text(
             timing.upper + 0.02 * furthest,
             y,

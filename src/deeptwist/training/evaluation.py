@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from deeptwist.data import Dataset, Split, batches, normalize
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection import evaluating
 
 _BATCH = 500
@@ -44,14 +44,21 @@ def evaluate(
         on_batch: called after every batch of up to 500.
 
     Raises:
-        DeepTwistError: if the model's outputs are not one logit per class.
+        DeepTwistError: if the model cannot run on the images, or its outputs are not one logit
+            per class.
     """
     device = next(model.parameters()).device
     outputs = []
     with evaluating(model):
         for some, _ in batches(Split(images, labels), _BATCH, generator=None):
             x = normalize(some.to(device), data.mean, data.std).to(memory_format=layout)
-            outputs.append(model(x).float())
+            try:
+                outputs.append(model(x).float())
+            except RuntimeError as error:
+                raise DeepTwistError(
+                    f"{type(model).__name__} cannot run on images of {data.name}, "
+                    f"{tuple(x.shape[1:])}: {first_line(error)}"
+                ) from error
             on_batch()
     logits, targets = torch.cat(outputs), labels.to(device)
     if logits.shape != (len(labels), len(data.classes)):

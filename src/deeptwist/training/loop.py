@@ -104,7 +104,7 @@ def fit(
             step += 1
             if not loss.isfinite():
                 raise DeepTwistError(
-                    f"the loss is {float(loss)} at step {step}: lower lr={settings.lr}"
+                    f"the loss is {loss.item()} at step {step}: lower lr={settings.lr}"
                 )
             fabric.backward(loss)
             optimizer.step()

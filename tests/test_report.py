@@ -1,0 +1,542 @@
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from torch import nn
+
+import deeptwist as dt
+from deeptwist.benchmark import Comparison, Timing
+from deeptwist.errors import DeepTwistError
+from deeptwist.report import wording, write_report
+from deeptwist.report.cases import cases_of, verdict
+from deeptwist.report.looks import looks_of
+from deeptwist.report.plots import plots_of
+from deeptwist.training import records
+from deeptwist.training.records import Run, Summary, read_run
+from deeptwist.training.settings import Settings
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; $x$ \x07"
+
+
+def small_plan(decomposition: dt.Decomposition) -> dt.Plan:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 10)
+    )
+    return dt.plan(
+        model,
+        decomposition,
+        ratio=2,
+        example_input=torch.zeros(1, 3, 8, 8),
+        skip_first_conv=True,
+        linear=False,
+    )
+
+
+PLANS = {"tucker": small_plan(dt.Tucker()), "spatial_svd": small_plan(dt.SpatialSVD())}
+
+
+def make_run(
+    name: str = "dense", mode: str = "dense", decomposition: str | None = None, **changes: Any
+) -> Run:
+    plan = PLANS.get(decomposition or "")
+    latency = Comparison(Timing(8.0, 7.5, 9.0), Timing(10.0, 9.25, 12.0), speedup=0.78)
+    summary = Summary(
+        name=name,
+        mode=mode,
+        model="resnet20",
+        data="digits",
+        decomposition=decomposition,
+        ratio=None if decomposition is None else 4.0,
+        accuracy_before=0.8890,
+        accuracy_untrained=None if decomposition is None else 0.1234,
+        accuracy=0.8890 if decomposition is None else 0.8641,
+        loss=0.4321,
+        parameters_before=464_154,
+        parameters=464_154 if decomposition is None else 116_000,
+        macs_before=69_124_736,
+        macs=69_124_736 if decomposition is None else 16_458_270,
+        bytes=1_870_000 if decomposition is None else 473_210,
+        steps=2340,
+        seconds=3312.0,
+        output_difference=3e-7 if mode == "deeptwist" else None,
+        latency=None if decomposition is None else latency,
+        latency_batch=None if decomposition is None else 16,
+        settings=asdict(Settings()),
+        machine="a machine",
+        version="0.1.0",
+    )
+    epochs = [
+        {
+            "event": "epoch",
+            "epoch": epoch,
+            "step": 390 * epoch,
+            "train_loss": 1 / epoch,
+            "test": {"loss": 1 / epoch, "accuracy": 0.7 + 0.02 * epoch},
+            "lr": 0.05,
+            "seconds": 1.0,
+        }
+        for epoch in range(1, 7)
+    ]
+    distortions = [
+        {
+            "event": "distortion",
+            "step": 200 * turn,
+            "weight_shift": 1e-4 / 3**turn,
+            "layer_shifts": {},
+            "loss_increase": 2.0 / turn**2 if turn < 8 else None,
+        }
+        for turn in range(1, 9)
+    ]
+    run = Run(summary, epochs, distortions if mode == "deeptwist" else [], plan)
+    return replace(run, summary=replace(summary, **changes))
+
+
+def pair(decomposition: str, **changes: Any) -> list[Run]:
+    return [
+        make_run(f"{mode}-{decomposition}", mode, decomposition, **changes)
+        for mode in ("deeptwist", "decomposed")
+    ]
+
+
+def without_curves(run: Run) -> Run:
+    """The same run with next to nothing to draw, which takes most of the time."""
+    summary = replace(run.summary, latency=None, latency_batch=None)
+    return replace(run, summary=summary, epochs=[], distortions=[], plan=None)
+
+
+RUNS = [make_run(), *pair("tucker"), *pair("spatial_svd")]
+
+
+class Page(HTMLParser):
+    """What a page holds: tables by heading, the elements with their attributes, the text."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.html = html
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        cell = {"td", "th"} & set(self._open)
+        if cell:
+            separator = "|" if self._open[-1] == "small" else ""
+            self.tables[-1][-1][-1] += separator + data
+        if self._open and not cell:
+            self.texts[self._open[-1]][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def rows(self, table: int = 0) -> list[dict[str, str]]:
+        heading, *rows = self.tables[table]
+        return [dict(zip(heading, row, strict=True)) for row in rows]
+
+    @property
+    def drawings(self) -> list[dict[str, str | None]]:
+        return [svg for svg in self.all("svg") if svg.get("role") == "img"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of all `RUNS`."""
+    path = tmp_path_factory.mktemp("whole") / "report.html"
+    write_report(RUNS, path, title="Tucker & co")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Callable[..., Page]:
+    def write(*runs: Run, title: str = "A title") -> Page:
+        path = write_report(runs, tmp_path / "report.html", title=title)
+        return Page(path.read_text(encoding="utf-8"))
+
+    return write
+
+
+def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(DeepTwistError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- the page
+
+
+def test_the_page_has_its_parts_in_order(whole: Page) -> None:
+    assert [text.strip() for text in whole.texts["h1"]] == ["Tucker & co"]
+    assert whole.texts["title"] == ["Tucker & co"]
+    assert [text.split(":")[0] for text in whole.texts["h2"]] == [
+        "Results",
+        "Plots",
+        "Layers",
+        "Settings",
+        "How to read this page",
+    ]
+    assert verdict(cases_of(RUNS)[0]) in whole.texts["p"][0]
+    assert len(whole.texts["figcaption"]) == len(whole.drawings) == 7
+    assert all(len(caption) > 40 for caption in whole.texts["figcaption"])
+
+
+def test_the_page_needs_nothing_from_elsewhere(whole: Page) -> None:
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+", whole.html))
+    assert addresses <= {"http://www.w3.org"}
+    assert not {tag for tag, _ in whole.elements} & {"script", "link", "img", "iframe", "object"}
+    assert "@import" not in whole.html
+    references = re.findall(r"url\(([^)]*)\)", whole.html)
+    references += [use["href"] or "" for use in whole.all("use")]
+    identifiers = [attributes["id"] for _, attributes in whole.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    assert references
+    assert {reference.removeprefix("#") for reference in references} == set(identifiers)
+
+
+def test_the_same_runs_give_the_same_page_and_leave_matplotlib_alone(
+    whole: Page, page: Callable[..., Page]
+) -> None:
+    before = dict(matplotlib.rcParams)
+    assert page(*RUNS, title="Tucker & co").html == whole.html
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_drawings_and_tables_can_be_read_out(whole: Page) -> None:
+    for svg in whole.drawings:
+        assert "deeptwist-tucker" in (svg["aria-label"] or "")
+    for svg in whole.all("svg"):
+        assert svg.get("role") == "img" or svg.get("aria-hidden") == "true"
+    assert {cell["scope"] for cell in whole.all("th")} == {"col", "row"}
+
+
+def test_drawings_take_their_colours_from_the_page(whole: Page) -> None:
+    drawn = "".join(re.findall(r"<svg .*?</svg>", whole.html, re.DOTALL))
+    assert not re.findall(r"(?:fill|stroke): #", drawn)
+    used = set(re.findall(r"var\((--[\w-]+)\)", whole.html))
+    assert used <= set(re.findall(r"(--[\w-]+):", whole.html))
+
+
+def test_hostile_names_are_only_names(page: Callable[..., Page]) -> None:
+    runs = [
+        make_run(HOSTILE, mode, decomposition, model=HOSTILE, data=HOSTILE, machine=HOSTILE)
+        for mode, decomposition in (("dense", None), ("deeptwist", "tucker"))
+    ]
+    runs[1] = replace(runs[1], summary=replace(runs[1].summary, decomposition=HOSTILE))
+    found = page(*runs, title=HOSTILE)
+    assert not {tag for tag, _ in found.elements} & {"script", "img"}
+    assert not [key for _, attributes in found.elements for key in attributes if key[:2] == "on"]
+    assert found.texts["h1"] == [HOSTILE]
+    assert [row["run"] for row in found.rows()] == [HOSTILE, HOSTILE]
+    assert {text.strip() for text in found.texts["li"]} == {HOSTILE.strip()}
+
+
+def test_a_name_that_is_no_text_does_no_harm(page: Callable[..., Page]) -> None:
+    names = ["\ud800", "層", "x" * 500, "_hidden", ""]
+    runs = [make_run(name, "decomposed", "tucker") for name in names]
+    found = page(*[replace(run, epochs=[], plan=None) for run in runs])
+    assert [row["run"] for row in found.rows()] == ["?", *names[1:]]
+
+
+def test_what_is_imported() -> None:
+    code = (
+        "import sys, deeptwist\n"
+        "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
+        "import deeptwist.report\n"
+        "assert not {'lightning', 'torchmetrics', 'matplotlib.pyplot'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors(tmp_path: Path) -> None:
+    assert "no run" in error_of(write_report, [], tmp_path / "x.html", title="")
+    missing = tmp_path / "missing" / "x.html"
+    assert str(missing) in error_of(write_report, RUNS[:1], missing, title="")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- results
+
+
+def test_the_table_says_what_the_records_say(whole: Page) -> None:
+    rows = whole.rows()
+    assert [row["run"] for row in rows] == [run.summary.name for run in RUNS]
+    assert rows[0] == {
+        "run": "dense",
+        "mode": "dense",
+        "decomposition": "–",
+        "ratio asked": "–",
+        "accuracy, %": "88.90",
+        "change, points": "0.00",
+        "decomposed, untrained, %": "–",
+        "parameters": "464,154",
+        "MACs": "69,124,736",
+        "file": "1.87\xa0MB",
+        "latency, ms": "–",
+        "steps": "2,340",
+        "minutes": "55.2",
+    }
+    assert rows[2] == {
+        "run": "decomposed-tucker",
+        "mode": "conventional fine-tuning",
+        "decomposition": "Tucker",
+        "ratio asked": "4×",
+        "accuracy, %": "86.41",
+        "change, points": "−2.49",
+        "decomposed, untrained, %": "12.34",
+        "parameters": "116,000|4.00×\xa0fewer",
+        "MACs": "16,458,270|4.20×\xa0fewer",
+        "file": "473\xa0kB",
+        "latency, ms": "8.00\xa0→\xa010.0|0.78×\xa0(slower)",
+        "steps": "2,340",
+        "minutes": "55.2",
+    }
+
+
+def test_quartiles_are_in_the_tooltip(whole: Page) -> None:
+    tooltips = [cell["title"] or "" for cell in whole.all("td") if "title" in cell]
+    assert (
+        "dense: median 8.00 ms, quartiles 7.50 to 9.00; "
+        "decomposed: median 10.0 ms, quartiles 9.25 to 12.0 for a batch of 16"
+    ) in tooltips
+
+
+def test_runs_of_one_decomposition_sit_together(page: Callable[..., Page]) -> None:
+    dense, tucker, tucker_too, spatial, spatial_too = RUNS
+    given = [tucker, dense, spatial, tucker_too, spatial_too]
+    found = page(*map(without_curves, given))
+    assert [row["run"] for row in found.rows()] == [
+        run.summary.name for run in (tucker, tucker_too, dense, spatial, spatial_too)
+    ]
+
+
+def test_networks_and_data_sets_are_not_mixed(page: Callable[..., Page]) -> None:
+    other = [make_run("other", "deeptwist", "tucker", model="vgg19", accuracy=0.99)]
+    found = page(*map(without_curves, [*RUNS, *other]))
+    assert found.texts["span"] == ["resnet20 on digits", "vgg19 on digits"]
+    assert [row["run"] for row in found.rows(1)] == ["other"]
+    plots = [text for text in found.texts["h2"] if text.startswith("Plots")]
+    assert plots == ["Plots: resnet20 on digits", "Plots: vgg19 on digits"]
+    assert "the dense network 88.9" in verdict(cases_of([*RUNS, *other])[0])
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        (
+            [make_run(), make_run("a", "deeptwist", "tucker")],
+            "DeepTwist, Tucker: 86.4 % at 4.0× fewer parameters and 4.2× fewer MACs; "
+            "the dense network has 88.9 %.",
+        ),
+        (
+            [make_run("a", "deeptwist", "Tucker()", accuracy=0.9)],
+            "DeepTwist, Tucker: 90.0 % at 4.0× fewer parameters and 4.2× fewer MACs; "
+            "the dense network that it started from has 88.9 %.",
+        ),
+        (
+            [
+                make_run(),
+                make_run("a", "deeptwist", "TiledSVD(tile=(64, 72))", accuracy=0.85, ratio=8.0),
+                make_run("b", "deeptwist", "tucker", accuracy=0.8641),
+                make_run("c", "decomposed", "tucker", accuracy=0.8702, macs=80_000_000),
+                make_run("d", "deeptwist", "tucker", accuracy=0.866, steps=1),
+            ],
+            "Conventional fine-tuning, Tucker: 87.0 % at 4.0× fewer parameters and 1.2× more MACs; "
+            "DeepTwist at the same ratio has 86.4 %, the dense network 88.9 %.",
+        ),
+        ([make_run()], "The dense network has 88.9 %; none is compressed yet."),
+    ],
+)
+def test_the_verdict(runs: list[Run], sentence: str) -> None:
+    assert verdict(cases_of(runs)[0]).replace("\xa0", " ") == sentence
+
+
+# --- plots
+
+
+def titles(runs: list[Run]) -> list[str]:
+    return [plot.title.split(":")[0] for plot in plots_of(cases_of(runs)[0], "plot")]
+
+
+def test_a_plot_without_data_is_left_out(page: Callable[..., Page]) -> None:
+    dense, _, conventional, *_ = RUNS
+    assert titles([dense]) == ["Test accuracy while training", "Training loss"]
+    assert titles([dense, conventional]) == [
+        "Accuracy against compression",
+        "Test accuracy while training",
+        "Training loss",
+        "Latency",
+        "Relative error of each layer",
+    ]
+    bare = without_curves(make_run("bare", "deeptwist", "tucker", ratio=None))
+    assert titles([bare]) == ["Accuracy against compression"]
+    found = page(bare)
+    assert found.rows()[0]["latency, ms"] == found.rows()[0]["ratio asked"] == "–"
+    assert "Layers" not in found.texts["h2"]
+
+
+def test_every_run_is_in_the_keys(page: Callable[..., Page]) -> None:
+    plots = plots_of(cases_of(RUNS)[0], "plot")
+    keys = {plot.title.split(":")[0]: [name for name, _ in plot.key] for plot in plots}
+    every = [run.summary.name for run in RUNS]
+    assert keys["Test accuracy while training"] == keys["Training loss"] == every
+    assert keys["Accuracy against compression"] == every[1:]
+    assert keys["What a distortion costs"] == ["deeptwist-tucker", "deeptwist-spatial_svd"]
+    # Both modes had the same plan.
+    assert keys["Relative error of each layer"] == ["deeptwist-tucker", "deeptwist-spatial_svd"]
+    latency = next(plot.svg for plot in plots if plot.title == "Latency")
+    assert all(f">{name}: 0.78×" in latency for name in every[1:])
+
+
+def test_values_that_no_axis_can_show() -> None:
+    run = without_curves(make_run("a", "deeptwist", "tucker"))
+    odd = [
+        {"step": step, "weight_shift": shift, "loss_increase": increase}
+        for step, shift, increase in [(1, 0.0, float("inf")), (2, 1e-9, float("nan")), (3, 1, -9.0)]
+    ]
+    assert len(titles([replace(run, distortions=odd)])) == 3
+    assert len(titles([replace(run, distortions=odd[:1])])) == 1
+
+
+def test_many_runs_and_long_ones(page: Callable[..., Page]) -> None:
+    runs = [
+        make_run(f"{mode}-{ratio}", mode, "tucker", ratio=float(ratio), parameters=464_154 // ratio)
+        for ratio in range(2, 9)
+        for mode in ("deeptwist", "decomposed")
+    ]
+    long = [{**runs[0].distortions[0], "step": step} for step in range(2000)]
+    runs[0] = replace(runs[0], distortions=long)
+    found = page(*runs)
+    assert [row["run"] for row in found.rows()] == [run.summary.name for run in runs]
+    assert len(found.html) < 500_000
+
+
+def test_looks_differ_and_pairs_share_colour_and_marker() -> None:
+    runs = [
+        make_run(f"{mode}{ratio}", mode, "tucker", ratio=float(ratio))
+        for ratio in range(42)
+        for mode in ("deeptwist", "decomposed")
+    ]
+    looks = looks_of(runs)
+    assert len(set(looks)) == len(looks)
+    for deeptwist, conventional in pairwise(looks):
+        if deeptwist.filled:
+            assert deeptwist.color == conventional.color
+            assert deeptwist.marker == conventional.marker
+            assert deeptwist.dashes != conventional.dashes
+
+
+# --- layers and settings
+
+
+def test_each_distinct_plan_has_one_table(whole: Page) -> None:
+    assert len(whole.all("details")) == 2
+    assert whole.texts["summary"][0].strip() == (
+        "Tucker, ratio 4×: deeptwist-tucker and decomposed-tucker"
+    )
+    heading, first, second, linear, total = whole.tables[1]
+    plan = PLANS["tucker"]
+    layer = plan.layers[1]
+    assert heading[0] == "layer"
+    assert first[:4] == ["0", "1", "3→8, 3×3", "kept: first convolution"]
+    assert first[4:] == ["216", "216", "7,776", "7,776", "–"]
+    assert second == [
+        "2",
+        "2",
+        "8→16, 3×3",
+        "Tucker",
+        "×".join(map(str, getattr(layer.decomposition, "rank", ()))),
+        f"{layer.num_weights:,}",
+        f"{layer.factored_weights:,}",
+        f"{plan.layer_macs(layer, factored=False):,}",
+        f"{plan.layer_macs(layer, factored=True):,}",
+        f"{layer.relative_error:.3f}",
+    ]
+    assert linear[3] == "kept: linear layer"
+    assert total[0] == f"whole network|with {plan.other_parameters} other parameters"
+    assert total[2:6] == [
+        f"{count:,}"
+        for count in (plan.dense_parameters, plan.parameters, plan.dense_macs, plan.macs)
+    ]
+
+
+def test_settings_are_said_once_or_run_by_run(whole: Page, page: Callable[..., Page]) -> None:
+    shared = dict(zip(whole.texts["dt"], whole.texts["dd"], strict=True))
+    assert (shared["seed"], shared["epochs"], shared["channels last"]) == ("0", "6", "yes")
+    assert (shared["machine"], shared["deeptwist"]) == ("a machine", "0.1.0")
+    assert (shared["network"], shared["data"]) == ("resnet20", "digits")
+
+    seeds = [make_run(f"seed {n}", settings=asdict(Settings(seed=n)) | {"n": n}) for n in (1, 2)]
+    seeds.append(make_run("older", settings={"seed": 3}))
+    found = page(*map(without_curves, seeds))
+    assert "seed" not in found.texts["dt"]
+    rows = found.rows(-1)
+    assert [row["seed"] for row in rows] == ["1", "2", "3"]
+    assert [row["n"] for row in rows] == ["1", "2", "–"]
+
+
+# --- wording
+
+
+def test_numbers_are_said_plainly() -> None:
+    assert wording.points(-0.0000001) == wording.points(0.0) == "0.00"
+    assert wording.points(0.0123) == "+1.23"
+    assert wording.speed(0.5).endswith("(slower)")
+    assert wording.speed(2.0).endswith("(faster)")
+    assert wording.speed(0.999) == "1.00×"
+    assert wording.fewer(0, 0) == ""
+    assert wording.fewer(7, 7) == "as many"
+    assert wording.fewer(100, 150) == "1.50×\xa0more"
+    assert wording.power_of_ten(2e-5) == "2·10⁻⁵"
+    assert wording.power_of_ten(1e-4) == "10⁻⁴"
+    assert wording.milliseconds(123.4) == "123"
+    assert wording.listed(["a", "b", "c"]) == "a, b and c"
+    assert wording.listed(["a"]) == "a"
+    assert wording.listed([]) == ""
+
+
+# --- records
+
+
+def test_these_runs_are_what_a_folder_holds(tmp_path: Path) -> None:
+    run = make_run("a", "deeptwist", "tucker")
+    assert run.plan is not None
+    run.summary.write(tmp_path)
+    (tmp_path / records.PLAN).write_text(run.plan.to_json(), encoding="utf-8")
+    for line in [*run.epochs, *run.distortions]:
+        values = {key: value for key, value in line.items() if key != "event"}
+        records.append(tmp_path / records.METRICS, line["event"], values)
+    assert read_run(tmp_path) == run
