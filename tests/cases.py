@@ -1,12 +1,13 @@
 """The tables that the tests walk: a new decomposition joins them by one line in `METHODS`."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwistError, SpatialSVD, TiledSVD, Tucker
@@ -115,13 +116,16 @@ def holds(method: Decomposition, convolution: Convolution) -> bool:
     return not (tiled and convolution.transposed and not method.is_aligned(convolution))
 
 
-def pairs(methods: Any = METHODS, geometries: Any = GEOMETRIES) -> Iterator[Any]:
+def pairs(
+    methods: Iterable[str] = tuple(METHODS), geometries: Iterable[str] = tuple(GEOMETRIES)
+) -> list[Any]:
     """Every method with every geometry that it holds, as pytest parameters."""
-    for name in methods:
-        for geometry in geometries:
-            convolution = Convolution.of(GEOMETRIES[geometry][0]())
-            if holds(METHODS[name], convolution):
-                yield pytest.param(METHODS[name], geometry, id=f"{name}-{geometry}")
+    return [
+        pytest.param(METHODS[name], geometry, id=f"{name}-{geometry}")
+        for name in methods
+        for geometry in geometries
+        if holds(METHODS[name], Convolution.of(GEOMETRIES[geometry][0]()))
+    ]
 
 
 def build(geometry: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
@@ -160,3 +164,45 @@ def difference(expected: Tensor, found: Tensor) -> float:
     norm = torch.linalg.vector_norm(expected / scale)
     away = torch.linalg.vector_norm((expected - found) / scale)
     return float(away / norm) if norm > 0 else float(away)
+
+
+JUNK = [
+    None, True, False, 0, -1, 1, 2.5, 10**30, -(10**30), float("inf"), float("nan"), "", "same",
+    "two\nlines", "../../etc/passwd", "0.weight", [], [0], [-1, -1], [10**9, 10**9], [[3]], ["3"],
+    {}, {"method": "svd"}, {"method": "svd", "rank": 10**9}, {"method": "cp", "rank": 10**9},
+]  # fmt: skip
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, document: Any) -> Any:
+    """A JSON document with one value, anywhere, replaced, removed or added."""
+    document = copy.deepcopy(document)
+    place, keys = document, _keys(document)
+    key = draw(st.sampled_from(keys))
+    while _keys(place[key]) and draw(st.integers(0, 4)):
+        place, keys = place[key], _keys(place[key])
+        key = draw(st.sampled_from(keys))
+    match draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"])):
+        case "replace":
+            place[key] = draw(st.sampled_from(JUNK))
+        case "remove":
+            del place[key]
+        case "add" if isinstance(place, dict):
+            place[draw(st.sampled_from(["two\nlines", "extra", "../up"]))] = place[key]
+        case "add":
+            place.append(draw(st.sampled_from(JUNK)))
+    return document
+
+
+def _keys(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value)
+    return list(range(len(value))) if isinstance(value, list) else []
+
+
+def works_or_is_refused(call: Callable[[], object]) -> None:
+    """Nothing but a `DeepTwistError` of one line may come out of it."""
+    try:
+        call()
+    except DeepTwistError as error:
+        assert len(str(error).splitlines()) == 1, str(error)

@@ -349,7 +349,11 @@ def test_a_truncated_cache_is_rebuilt(folder: Path, cache: Path, kept: int) -> N
 def test_a_cache_of_something_else_is_rebuilt(folder: Path, cache: Path) -> None:
     load_image_folder(folder)
     (file,) = cache.iterdir()
-    for other in (np.zeros((9, 3, 9, 9), np.uint8), np.zeros((10, 3, 9, 9)), np.zeros(3)):
+    for other in (
+        np.zeros((9, 3, 9, 9), np.uint8),
+        np.zeros((10, 3, 9, 9)),
+        np.zeros((10, 3), np.uint8),
+    ):
         np.save(file, other)
         assert_faithful(load_image_folder(folder), folder)
 
@@ -459,6 +463,7 @@ def test_progress_shows_on_terminals_only(
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
+        os.set_blocking(master, False)
         load_image_folder(folder)  # of mixed sizes, so it starts over once
         shown = os.read(master, 2**16).decode()
     os.close(master)

@@ -64,7 +64,9 @@ def test_a_resolved_decomposition_resolves_to_itself(method: Decomposition, geom
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("method", "geometry"), pairs())
+@pytest.mark.parametrize(
+    ("method", "geometry"), pairs(geometries=["3x3", "groups", "linear", "1-D", "transposed 3-D"])
+)
 def test_reconstruction_has_the_kernels_shape_and_device(
     method: Decomposition, geometry: str, device: str
 ) -> None:
@@ -107,7 +109,7 @@ def test_decomposing_a_reconstruction_changes_nothing(method: Decomposition, geo
 @pytest.mark.parametrize(("method", "geometry"), pairs())
 def test_the_error_never_rises_with_the_rank(method: Decomposition, geometry: str) -> None:
     convolution, kernel = read(build(geometry)[0])
-    errors = [error(kernel, at(method, convolution, share / 10)) for share in range(11)]
+    errors = [error(kernel, at(method, convolution, share / 6)) for share in range(7)]
     slack = 0.03 if method.method == "cp" else 1e-7  # ALS finds the nearest optimum, not the best
     assert all(more <= less + slack for less, more in pairwise(errors)), errors
     assert errors[0] <= 1 + 1e-12

@@ -226,13 +226,21 @@ def test_importing_the_models_is_light() -> None:
 
 
 class Small(nn.Module):
-    """Has a child of the very name that DistributedDataParallel wraps with."""
+    """Has a child of the very name that DistributedDataParallel wraps with, and others."""
 
     def __init__(self, out: int = 3) -> None:
         super().__init__()
         self.module = nn.Conv2d(2, 4, 3)
         self.norm = nn.BatchNorm2d(4)
         self.linear = nn.Linear(4, out)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def all_below_module() -> nn.Module:
+    return nn.ModuleDict({"module": nn.Linear(2, 3)})
 
 
 def numbers_of(model: nn.Module) -> dict[str, Tensor]:
@@ -251,7 +259,7 @@ def assert_same(model: nn.Module, expected: dict[str, Tensor]) -> None:
     prefix=st.sampled_from(
         ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
     ),
-    factory=st.sampled_from([lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), Small]),
+    factory=st.sampled_from([plain, Small, all_below_module]),
     zipped=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
@@ -259,7 +267,7 @@ def test_every_common_form_loads(
     wrapper: str | None, prefix: str, factory: Any, zipped: bool, tmp_path_factory: Any
 ) -> None:
     stored, model = factory(), factory()
-    if isinstance(model, Small) and "module." in prefix:
+    if factory is not plain and "module." in prefix:
         prefix = "_orig_mod."  # what else is ambiguous even to a reader
     content: dict[str, Any] = {f"{prefix}{k}": v for k, v in stored.state_dict().items()}
     if wrapper is not None:
@@ -316,6 +324,14 @@ def test_weights_that_do_not_fit_change_nothing(error_of: ErrorOf, tmp_path: Pat
     assert "no state dict but a list" in message_for([torch.ones(1)])
     assert "no state dict" in message_for({})
     assert "no state dict" in message_for({"state_dict": {}})
+
+
+def test_a_prefix_of_some_names_stays(error_of: ErrorOf, tmp_path: Path) -> None:
+    weights = plain().state_dict()
+    weights["module.0.bias"] = weights.pop("0.bias")
+    torch.save(weights, tmp_path / "mixed.pt")
+    message = error_of(load_weights, plain(), tmp_path / "mixed.pt")
+    assert "1 missing (0.bias), 1 unexpected (module.0.bias)" in message
 
 
 def test_a_missing_file_is_named(error_of: ErrorOf, tmp_path: Path) -> None:

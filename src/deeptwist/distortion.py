@@ -31,7 +31,7 @@ class Distortion:
         step: the number of optimizer steps before it.
         weight_shift: Δw = ‖W − W′‖_F / N over all N compressed weights.
         layer_shifts: the same for each layer by itself.
-        loss_increase: ΔL/L of the closure's loss; none where no closure was given.
+        loss_increase: ΔL/L of the closure's loss; none without a closure, or where L is 0.
     """
 
     step: int
@@ -135,13 +135,17 @@ class DeepTwist:
             step=self.steps,
             weight_shift=whole / sum(sizes.values()),
             layer_shifts={name: shift / sizes[name] for name, shift in shifts.items()},
-            loss_increase=None if before is None or after is None else (after - before) / before,
+            # Relative to nothing, an increase has no size.
+            loss_increase=(after - before) / before if before and after is not None else None,
         )
         self.records.append(record)
         return record
 
-    def finish(self) -> nn.Module:
+    def finish(self, loss: Callable[[], Tensor | float] | None = None) -> nn.Module:
         """A last distortion, then the decomposed model, checked against the distorted one.
+
+        Args:
+            loss: as for `step`.
 
         Returns:
             The decomposed model; `output_difference` then holds ‖y − y′‖ / ‖y‖ on the example.
@@ -151,7 +155,7 @@ class DeepTwist:
                 the square root of the type's precision.
         """
         factors = factorize(self.model, self.plan)
-        self._distort(factors)
+        self._distort(factors, loss)
         # The same factors serve both: CP's could not be found again from their product.
         small = swap(self.model, self.plan, {n: f.kernels() for n, f in factors.items()})
         self.output_difference = self._compare(small)

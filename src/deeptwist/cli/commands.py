@@ -32,7 +32,7 @@ _NETWORK, _PLAN, _TRAIN = NetworkOptions(), PlanOptions(), TrainOptions()
 
 
 @app.command
-def demo(*, out: Path = Path("runs/demo"), epochs: int = 30, seed: int = 0) -> None:
+def demo(*, out: Path = Path("runs/demo"), epochs: int = 25, seed: int = 0) -> None:
     """Train a small network on embedded data, compress it 4×, compare, write a report.
 
     ```

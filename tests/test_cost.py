@@ -1,0 +1,107 @@
+"""The paper's Table 2: VGG19's convolutions of 128 input channels and more, in units of 2²⁰."""
+
+import pytest
+import torch
+from cases import METHODS, at
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
+from deeptwist.convolution import Convolution
+from deeptwist.cost import MEGA, macs, paper_flops
+from deeptwist.models.vgg_cifar import vgg19
+
+IMAGE = (1, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def meta_vgg19() -> nn.Module:
+    with torch.device("meta"):
+        return vgg19()
+
+
+def table2(model: nn.Module, decomposition: Decomposition) -> Plan:
+    return plan(
+        model,
+        decomposition,
+        example_input=torch.empty(IMAGE, device="meta"),
+        min_in_channels=128,
+        linear=False,
+    )
+
+
+def weights(made: Plan, *, factored: bool) -> float:
+    return (
+        sum(x.factored_weights if factored else x.num_weights for x in made.compressed) / MEGA
+    )
+
+
+def test_table_2_dense(meta_vgg19: nn.Module) -> None:
+    made = table2(meta_vgg19, Tucker(fraction=0.5))
+    assert len(made.compressed) == 13
+    assert round(weights(made, factored=False), 2) == 18.98
+    assert round(made.paper_flops(factored=False) / MEGA, 2) == 647.87
+
+
+@pytest.mark.parametrize(("rank", "millions"), [(16, 9.49), (11, 6.53), (10, 5.93), (8, 4.75)])
+def test_table_2_tiled_svd(meta_vgg19: nn.Module, rank: int, millions: float) -> None:
+    made = table2(meta_vgg19, TiledSVD(rank=rank, tile=(64, 64)))
+    assert len(made.compressed) == 13
+    assert round(weights(made, factored=True), 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("fraction", "millions"), [(0.6, 320.00), (0.5, 235.74), (0.45, 196.62), (0.4, 161.61)]
+)
+def test_table_2_tucker_flops(meta_vgg19: nn.Module, fraction: float, millions: float) -> None:
+    made = table2(meta_vgg19, Tucker(fraction=fraction))
+    assert round(made.paper_flops(factored=True) / MEGA, 2) == millions
+
+
+def test_paper_flops_by_hand() -> None:
+    """2K − 1 for each output element that sums K = S·d² products."""
+    work = [(Convolution.of(nn.Conv2d(6, 10, 3, padding=1)), (7, 8)), (Convolution(9, 4), ())]
+    assert macs(work) == 6 * 9 * 10 * 56 + 36
+    assert paper_flops(work) == (2 * 54 - 1) * 10 * 56 + (2 * 9 - 1) * 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 24, 3, groups=2),
+        nn.Flatten(2),
+        nn.Linear(36, 20),
+        nn.Conv1d(24, 12, 3, padding="same"),
+    )
+    x = torch.randn(3, 3, 16, 16)
+    made = plan(model, METHODS[name], ratio=1.5, example_input=x)
+    assert made.compressed
+    small = decompose(model, made)
+    for network, counted, parameters in (
+        (model, made.dense_macs, made.dense_parameters),
+        (small, made.macs, made.parameters),
+    ):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(x)
+        assert counter.get_total_flops() == 2 * len(x) * counted
+        assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 16), (7, 3, 16, 16)])
+def test_macs_are_those_of_one_example(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1))
+    made = plan(model, METHODS["svd"], ratio=1.5, example_input=torch.randn(shape))
+    assert made.dense_macs == 3 * 16 * 9 * 16 * 16
+
+
+def test_a_factored_layer_counts_what_its_decomposition_says() -> None:
+    convolution = Convolution.of(nn.Conv2d(16, 32, 3, stride=2, padding=1))
+    method = at(TiledSVD(tile=(16, 64)), convolution, 0.5)  # 1×1 convolutions on the windows
+    rank, windows = method.known_rank, 4 * 4
+    blocks = (144 // 64) * 2  # and two narrower tiles of 16 columns
+    edge = max(1, rank * 16 * 16 * (16 + 64) // (16 * 64 * (16 + 16)))
+    expected = blocks * rank * (16 + 64) + 2 * edge * (16 + 16)
+    assert method.num_weights(convolution) == expected
+    assert method.macs(convolution, (8, 8)) == expected * windows

@@ -1,0 +1,269 @@
+"""Whatever deeptwist cannot treat correctly is kept, and says why; planning looks, and touches not."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import error_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from deeptwist import SVD, DeepTwist, DeepTwistError, Plan, decompose, plan
+from deeptwist.inspection import evaluating, layers_of
+
+X = torch.randn(2, 8, 6, 6)
+
+
+def plan_of(model: nn.Module, x: Tensor = X) -> Plan:
+    return plan(model, SVD(), ratio=1.5, example_input=x)
+
+
+def reason_of(model: nn.Module, name: str, x: Tensor = X) -> str | None:
+    return next(layer.reason for layer in plan_of(model, x).layers if layer.name == name)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1)
+
+
+class Subclass(nn.Conv2d):
+    """Computes something else, as timm's weight-standardised convolutions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Calling(nn.Module):
+    """Calls its convolutions as the function says."""
+
+    def __init__(self, call: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, *self.layers)
+
+
+def test_plain_layers_are_taken() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 9))
+    assert [layer.name for layer in plan_of(model).compressed] == ["0", "3"]
+    assert not plan_of(model).kept  # normalisation has no weights in this sense
+
+
+def test_a_subclass_is_kept() -> None:
+    model = nn.Sequential(Subclass(8, 8, 3), conv())
+    assert "is a Subclass" in str(reason_of(model, "0"))
+    assert [layer.name for layer in plan_of(model).compressed] == ["1"]
+
+
+def test_timms_own_convolutions_are_kept() -> None:
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(layers.StdConv2d(8, 8, 3), layers.Conv2dSame(8, 8, 3), conv())
+    assert "StdConv2d" in str(reason_of(model, "0"))
+    assert "Conv2dSame" in str(reason_of(model, "1"))
+
+
+def test_a_parametrized_weight_is_kept() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(conv()), conv())
+    assert "parametrized" in str(reason_of(model, "0"))
+    made = plan_of(model)
+    assert made.dense_parameters == sum(p.numel() for p in model.parameters())
+    small = DeepTwist(model, made, interval=1).finish()
+    assert torch.allclose(small(X), model(X), atol=1e-5)
+
+
+def test_a_forward_of_its_own_is_kept() -> None:
+    model = nn.Sequential(conv())
+    model[0].forward = lambda x: x  # type: ignore[method-assign]
+    assert "forward of its own" in str(reason_of(model, "0"))
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["forward", "forward pre", "backward", "backward pre", "pruning"],
+)
+def test_a_layer_with_hooks_is_kept(attach: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(conv())
+    attach(model[0])
+    assert reason_of(model, "0") is not None
+
+
+def test_planning_leaves_no_hook_behind() -> None:
+    model = nn.Sequential(conv(), nn.Linear(6, 6))
+    plan_of(model)
+    error_of(plan_of, model, torch.randn(2, 3, 6, 6))
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_module_used_twice_is_one_layer_of_two_names() -> None:
+    shared = conv()
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    (layer,) = plan_of(model).layers
+    assert (layer.name, layer.aliases) == ("0", ("2",))
+    assert len(layer.calls) == 2
+    assert plan_of(model).dense_macs == 2 * 8 * 8 * 9 * 36
+    small = decompose(model, plan_of(model))
+    assert small[0] is small[2]
+
+
+def test_a_shared_weight_is_kept_by_all_that_share_it() -> None:
+    model = nn.Sequential(conv(), conv(), conv())
+    model[1].weight = model[0].weight
+    made = plan_of(model)
+    assert [layer.name for layer in made.compressed] == ["2"]
+    assert all("shares its weight" in str(layer.reason) for layer in made.kept)
+    small = decompose(model, made)
+    assert made.parameters == sum(p.numel() for p in small.parameters())
+    assert small[0].weight is small[1].weight
+
+
+def test_a_weight_shared_with_an_embedding_is_kept() -> None:
+    model = Calling(lambda x, e, f: f(e(x.long())), nn.Embedding(12, 8), nn.Linear(8, 12))
+    model.layers[1].weight = model.layers[0].weight
+    assert "shares its weight" in str(reason_of(model, "layers.1", torch.zeros(2, 3)))
+
+
+def test_a_layer_that_is_never_called_is_kept() -> None:
+    model = Calling(lambda x, a, _: a(x), conv(), conv())
+    assert reason_of(model, "layers.0") is None
+    assert reason_of(model, "layers.1") == "is not called on the example input"
+
+
+def test_a_weight_that_is_only_read_is_kept() -> None:
+    model = Calling(lambda x, a, b: F.conv2d(a(x), b.weight), conv(), conv())
+    assert reason_of(model, "layers.1") is not None
+    assert decompose(model, plan_of(model))(X).shape == model(X).shape
+
+
+def test_a_weight_that_is_read_besides_is_refused_in_one_line() -> None:
+    """Called and read: a factored layer has no `weight` to read."""
+    model = Calling(lambda x, a: a(x) + F.conv2d(x, a.weight, padding=1), conv())
+    error_of(DeepTwist(model, plan_of(model), interval=1).finish)
+
+
+def test_a_call_with_more_than_the_input_is_kept() -> None:
+    up = nn.ConvTranspose2d(8, 8, 3, stride=2)
+    model = Calling(lambda x, a: a(x, output_size=[14, 14]), up)
+    assert reason_of(model, "layers.0") == "is called with more than its input"
+
+
+def test_a_call_by_keyword_is_a_call() -> None:
+    model = Calling(lambda x, a: a(input=x), conv())
+    small = decompose(model, plan_of(model))
+    assert reason_of(model, "layers.0") is None
+    assert small(X).shape == X.shape
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_lazy_layer_is_not_made_by_planning(reached: bool) -> None:
+    model = Calling(lambda x, a, b: b(a(x)) if reached else a(x), conv(), nn.LazyConv2d(4, 3))
+    try:
+        assert "not initialised" in str(reason_of(model, "layers.1"))
+    except DeepTwistError as error:
+        assert "initialised" in str(error)
+    assert isinstance(model.layers[1], nn.LazyConv2d)
+
+
+def test_a_factored_layer_is_not_factored_again() -> None:
+    model = nn.Sequential(conv(), conv())
+    small = decompose(model, plan(model, SVD(), ratio=2, example_input=X, include=["0"]))
+    again = plan_of(small)
+    assert [layer.name for layer in again.compressed] == ["1"]
+    assert {layer.reason for layer in again.kept} == {"is part of a factored layer"}
+
+
+def test_attention_and_other_modules_with_weights_are_kept() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    made = plan(model, SVD(), ratio=1.5, example_input=(x, x, x))
+    assert not made.compressed
+    assert {layer.kind for layer in made.kept} >= {"MultiheadAttention"}
+    assert made.dense_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_transformer_layer_still_runs_once_decomposed() -> None:
+    """In evaluation mode torch's fast path reads `linear1.weight` instead of calling it."""
+    model, x = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), torch.randn(2, 3, 8)
+    small = decompose(model, plan_of(model, x))
+    with torch.no_grad():
+        assert small.eval()(x).shape == x.shape
+
+
+def test_weights_that_are_no_numbers_of_ours_are_kept() -> None:
+    model = Calling(lambda x, a: a(x.to(torch.complex64)).real, conv().to(torch.complex64))
+    assert "complex64" in str(reason_of(model, "layers.0"))
+
+
+def test_nothing_is_modified_by_planning() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Dropout(), conv()).train()
+    model[1].eval()
+    model(X).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    gradient = model[0].weight.grad.clone()
+    parameters = dict(model.named_parameters())
+    modes = {name: module.training for name, module in model.named_modules()}
+    plan_of(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, gradient)
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+def test_buffers_that_count_calls_are_put_back() -> None:
+    model = nn.Sequential(conv())
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, _: module.calls.add_(1) and None)
+    plan_of(model)
+    assert model.calls == 0
+
+
+def test_the_mode_comes_back_even_after_an_error() -> None:
+    model = nn.Sequential(conv(), nn.Dropout()).train()
+    model[1].eval()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not model.training
+        raise RuntimeError
+    assert model.training
+    assert not model[1].training
+
+
+def test_layers_come_in_the_models_order_with_their_turn() -> None:
+    model = Calling(lambda x, a, b, c: a(c(x)), conv(), conv(), conv())
+    layers = layers_of(model, (X,))
+    assert [layer.names[0] for layer in layers] == ["layers.0", "layers.1", "layers.2"]
+    assert layers[2].turn < layers[0].turn < layers[1].turn
+
+
+def test_legacy_weight_norm_does_not_stop_the_others() -> None:
+    """Its weight is no leaf once it has run, which `deepcopy` refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.utils.weight_norm(conv()), conv())
+    model(X).sum().backward()
+    made = plan_of(model)
+    assert [layer.name for layer in made.compressed] == ["1"]
+    try:
+        assert decompose(model, made)(X).shape == X.shape
+    except DeepTwistError as error:
+        assert "'0'" in str(error)
+
+
+def test_a_model_that_is_one_layer() -> None:
+    model = conv()
+    made = plan_of(model)
+    assert [layer.name for layer in made.compressed] == [""]
+    small = DeepTwist(model, made, interval=1).finish()
+    assert torch.allclose(small(X), model(X), atol=1e-5)

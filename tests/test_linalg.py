@@ -1,0 +1,80 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deeptwist.linalg import leading_subspace, relative_error, truncated_svd
+
+MATRICES = st.builds(
+    lambda shape, seed: torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ),
+    st.tuples(*[st.integers(1, n) for n in (3, 12, 12)]),
+    st.integers(0, 2**16),
+)
+
+
+@given(MATRICES, st.integers(1, 12))
+def test_truncated_svd_is_the_best_approximation(matrix: Tensor, rank: int) -> None:
+    rank = min(rank, *matrix.shape[1:])
+    left, right = truncated_svd(matrix, rank)
+    assert left.shape == (*matrix.shape[:2], rank)
+    assert right.shape == (len(matrix), rank, matrix.shape[2])
+    lost = (matrix - left @ right).square().sum()
+    assert torch.isclose(
+        lost, torch.linalg.svdvals(matrix)[:, rank:].square().sum(), atol=1e-12, rtol=1e-8
+    )
+
+
+@given(MATRICES)
+def test_the_scale_is_split_evenly(matrix: Tensor) -> None:
+    left, right = truncated_svd(matrix, 1)
+    assert torch.allclose(left.norm(dim=(1, 2)), right.norm(dim=(1, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-37, -30, -20, 0, 20, 30, 38])
+def test_any_scale_is_factored_as_well_as_one(exponent: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(8, 12, dtype=dtype)
+    matrix = matrix / matrix.abs().max() * 10.0**exponent
+    left, right = truncated_svd(matrix, 8)
+    assert relative_error(matrix, left @ right) < 1e-5
+
+
+def test_zero_and_deficient_matrices() -> None:
+    left, right = truncated_svd(torch.zeros(2, 4, 5), 3)
+    assert not (left @ right).any()
+    outer = torch.outer(torch.arange(4.0), torch.arange(5.0))
+    left, right = truncated_svd(torch.stack([outer, 0 * outer]), 3)
+    assert torch.allclose(left @ right, torch.stack([outer, 0 * outer]), atol=1e-5)
+
+
+@given(MATRICES, st.integers(1, 12))
+def test_leading_subspace_holds_the_most(matrix: Tensor, rank: int) -> None:
+    rank = min(rank, matrix.shape[1])
+    basis = leading_subspace(matrix, rank)
+    eye = torch.eye(rank, dtype=torch.float64).expand(len(matrix), rank, rank)
+    assert torch.allclose(basis.mT @ basis, eye, atol=1e-9)
+    held = (basis.mT @ matrix).square().sum()
+    best = torch.linalg.svdvals(matrix)[:, :rank].square().sum()
+    assert torch.isclose(held, best, atol=1e-9)
+
+
+def test_the_strongest_direction_comes_first() -> None:
+    basis = leading_subspace(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 3)
+    assert basis.abs().argmax(0).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1, 1e30, 1e300])
+def test_relative_error_at_any_scale(scale: float) -> None:
+    exact = torch.tensor([3.0, 4.0]).double() * scale
+    found = torch.tensor([3.0, 3.0]).double() * scale
+    assert relative_error(exact, found) == pytest.approx(0.2)
+    assert relative_error(exact, exact) == 0
+
+
+def test_relative_error_of_zero() -> None:
+    zero = torch.zeros(3)
+    assert relative_error(zero, zero) == 0
+    assert relative_error(zero, torch.ones(3)) > 0

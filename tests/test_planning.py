@@ -1,0 +1,389 @@
+import copy
+import json
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+from cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan
+from deeptwist.convolution import Convolution
+from deeptwist.linalg import relative_error
+from deeptwist.models.resnet_cifar import resnet20
+
+
+class Net(nn.Module):
+    """The stem runs first, though it is defined last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(16, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(32, 16, 1),
+        )
+        self.head = nn.Linear(16, 12)
+        self.stem = nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return y
+
+
+NAMES = ["body.0", "body.2", "body.3", "head", "stem"]
+X = torch.randn(2, 8, 9, 9)
+
+
+def plan_of(decomposition: Decomposition | None = None, **options: Any) -> Plan:
+    options = {"ratio": 1.5, "example_input": X, **options}
+    return plan(Net(), decomposition or SVD(), **options)
+
+
+def compressed(made: Plan) -> list[str]:
+    return [layer.name for layer in made.compressed]
+
+
+def reasons(made: Plan) -> dict[str, str | None]:
+    return {layer.name: layer.reason for layer in made.kept}
+
+
+# --- rules
+
+
+def test_without_rules_every_layer_is_compressed() -> None:
+    assert [layer.name for layer in plan_of().layers] == NAMES
+    assert compressed(plan_of()) == NAMES
+
+
+def test_the_first_convolution_is_the_one_that_runs_first() -> None:
+    assert reasons(plan_of(skip_first_conv=True)) == {"stem": "first convolution"}
+
+
+def test_few_input_channels() -> None:
+    made = plan_of(min_in_channels=17)
+    assert compressed(made) == ["body.2", "body.3"]
+    assert set(reasons(made).values()) == {"fewer than 17 input channels"}
+
+
+def test_linear_layers_may_stay() -> None:
+    assert reasons(plan_of(linear=False)) == {"head": "linear layer"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("stem", ["stem"]),
+        ("body.*", ["body.0", "body.2", "body.3"]),
+        ("body.[02]", ["body.0", "body.2"]),
+        ("re:body\\.[0-2]|head", ["body.0", "body.2", "head"]),
+        ("re:.*", NAMES),
+        ("*", NAMES),
+    ],
+)
+def test_patterns_include_and_exclude(pattern: str, names: list[str]) -> None:
+    rest = [name for name in NAMES if name not in names]
+    assert compressed(plan_of(include=[pattern])) == names
+    assert compressed(plan_of(exclude=[pattern])) == rest
+    assert set(reasons(plan_of(include=[pattern])).values()) <= {"not included"}
+    assert set(reasons(plan_of(exclude=[pattern])).values()) <= {"excluded"}
+
+
+def test_exclusion_is_stronger_than_inclusion() -> None:
+    assert compressed(plan_of(include=["body.*"], exclude=["*.0"])) == ["body.2", "body.3"]
+
+
+@given(st.lists(st.sampled_from([*NAMES, "body.*", "*e*", "re:.*[023]"]), max_size=3))
+@settings(max_examples=15)
+def test_every_layer_is_in_the_plan_once_with_a_rank_or_a_reason(patterns: list[str]) -> None:
+    made = plan_of(exclude=patterns)
+    assert [layer.name for layer in made.layers] == NAMES
+    for layer in made.layers:
+        out = any(
+            fnmatchcase(layer.name, p) or (p[:3] == "re:" and layer.name[-1] in "023")
+            for p in patterns
+        )
+        assert (layer.decomposition is None) == (layer.reason is not None) == out
+        assert (layer.relative_error is None) == out
+
+
+def test_overrides() -> None:
+    made = plan_of(
+        overrides={
+            "body.*": Tucker(),
+            "body.2": CP(rank=5),
+            "head": None,
+            "stem": 2.5,
+        }
+    )
+    chosen = {layer.name: layer.decomposition for layer in made.layers}
+    assert chosen["head"] is None
+    assert "override" in str(reasons(made)["head"])
+    assert chosen["body.2"] == CP(rank=5)
+    assert isinstance(chosen["body.0"], Tucker)
+    assert isinstance(chosen["body.3"], SVD)  # 1×1: Tucker's matrix case
+    stem = next(layer for layer in made.layers if layer.name == "stem")
+    assert stem.num_weights / stem.factored_weights >= 2.5
+    assert stem.decomposition == SVD().resolve(stem.convolution, 2.5)
+
+
+def test_an_override_comes_before_the_rules() -> None:
+    made = plan_of(exclude=["*"], skip_first_conv=True, overrides={"stem": SVD(rank=3)})
+    assert compressed(made) == ["stem"]
+
+
+def test_the_last_matching_override_counts() -> None:
+    assert compressed(plan_of(overrides={"*": None, "body.0": 2.0})) == ["body.0"]
+    assert compressed(plan_of(overrides={"body.0": 2.0, "*": None})) == []
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_mistyped_name_points_at_the_nearest(option: str) -> None:
+    assert "did you mean 'stem'?" in error_of(plan_of, **{option: ["stm"]})
+    assert "did you mean 'body.2'?" in error_of(plan_of, **{option: ["*", "bodi.2"]})
+
+
+def test_other_patterns_that_mean_nothing() -> None:
+    assert "did you mean 'head'?" in error_of(plan_of, overrides={"haed": None})
+    assert "'layer9.*'" in error_of(plan_of, exclude=["layer9.*"])
+    assert "'re:nothing'" in error_of(plan_of, include=["re:nothing"])
+    assert "no regular expression" in error_of(plan_of, include=["re:("])
+
+
+def test_what_is_asked_for_by_name_and_cannot_be_is_an_error() -> None:
+    assert "'stem'" in error_of(plan_of, overrides={"stem": SVD(rank=99)})
+    assert "'head'" in error_of(plan_of, overrides={"head": 1000.0})
+    # by a pattern it is no more than a wish
+    assert reasons(plan_of(overrides={"*": 1000.0})).keys() == set(NAMES)
+
+
+@pytest.mark.parametrize("ratio", [1, 0.5, -2, math.nan, math.inf])
+def test_ratios_that_mean_nothing(ratio: float) -> None:
+    assert "ratio" in error_of(plan_of, ratio=ratio)
+    assert "ratio" in error_of(plan_of, overrides={"stem": ratio})
+
+
+def test_a_rank_or_a_ratio_is_needed() -> None:
+    assert "no rank" in error_of(plan_of, ratio=None)
+    assert "no rank" in error_of(plan_of, SVD(rank=2), ratio=None, overrides={"stem": CP()})
+    assert plan_of(SVD(rank=2), ratio=None).compressed
+
+
+def test_an_example_that_the_model_refuses() -> None:
+    error_of(plan_of, example_input=torch.randn(2, 3, 9, 9))
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.body[2].weight[0, 0, 0, 0] = math.nan
+    assert "'body.2'" in error_of(plan, model, SVD(), ratio=2, example_input=X)
+
+
+# --- costs and promises
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@given(
+    groups=st.integers(1, 4),
+    out=st.integers(1, 24),
+    into=st.integers(1, 24),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.integers(1, 3),
+    ratio=st.floats(1.01, 12),
+)
+@settings(max_examples=25)
+def test_no_layer_grows_and_a_ratio_is_a_promise(
+    method: Decomposition,
+    groups: int,
+    out: int,
+    into: int,
+    kernel: tuple[int, int],
+    stride: int,
+    ratio: float,
+) -> None:
+    layer = nn.Conv2d(groups * into, groups * out, kernel, stride, groups=groups, device="meta")
+    x = torch.empty(2, groups * into, 9, 9, device="meta")
+    (planned,) = plan(layer, method, ratio=ratio, example_input=x).layers
+    if planned.decomposition is None:
+        assert planned.reason
+        assert planned.factored_weights == planned.num_weights
+    else:
+        assert planned.factored_weights * ratio <= planned.num_weights
+        made = Plan((planned,), 0, ((2,),))
+        assert made.macs < made.dense_macs
+
+
+@pytest.mark.parametrize("method", [SVD(rank=32), TiledSVD(rank=8, tile=(8, 8)), Tucker(fraction=1)])
+def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decomposition) -> None:
+    made = plan_of(method, ratio=None, include=["body.0"])
+    assert not made.compressed
+    assert "would grow" in str(reasons(made)["body.0"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D", "3-D", "transposed 2-D"])
+def test_the_relative_error_is_todays(name: str, geometry: str) -> None:
+    layer, x = build(geometry)
+    (planned,) = plan(layer, METHODS[name], ratio=1.5, example_input=x).layers
+    if planned.decomposition is None:
+        assert planned.relative_error is None
+        return
+    from deeptwist.convolution import kernel_of
+
+    kernel = kernel_of(layer.weight, planned.convolution)
+    found = planned.decomposition.decompose(kernel).reconstruct()
+    assert planned.relative_error == pytest.approx(relative_error(kernel, found))
+    assert 0 < planned.relative_error < 1
+
+
+def test_totals_add_up() -> None:
+    model, made = Net(), plan_of(skip_first_conv=True)
+    assert made.dense_parameters == sum(p.numel() for p in model.parameters())
+    saved = sum(layer.num_weights - layer.factored_weights for layer in made.compressed)
+    assert made.parameters == made.dense_parameters - saved
+    assert made.compression_ratio == made.dense_parameters / made.parameters
+    assert made.macs < made.dense_macs
+
+
+def test_planning_is_repeatable_and_touches_nothing() -> None:
+    model = Net().train()
+    before = copy.deepcopy(model.state_dict())
+    first, second = (plan(model, CP(), ratio=2, example_input=X) for _ in range(2))
+    assert first == second
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_on_meta_can_be_planned() -> None:
+    with torch.device("meta"):
+        model, x = resnet20(), torch.empty(1, 3, 32, 32)
+    made = plan(model, SpatialSVD(), ratio=4, example_input=x, skip_first_conv=True)
+    assert len(made.compressed) > 15
+    assert all(layer.relative_error is None for layer in made.layers)
+
+
+def test_the_paper_s_layers_of_resnet32() -> None:
+    """Nine convolutions of 64 × 64 channels (Table 1), halved exactly by a 64 × 64 tile."""
+    from deeptwist.models.resnet_cifar import resnet32
+
+    with torch.device("meta"):
+        model, x = resnet32(), torch.empty(1, 3, 32, 32)
+    made = plan(
+        model,
+        TiledSVD(tile=(64, 64)),
+        ratio=2,
+        example_input=x,
+        min_in_channels=64,
+        linear=False,
+    )
+    assert len(made.compressed) == 9
+    assert {layer.decomposition for layer in made.compressed} == {TiledSVD(rank=16, tile=(64, 64))}
+    assert made.compression_ratio == pytest.approx(1.56, abs=0.005)
+
+
+# --- the table
+
+
+def test_the_table_shows_every_layer() -> None:
+    made = plan_of(TiledSVD(tile=(8, 36)), exclude=["head"])
+    table = str(made)
+    lines = table.splitlines()
+    header = ("layer", "shape", "lowered", "rank", "weights", "MACs", "relative error")
+    assert all(word in lines[0] for word in header)
+    assert "tiled_svd 8×36" in table
+    assert "32×288" in table
+    assert "kept: excluded" in table
+    assert all(any(line.startswith(name) for line in lines) for name in NAMES)
+    assert f"{made.parameters:,}" in lines[-1]
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_json_round_trip_of_any_layer(method: Decomposition, geometry: str) -> None:
+    make, shape = GEOMETRIES[geometry]
+    made = plan(make(), method, ratio=3, example_input=torch.randn(shape))
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_json_round_trip_of_everything_else() -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(shared, nn.Embedding(3, 4), shared, nn.LSTM(3, 4), nn.Conv2d(8, 8, 1))
+    model.forward = lambda x: shared(shared(x))
+    made = plan(model, SVD(), ratio=1.5, example_input=X)
+    assert Plan.from_json(made.to_json()) == made
+    assert json.loads(made.to_json())["layers"][0]["aliases"] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        '"format"',
+        "{" * 100_000,
+        "[" * 100_000,
+        '{"format": 2}',
+        '{"format": 1}',
+        '{"format": 1, "layers": 3, "other_parameters": 0, "example_shapes": []}',
+        '{"format": 1, "layers": [], "other_parameters": "many", "example_shapes": []}',
+        '{"format": 1, "layers": [], "other_parameters": Infinity, "example_shapes": []}',
+        '{"format": 1, "layers": [], "other_parameters": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: text[:70],
+)
+def test_text_that_is_no_plan(text: str) -> None:
+    assert "plan" in error_of(Plan.from_json, text)
+
+
+SMALL = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 1))
+SMALL_PLAN = plan(
+    SMALL,
+    TiledSVD(tile=(8, 9)),
+    ratio=2,
+    example_input=X,
+    overrides={"1": CP(rank=3), "2": None},
+)
+
+
+@given(spoiled(json.loads(SMALL_PLAN.to_json())))
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+def test_a_spoiled_plan_is_refused_or_harmless(document: Any) -> None:
+    text = json.dumps(document)
+    works_or_is_refused(
+        lambda: DeepTwist(copy.deepcopy(SMALL), Plan.from_json(text), 1).finish()
+    )
+    works_or_is_refused(lambda: str(Plan.from_json(text)))
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    made = plan_of()
+    other = Net()
+    other.body[2] = nn.Conv2d(32, 32, 3, padding=1, stride=2)
+    assert "'body.2'" in error_of(DeepTwist, other, made, 1)
+    other.body = nn.Sequential()
+    assert "another model" in error_of(DeepTwist, other, made, 1)
+
+
+def test_a_rank_that_was_edited_beyond_the_full_one_is_refused() -> None:
+    document = json.loads(plan_of(include=["stem"]).to_json())
+    document["layers"][-1]["decomposition"]["rank"] = 1000
+    works = json.dumps(document)
+    assert "1000" in error_of(lambda: DeepTwist(Net(), Plan.from_json(works), 1).finish())
+
+
+def test_a_convolution_is_read_once() -> None:
+    made = plan_of()
+    stem = made.layers[-1]
+    assert stem.convolution == Convolution.of(Net().stem)
+    assert stem.kind == "Conv2d"

@@ -1,0 +1,137 @@
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from cases import METHODS, at, error_of
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from deeptwist import SVD, Decomposition, Tucker
+from deeptwist.convolution import Convolution
+from deeptwist.decompositions import Unfit
+from deeptwist.decompositions.base import OneRank
+from deeptwist.ranks import check_ratio, fraction_of, largest_rank
+
+RATIOS = st.floats(1.01, 64)
+CONVOLUTIONS = st.builds(
+    lambda groups, out, into, size: Convolution.of(
+        [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1](
+            groups * into, groups * out, size, groups=groups, device="meta"
+        )
+        if size
+        else nn.Linear(into, out, device="meta")
+    ),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.lists(st.integers(1, 5), max_size=3).map(tuple),
+)
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 60), st.floats(0, 1000))
+def test_the_largest_rank_is_found(slope: int, start: int, maximum: int, budget: float) -> None:
+    fitting = [rank for rank in range(1, maximum + 1) if slope * rank + start <= budget]
+    found = largest_rank(lambda rank: slope * rank + start, maximum, budget)
+    assert found == max(fitting, default=0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "fraction", "rank"),
+    [(100, 0.29, 29), (10, 0.7, 7), (64, 0.45, 28), (512, 0.6, 307), (3, 0.3, 0), (7, 1, 7)],
+)
+def test_fractions_are_the_decimals_that_were_written(
+    channels: int, fraction: float, rank: int
+) -> None:
+    assert fraction_of(channels, fraction) == rank
+
+
+@given(st.integers(1, 4096), st.integers(1, 1000))
+def test_fractions_round_down(channels: int, thousandths: int) -> None:
+    exact = math.floor(Fraction(thousandths, 1000) * channels)
+    assert fraction_of(channels, thousandths / 1000) == exact
+
+
+def test_a_fraction_from_numpy_is_a_fraction_too() -> None:
+    numpy = pytest.importorskip("numpy")
+    convolution = Convolution.of(nn.Conv2d(8, 16, 3))
+    assert Tucker(fraction=numpy.float64(0.5)).resolve(convolution, None) == Tucker(rank=(8, 4))
+
+
+@pytest.mark.parametrize("ratio", [1, 0, -4, 0.5, math.inf, math.nan])
+def test_a_ratio_that_compresses_nothing_is_refused(ratio: float) -> None:
+    assert "above 1" in error_of(check_ratio, ratio)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@given(CONVOLUTIONS, RATIOS)
+def test_a_ratio_is_a_promise(
+    method: Decomposition, convolution: Convolution, ratio: float
+) -> None:
+    try:
+        resolved = method.resolve(convolution, ratio)
+    except Unfit as error:
+        assert "rank 1" in str(error)
+        return
+    assert resolved.num_weights(convolution) * ratio <= convolution.num_weights
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@given(CONVOLUTIONS, RATIOS)
+def test_the_next_rank_would_break_the_promise(
+    method: Decomposition, convolution: Convolution, ratio: float
+) -> None:
+    try:
+        resolved = method.resolve(convolution, ratio)
+    except Unfit:
+        resolved = None
+    if resolved is None:
+        smallest = at(method, convolution, 0.0)
+        assert smallest.num_weights(convolution) * ratio > convolution.num_weights
+    elif isinstance(resolved, OneRank):
+        assume(resolved.known_rank < resolved.full_rank(convolution))
+        following = type(resolved)(**{**vars(resolved), "rank": resolved.known_rank + 1})
+        assert following.num_weights(convolution) * ratio > convolution.num_weights
+
+
+@given(CONVOLUTIONS, RATIOS)
+def test_tucker_ranks_keep_the_proportion_of_the_channels(
+    convolution: Convolution, ratio: float
+) -> None:
+    assume(convolution.taps > 1)
+    _, out, into, *_ = convolution.kernel_shape
+    try:
+        rank = Tucker().resolve(convolution, ratio).rank
+    except Unfit:
+        return
+    # There is one fraction of which both are the floor (or 1).
+    low = max((rank[0] / out if rank[0] > 1 else 0), (rank[1] / into if rank[1] > 1 else 0))
+    high = min((rank[0] + 1) / out, (rank[1] + 1) / into)
+    assert low < high
+    larger = [(rank[0] + 1, rank[1] + 1)]
+    assert all(
+        r[0] > out
+        or r[1] > into
+        or Tucker(rank=r).num_weights(convolution) * ratio > convolution.num_weights
+        for r in larger
+    )
+
+
+@given(CONVOLUTIONS, st.floats(0.01, 1))
+def test_tucker_fractions_are_the_papers(convolution: Convolution, fraction: float) -> None:
+    assume(convolution.taps > 1)
+    _, out, into, *_ = convolution.kernel_shape
+    expected = tuple(math.floor(Fraction(repr(fraction)) * side) for side in (out, into))
+    if min(expected) == 0:
+        assert "rank 0" in error_of(Tucker(fraction=fraction).resolve, convolution, None)
+    else:
+        assert Tucker(fraction=fraction).resolve(convolution, None) == Tucker(rank=expected)
+
+
+def test_the_rank_of_the_formula() -> None:
+    """R = ⌊T·S·d² / (ratio·(T + S·d²))⌋ for the plain SVD."""
+    convolution = Convolution.of(nn.Conv2d(64, 64, 3, device=torch.device("meta")))
+    assert SVD().resolve(convolution, 2) == SVD(rank=28)
+    assert SVD().resolve(convolution, 4) == SVD(rank=14)
+    assert "cannot be 100× smaller" in error_of(SVD().resolve, convolution, 100)
