@@ -1,7 +1,7 @@
 """The main job on real images: a trained ResNet-32 in, networks of a quarter of its size out.
 
-Fine-tunes the dense network on CIFAR-10 (here its JPEG copy), then makes the result four
-times smaller: by DeepTwist and by conventional fine-tuning, with three decompositions each, at the same
+Fine-tunes the dense network on CIFAR-10 (here its JPEG copy), then makes the result four times
+smaller: by DeepTwist and by conventional fine-tuning, with three decompositions each, at the same
 size, steps, schedule and order of images. Every run goes to a folder of its own; a run that is
 finished is not run again, so the script can be stopped and started.
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
-from deeptwist.data.extras import needs_extra
 from deeptwist.data.image_cache import cache_folder
 from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.extras import needs_extra
 
 
 def load_cifar10(*, cache: str | Path | None = None) -> Dataset:

@@ -3,7 +3,7 @@
 import torch
 
 from deeptwist.data.dataset import Dataset, Split
-from deeptwist.data.extras import needs_extra
+from deeptwist.extras import needs_extra
 
 
 def load_digits() -> Dataset:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deeptwist.data.extras import needs_extra
 from deeptwist.errors import DeepTwistError
+from deeptwist.extras import needs_extra
 from deeptwist.files import replacing
 
 _CHUNK = 256  # images decoded ahead of the disk: 38 MB at 224 × 224

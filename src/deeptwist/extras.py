@@ -1,4 +1,4 @@
-"""The optional packages that data sets are read with."""
+"""The optional packages that data sets and reports need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
