@@ -1,4 +1,4 @@
-"""The optional packages that data sets and reports need."""
+"""The optional packages that networks, data sets and reports need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,11 @@ from deeptwist.errors import DeepTwistError
 
 
 @contextmanager
-def needs_extra() -> Iterator[None]:
+def needs_extra(extra: str = "cli") -> Iterator[None]:
     """Around an import: a package that is missing becomes an error that says how to get it.
+
+    Args:
+        extra: of deeptwist, the one that the package comes with.
 
     Raises:
         DeepTwistError: in place of ModuleNotFoundError.
@@ -17,5 +20,5 @@ def needs_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise DeepTwistError(
-            f"{error.name} is not installed: pip install 'deeptwist[cli]'"
+            f"{error.name} is not installed: pip install 'deeptwist[{extra}]'"
         ) from None

@@ -11,6 +11,7 @@ from types import ModuleType
 from torch import nn
 
 from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.extras import needs_extra
 from deeptwist.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
 
@@ -59,7 +60,8 @@ def build_model(
 
 
 def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Module:
-    models = _import("torchvision.models", extra="cli")
+    with needs_extra():
+        from torchvision import models
     # The other tasks' networks would download a backbone, and none returns plain logits.
     classifiers = models.list_models(module=models)
     if network not in classifiers:
@@ -74,7 +76,8 @@ def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Mo
 
 
 def _from_timm(network: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
-    timm = _import("timm", extra="timm")
+    with needs_extra("timm"):
+        import timm
     known = {*timm.list_models(), *timm.list_pretrained()}  # bare, and with a weights' tag
     if network not in known:
         raise unknown("timm model", network, known)
@@ -108,15 +111,6 @@ def _accepted(factory: Callable[..., object], given: dict[str, int], name: str) 
     except TypeError as error:
         raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from None
     return given
-
-
-def _import(module: str, *, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise DeepTwistError(
-            f"{error.name} is not installed: pip install 'deeptwist[{extra}]'"
-        ) from None
 
 
 def _import_own(module: str) -> ModuleType:
