@@ -3,39 +3,14 @@ import math
 
 import pytest
 import torch
-from cases import GEOMETRIES, build, error_of, read
+from cases import GEOMETRIES, build, error_of, layers, read
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist.convolution import Convolution, computing_dtype, kernel_of, pointwise, weight_of
 
 EACH_GEOMETRY = pytest.mark.parametrize("geometry", GEOMETRIES)
-
-
-@st.composite
-def layers(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
-    """Any convolution that torch builds, and an input size that it takes."""
-    dims = draw(st.integers(1, 3))
-
-    def each(low: int, high: int) -> tuple[int, ...]:
-        return tuple(draw(st.lists(st.integers(low, high), min_size=dims, max_size=dims)))
-
-    groups = draw(st.integers(1, 3))
-    channels = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
-    size, stride, dilation = each(1, 4), each(1, 3), each(1, 2)
-    options = {"dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
-    if draw(st.booleans()):
-        kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
-        extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
-        layer = kind(*channels, size, stride, each(0, 1), extra, **options)
-        return layer, each(5, 8)
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    if draw(st.booleans()):
-        return kind(*channels, size, padding="same", **options), each(7, 9)
-    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    return kind(*channels, size, stride, each(0, 2), padding_mode=mode, **options), each(7, 9)
 
 
 @given(layers())

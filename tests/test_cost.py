@@ -31,9 +31,7 @@ def table2(model: nn.Module, decomposition: Decomposition) -> Plan:
 
 
 def weights(made: Plan, *, factored: bool) -> float:
-    return (
-        sum(x.factored_weights if factored else x.num_weights for x in made.compressed) / MEGA
-    )
+    return sum(x.factored_weights if factored else x.num_weights for x in made.compressed) / MEGA
 
 
 def test_table_2_dense(meta_vgg19: nn.Module) -> None:

@@ -271,15 +271,16 @@ def pixels_of(path: Path) -> Tensor:
 
 def assert_faithful(data: Dataset, root: Path) -> None:
     for split, part in ((data.train, "train"), (data.test, "test")):
-        paths = sorted((root / part).rglob("*.png"))
+        paths = sorted((root / part).rglob("*.*"))
         assert len(paths) == len(split.images)
         for path, image, label in zip(paths, split.images, split.labels, strict=True):
             assert torch.equal(image, pixels_of(path)), path
             assert data.classes[label] == path.parent.name
 
 
-def test_a_folder_is_read_as_it_is(folder: Path) -> None:
-    data = load_data(str(folder))
+def test_a_folder_is_read_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    data = load_data("pets")
     assert data.name == "pets"
     assert data.classes == ("cat", "dog")
     assert data.train.images.shape == (6, 3, 9, 9)
@@ -331,6 +332,16 @@ def test_a_changed_folder_is_decoded_anew(folder: Path, change: str) -> None:
     assert_faithful(load_image_folder(folder), folder)
 
 
+def test_a_new_order_is_a_change(tmp_path: Path) -> None:
+    root = tmp_path / "bitmaps"
+    for seed, name in enumerate(("train/x/0.bmp", "train/x/1.bmp", "test/x/0.bmp")):
+        save_image(root / name, seed)
+        os.utime(root / name, (0, 0))  # all of one time and, as bitmaps, of one size
+    load_image_folder(root)
+    (root / "train" / "x" / "0.bmp").rename(root / "train" / "x" / "9.bmp")
+    assert_faithful(load_image_folder(root), root)
+
+
 def test_each_image_size_has_its_own_cache(folder: Path) -> None:
     sizes = [load_image_folder(folder, image_size=s).train.images.shape[-1] for s in (4, 6, 4)]
     assert sizes == [4, 6, 4]
@@ -376,12 +387,14 @@ def test_the_cache_can_be_given(folder: Path, tmp_path: Path, cache: Path) -> No
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
 
 
-def test_rectangles_stay_where_all_are_equal(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        save_image(tmp_path / split / "only" / "0.png", seed=1, height=6, width=10)
-    data = load_image_folder(tmp_path)
-    assert data.train.images.shape == (1, 3, 6, 10)
-    assert_faithful(data, tmp_path)
+@pytest.mark.parametrize(("height", "width"), [(6, 10), (170, 130)])
+def test_rectangles_stay_where_all_are_equal(tmp_path: Path, height: int, width: int) -> None:
+    root = tmp_path / "rectangles"
+    for seed in range(8):
+        save_image(root / ("train", "test")[seed % 2] / "x" / f"{seed}.png", seed, height, width)
+    data = load_image_folder(root)
+    assert data.train.images.shape == (4, 3, height, width)
+    assert_faithful(data, root)
 
 
 def test_mixed_sizes_become_224(folder: Path) -> None:

@@ -80,9 +80,7 @@ def test_tiled_svd_loses_the_tails_of_its_tiles(
     expected = 0.0
     for group in kernel:
         matrix = group.reshape(len(group), -1)
-        for top, left in product(
-            range(0, matrix.shape[0], rows), range(0, matrix.shape[1], cols)
-        ):
+        for top, left in product(range(0, matrix.shape[0], rows), range(0, matrix.shape[1], cols)):
             tile = matrix[top : top + rows, left : left + cols]
             expected += tail(tile, edge_rank(method.rank, full, tuple(tile.shape)))
     assert close(squared_error(kernel, method), expected, kernel)
@@ -94,7 +92,8 @@ def edge_rank(rank: int, full: tuple[int, int], tile: tuple[int, int]) -> int:
         return min(tile)
     ratio = full[0] * full[1] / (rank * (full[0] + full[1]))
     allowed = [
-        r for r in range(1, min(tile) + 1)
+        r
+        for r in range(1, min(tile) + 1)
         if tile[0] * tile[1] / (r * sum(tile)) >= ratio * (1 - 1e-12)
     ]
     return max(allowed, default=1)
@@ -133,7 +132,9 @@ def test_the_tiled_layer_is_a_sum_over_tiles_of_the_unfolded_input(
         part = matrix[top : top + tile[0], left : left + tile[1]]
         u, s, vh = torch.linalg.svd(part, full_matrices=False)
         r = edge_rank(method.rank, full, tuple(part.shape))
-        y[:, top : top + tile[0]] += (u[:, :r] * s[:r]) @ (vh[:r] @ columns[:, left : left + tile[1]])
+        y[:, top : top + tile[0]] += (u[:, :r] * s[:r]) @ (
+            vh[:r] @ columns[:, left : left + tile[1]]
+        )
     y = y.reshape(small(x).shape) + layer.bias[:, None, None]
     assert difference(y, small(x)) < 1e-12
 
@@ -257,7 +258,8 @@ def test_a_rank_deficient_kernel_is_met_exactly(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["layer1.0.conv1", "layer2.0.conv1", "layer2.2.conv2", "layer3.0.conv1", "layer3.2.conv1"]
+    "name",
+    ["layer1.0.conv1", "layer2.0.conv1", "layer2.2.conv2", "layer3.0.conv1", "layer3.2.conv1"],
 )
 def test_no_worse_than_tensorly_on_real_weights(
     name: str, resnet32_weights: dict[str, Tensor]

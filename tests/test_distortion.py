@@ -78,9 +78,7 @@ def test_a_distortion_writes_the_reconstruction_into_the_same_parameter(
 
 @EACH_METHOD
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_the_memory_format_stays(
-    method: Decomposition, memory_format: torch.memory_format
-) -> None:
+def test_the_memory_format_stays(method: Decomposition, memory_format: torch.memory_format) -> None:
     model, twist = twisted(method)
     model.to(memory_format=memory_format)
     strides = [parameter.stride() for parameter in model.parameters()]
@@ -98,7 +96,7 @@ def test_the_memory_format_stays(
 @EACH_METHOD
 def test_every_type_is_distorted_in_its_own(method: Decomposition, dtype: torch.dtype) -> None:
     model = network().to(dtype)
-    twist = DeepTwist(model, plan(model, method, ratio=2, example_input=X.to(dtype)), 1)
+    twist = DeepTwist(model, plan(model, method, ratio=1.6, example_input=X.to(dtype)), 1)
     record = twist.step()
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -188,7 +186,7 @@ def test_weight_shift_by_hand() -> None:
     norms, sizes = {}, {}
     for name in record.layer_shifts:
         away = before.get_submodule(name).weight - model.get_submodule(name).weight
-        norms[name] = math.sqrt(sum(float(x) ** 2 for x in away.double().flatten()))
+        norms[name] = math.sqrt(sum(x**2 for x in away.double().flatten().tolist()))
         sizes[name] = away.numel()
     assert list(norms) == ["0", "3", "5", "8"]
     assert record.layer_shifts == pytest.approx({n: norms[n] / sizes[n] for n in norms}, rel=1e-6)
@@ -203,7 +201,7 @@ def test_loss_increase_by_hand() -> None:
     losses: list[float] = []
 
     def loss() -> Tensor:
-        value = model(X).square().mean()
+        value = model(X).square().mean().detach()
         losses.append(float(value))
         return value
 
@@ -261,7 +259,7 @@ def test_a_kept_layer_that_is_not_finite_is_named_before_anything_changes() -> N
 def test_a_reconstruction_beyond_the_type_changes_nothing(method: Decomposition) -> None:
     """fp16 ends at 65,504; an approximation of weights that stand there may lie beyond."""
     model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False)).half()
-    made = plan(model, method, ratio=2, example_input=X.half())
+    made = plan(model, method, ratio=1.6, example_input=X.half())
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(16, 8, 3, 3).sign() * 65_504)
     before = bits(model)
@@ -308,14 +306,19 @@ class Answer:
     ids=["tuple", "dict", "dataclass"],
 )
 def test_outputs_are_compared_whatever_holds_them(pack: Callable[[Tensor], object]) -> None:
-    model = nn.Linear(8, 8)
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> object:
+            return pack(self.layer(x))
+
+    model = Packing()
     twist = DeepTwist(model, plan(model, SVD(), ratio=1.5, example_input=torch.randn(2, 8)), 1)
-    plain = model.forward
-    model.register_forward_hook(lambda _module, _args, y: pack(y))
-    assert plain(torch.randn(2, 8)).shape == (2, 8)
     twist.finish()
     assert twist.output_difference is not None
-    assert twist.output_difference > 0  # dense hooks stay behind; compared all the same
+    assert 0 < twist.output_difference < 1e-5  # 0 would be luck, or nothing compared
 
 
 def test_integer_inputs_are_compared_too() -> None:
@@ -399,7 +402,7 @@ def test_a_distortion_between_forward_and_backward_is_noticed_by_autograd() -> N
 def test_state_dict_round_trip() -> None:
     model, twist = twisted(interval=2)
     for _ in range(5):
-        twist.step(lambda: float(model[0].weight.square().sum()))
+        twist.step(lambda: model[0].weight.detach().square().sum())
     saved = json.loads(json.dumps(twist.state_dict()))
     other = DeepTwist(model, twist.plan, 2)
     other.load_state_dict(saved)

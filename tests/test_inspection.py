@@ -1,4 +1,4 @@
-"""Whatever deeptwist cannot treat correctly is kept, and says why; planning looks, and touches not."""
+"""What deeptwist cannot treat correctly is kept, and says why; planning touches nothing."""
 
 import copy
 import warnings
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import error_of
+from cases import error_of, works_or_is_refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from deeptwist import SVD, DeepTwist, DeepTwistError, Plan, decompose, plan
+from deeptwist import SVD, DeepTwist, Plan, decompose, plan
 from deeptwist.inspection import evaluating, layers_of
 
 X = torch.randn(2, 8, 6, 6)
@@ -170,10 +170,7 @@ def test_a_call_by_keyword_is_a_call() -> None:
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_lazy_layer_is_not_made_by_planning(reached: bool) -> None:
     model = Calling(lambda x, a, b: b(a(x)) if reached else a(x), conv(), nn.LazyConv2d(4, 3))
-    try:
-        assert "not initialised" in str(reason_of(model, "layers.1"))
-    except DeepTwistError as error:
-        assert "initialised" in str(error)
+    works_or_is_refused(lambda: plan_of(model))  # kept or refused, but not made
     assert isinstance(model.layers[1], nn.LazyConv2d)
 
 
@@ -233,9 +230,14 @@ def test_buffers_that_count_calls_are_put_back() -> None:
 def test_the_mode_comes_back_even_after_an_error() -> None:
     model = nn.Sequential(conv(), nn.Dropout()).train()
     model[1].eval()
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not model.training
-        raise RuntimeError
+
+    def fail() -> None:
+        with evaluating(model):
+            assert not model.training
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert model.training
     assert not model[1].training
 
@@ -255,10 +257,7 @@ def test_legacy_weight_norm_does_not_stop_the_others() -> None:
     model(X).sum().backward()
     made = plan_of(model)
     assert [layer.name for layer in made.compressed] == ["1"]
-    try:
-        assert decompose(model, made)(X).shape == X.shape
-    except DeepTwistError as error:
-        assert "'0'" in str(error)
+    assert decompose(model, made)(X).shape == X.shape
 
 
 def test_a_model_that_is_one_layer() -> None:

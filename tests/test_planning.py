@@ -215,11 +215,13 @@ def test_no_layer_grows_and_a_ratio_is_a_promise(
         assert planned.factored_weights == planned.num_weights
     else:
         assert planned.factored_weights * ratio <= planned.num_weights
-        made = Plan((planned,), 0, ((2,),))
+        made = Plan((planned,), examples=2)
         assert made.macs < made.dense_macs
 
 
-@pytest.mark.parametrize("method", [SVD(rank=32), TiledSVD(rank=8, tile=(8, 8)), Tucker(fraction=1)])
+@pytest.mark.parametrize(
+    "method", [SVD(rank=32), TiledSVD(rank=8, tile=(8, 8)), Tucker(fraction=1)]
+)
 def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decomposition) -> None:
     made = plan_of(method, ratio=None, include=["body.0"])
     assert not made.compressed
@@ -360,9 +362,7 @@ SMALL_PLAN = plan(
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 def test_a_spoiled_plan_is_refused_or_harmless(document: Any) -> None:
     text = json.dumps(document)
-    works_or_is_refused(
-        lambda: DeepTwist(copy.deepcopy(SMALL), Plan.from_json(text), 1).finish()
-    )
+    works_or_is_refused(lambda: DeepTwist(copy.deepcopy(SMALL), Plan.from_json(text), 1).finish())
     works_or_is_refused(lambda: str(Plan.from_json(text)))
 
 

@@ -71,9 +71,8 @@ def test_a_ratio_is_a_promise(
 ) -> None:
     try:
         resolved = method.resolve(convolution, ratio)
-    except Unfit as error:
-        assert "rank 1" in str(error)
-        return
+    except Unfit:
+        return  # which the next test judges
     assert resolved.num_weights(convolution) * ratio <= convolution.num_weights
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from deeptwist._version import __version__
 from deeptwist.convolution import Convolution
 from deeptwist.decompositions import FactoredLayer, from_dict
-from deeptwist.errors import DeepTwistError
-from deeptwist.factorization import swap
-from deeptwist.files import replacing, write_text
+from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.factorization import planned_module, swap
+from deeptwist.files import replacing
 from deeptwist.planning import Plan, PlannedLayer
 
 FORMAT_VERSION = 1
@@ -59,20 +59,21 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / WEIGHTS) as weights:
+        # Both are complete before either takes its place.
+        with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as config:
             save_file(tensors, weights)
-            digest = _sha256(weights)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "deeptwist_version": __version__,
-            "base_model": base_model or type(model).__name__,
-            "weights_sha256": digest,
-            "aliases": aliases,
-            "layers": layers,
-        }
-        write_text(folder / CONFIG, json.dumps(config, indent=1))
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
+            values = {
+                "format_version": FORMAT_VERSION,
+                "deeptwist_version": __version__,
+                "base_model": base_model or type(model).__name__,
+                "weights_sha256": _sha256(weights),
+                "aliases": aliases,
+                "layers": layers,
+            }
+            config.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DeepTwistError(f"cannot write {folder}: {reason}") from None
     return folder
 
 
@@ -99,12 +100,13 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
         raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
     layers = tuple(_planned(name, values) for name, values in config["layers"].items())
     base = model if isinstance(model, nn.Module) else model()
-    empty = {layer.name: _empty_kernels(layer) for layer in layers}
-    small = swap(base, Plan(layers, 0, ()), empty)
+    for layer in layers:  # before anything takes the memory that the file says it needs
+        planned_module(base, layer)
+    small = swap(base, Plan(layers), {layer.name: _empty_kernels(layer) for layer in layers})
     try:
         state = load_file(weights)
     except SafetensorError as error:
-        raise DeepTwistError(f"{weights} is not a safetensors file: {error}") from None
+        raise DeepTwistError(f"{weights} is no safetensors file: {first_line(error)}") from None
     for alias, name in config["aliases"].items():
         if name in state:
             state[alias] = state[name]
@@ -120,9 +122,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DeepTwistError(f"{path} is not JSON: {error}") from None
+        raise DeepTwistError(f"{path} is not JSON: {first_line(error)}") from None
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise DeepTwistError(
             f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
         )
@@ -131,51 +133,59 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise DeepTwistError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
+    if not all(isinstance(name, str) for name in config["aliases"].values()):
+        raise DeepTwistError(f"{path} is damaged: an alias is not a name")
     return config
 
 
 def _planned(name: str, values: Any) -> PlannedLayer:
     try:
         convolution = Convolution.from_dict(values["convolution"])
-        decomposition = from_dict(values["decomposition"])
-        # A rank that the layer cannot hold would ask for memory without bound.
-        if decomposition.resolve(convolution, None) != decomposition:
-            raise DeepTwistError(f"cannot hold {decomposition}")
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise DeepTwistError(f"{CONFIG} is damaged at layer {name!r}: {error}") from None
-    return PlannedLayer(
-        name=name,
-        kind="",
-        num_weights=convolution.num_weights,
-        convolution=convolution,
-        decomposition=decomposition,
-    )
+        return PlannedLayer(
+            name=name,
+            kind="",
+            num_weights=convolution.num_weights,
+            convolution=convolution,
+            decomposition=from_dict(values["decomposition"]),
+        )
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise DeepTwistError(
+            f"{CONFIG} is damaged at layer {name!r}: {first_line(error)}"
+        ) from None
 
 
 def _empty_kernels(layer: PlannedLayer) -> list[Tensor]:
     assert layer.convolution is not None
     assert layer.decomposition is not None
     levels = layer.decomposition.levels(layer.convolution)
-    # On 'meta' until the model proves to hold this layer: sizes in the file cost nothing.
-    return [torch.empty(part.kernel_shape, device="meta") for level in levels for part in level]
+    return [torch.empty(part.kernel_shape) for level in levels for part in level]
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: str) -> None:
-    expected = model.state_dict()
+    expected = model.state_dict(keep_vars=True)
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
         raise DeepTwistError(
-            f"the artefact is of another model ({base_model}): "
+            f"the artefact is of another model ({base_model!r}): "
             f"{len(missing)} tensors missing {sorted(missing)[:2]}, "
             f"{len(extra)} unexpected {sorted(extra)[:2]}"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise DeepTwistError(
-                f"the artefact is of another model ({base_model}): {name!r} is "
+                f"the artefact is of another model ({base_model!r}): {name!r} is "
                 f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
             )
-    model.load_state_dict(state, strict=True, assign=True)
+        saved = state[name].dtype
+        if saved != tensor.dtype:
+            if not (saved.is_floating_point and tensor.is_floating_point()):
+                raise DeepTwistError(
+                    f"the artefact is of another model ({base_model!r}): {name!r} is {saved} "
+                    f"there and {tensor.dtype} here"
+                )
+            tensor.data = tensor.data.to(saved)
+    # Copied, not assigned: what is tied stays tied, and no memory of the file's is held on to.
+    model.load_state_dict(state, strict=True)
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,10 +195,12 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner = first.setdefault(id(tensor), name)
-        if owner == name:
-            tensors[name] = tensor.detach().cpu().contiguous()
-        else:
+        if owner != name:
             aliases[name] = owner
+            continue
+        own = tensor.detach().cpu().contiguous()
+        is_whole = own.untyped_storage().nbytes() == own.numel() * own.element_size()
+        tensors[name] = own if is_whole else own.clone()
     return tensors, aliases
 
 

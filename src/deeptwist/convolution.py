@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole, first_line
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,6 +46,29 @@ class Convolution:
     padding_mode: str = "zeros"
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "out_channels", "groups"):
+            check_whole(name, getattr(self, name))
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise DeepTwistError(
+                f"groups {self.groups} do not divide {self.in_channels}→{self.out_channels}"
+            )
+        if not isinstance(self.kernel_size, tuple) or len(self.kernel_size) > 3:
+            raise DeepTwistError(f"kernel_size {self.kernel_size!r} is not one to three sizes")
+        least = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
+        for name, smallest in least.items():
+            values = getattr(self, name)
+            if name == "padding" and values == "same":
+                continue
+            if not isinstance(values, tuple) or len(values) != self.dims:
+                raise DeepTwistError(f"{name} {values!r} is not one number per spatial axis")
+            for value in values:
+                check_whole(name, value, smallest)
+        if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise DeepTwistError(f"padding_mode {self.padding_mode!r} is not one of torch's")
+        if not isinstance(self.transposed, bool):
+            raise DeepTwistError(f"transposed {self.transposed!r} is neither true nor false")
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Convolution":
@@ -184,8 +207,10 @@ class Convolution:
                 device="meta",
                 **options,
             )
-        layer.weight = nn.Parameter(weight_of(kernel, self).contiguous())
-        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        # Memory of their own: a slice of a larger tensor would keep, and save, the whole.
+        weight = weight_of(kernel, self).clone(memory_format=torch.contiguous_format)
+        layer.weight = nn.Parameter(weight)
+        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone()))
         return layer
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,15 +223,15 @@ class Convolution:
         """The inverse of `to_dict`.
 
         Raises:
-            DeepTwistError: if a field is missing or unknown.
+            DeepTwistError: if a field is missing, unknown or of no sense.
         """
         try:
             options: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
             }
             return cls(**options)
-        except TypeError as error:
-            raise DeepTwistError(f"not a convolution's geometry: {error}") from None
+        except (AttributeError, TypeError, DeepTwistError) as error:
+            raise DeepTwistError(f"not a convolution's geometry: {first_line(error)}") from None
 
     def __str__(self) -> str:
         text = f"{self.in_channels}→{self.out_channels}"

@@ -1,8 +1,10 @@
 """DeepTwist: the network trains unchanged, its weights are pulled to low rank now and then."""
 
+import copy
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from deeptwist.convolution import weight_of
 from deeptwist.decompositions import Factors
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole, first_line
 from deeptwist.factorization import (
     factorize,
     planned_module,
@@ -18,7 +20,7 @@ from deeptwist.factorization import (
     swap,
 )
 from deeptwist.inspection import evaluating
-from deeptwist.planning import Plan
+from deeptwist.planning import Plan, PlannedLayer
 
 logger = logging.getLogger("deeptwist")
 
@@ -46,16 +48,31 @@ def distort(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> dict[s
 
     The Parameter stays the same object in the same memory format, and the optimizer's state is
     left alone.
+
+    Raises:
+        DeepTwistError: if an approximation is beyond the weight's type; no weight is changed then.
     """
     shifts = {}
     for layer in plan.compressed:
-        assert layer.convolution is not None
         weight = planned_module(model, layer).weight
-        approximation = weight_of(factors[layer.name].reconstruct(), layer.convolution)
-        approximation = approximation.to(weight.dtype)
+        # fp16 alone ends so early that an approximation can lie beyond it: look before writing.
+        if weight.dtype == torch.float16:
+            _reconstruction(layer, factors[layer.name], weight)
+    for layer in plan.compressed:
+        weight = planned_module(model, layer).weight
+        approximation = _reconstruction(layer, factors[layer.name], weight)
         shifts[layer.name] = float(torch.linalg.vector_norm((weight - approximation).double()))
-        weight.copy_(approximation.reshape(weight.shape))
+        weight.copy_(approximation)
     return shifts
+
+
+def _reconstruction(layer: PlannedLayer, factors: Factors, weight: Tensor) -> Tensor:
+    assert layer.convolution is not None
+    with torch.autocast(weight.device.type, enabled=False):
+        approximation = weight_of(factors.reconstruct(), layer.convolution).to(weight.dtype)
+    if not approximation.isfinite().all():
+        raise DeepTwistError(f"layer {layer.name!r} has an approximation beyond {weight.dtype}")
+    return approximation.reshape(weight.shape)
 
 
 class DeepTwist:
@@ -89,8 +106,7 @@ class DeepTwist:
             DeepTwistError: if the interval is not positive, the plan compresses nothing, or it
                 is for another model.
         """
-        if interval < 1:
-            raise DeepTwistError(f"interval {interval} is not a number of steps from 1 on")
+        check_whole("interval", interval)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         for layer in plan.compressed:
@@ -151,9 +167,13 @@ class DeepTwist:
             The decomposed model; `output_difference` then holds ‖y − y′‖ / ‖y‖ on the example.
 
         Raises:
-            DeepTwistError: if a weight is not finite, or if the outputs differ by more than
+            DeepTwistError: if a parameter is not finite, or if the outputs differ by more than
                 the square root of the type's precision.
         """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                owner = name.rpartition(".")[0]
+                raise DeepTwistError(f"layer {owner!r} has parameters that are NaN or infinite")
         factors = factorize(self.model, self.plan)
         self._distort(factors, loss)
         # The same factors serve both: CP's could not be found again from their product.
@@ -161,12 +181,28 @@ class DeepTwist:
         self.output_difference = self._compare(small)
         return small
 
-    def _compare(self, small: nn.Module) -> float:
-        inputs = self._inputs()
+    def _compare(self, small: nn.Module) -> float | None:
         with evaluating(self.model), evaluating(small), torch.no_grad():
-            expected, found = (_tensors(network(*inputs)) for network in (self.model, small))
+            try:
+                inputs = self._inputs()
+                expected = _tensors(self.model(*inputs))
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise DeepTwistError(
+                    f"the model cannot run on the example input: {first_line(error)}"
+                ) from error
+            try:
+                found = _tensors(small(*inputs))
+            except (AttributeError, RuntimeError, TypeError) as error:
+                raise DeepTwistError(
+                    f"the decomposed model cannot run: {first_line(error)}: a layer is used in "
+                    "other ways than calling it; exclude it"
+                ) from error
+        if not expected:
+            logger.warning("the model returns no tensors: decomposed and distorted not compared")
+            return None
         differences = [relative_difference(e, f) for e, f in zip(expected, found, strict=True)]
-        worst = max(differences, default=0.0)
+        # NaN is no number to compare with: it must count as the worst.
+        worst = max(math.inf if math.isnan(d) else d for d in differences)
         allowed = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
         logger.info("decomposed and distorted outputs differ by %.2e (relative)", worst)
         if not worst <= allowed:
@@ -184,12 +220,14 @@ class DeepTwist:
         generator = torch.Generator().manual_seed(0)
         return tuple(
             torch.randn(shape, generator=generator).to(reference)
-            for shape in self.plan.example_shapes
+            if getattr(torch, dtype).is_floating_point
+            else torch.zeros(shape, dtype=getattr(torch, dtype), device=reference.device)
+            for shape, dtype in self.plan.inputs
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and the records, for a checkpoint; the weights are the model's."""
-        return {"steps": self.steps, "records": [vars(record) for record in self.records]}
+        return {"steps": self.steps, "records": [asdict(record) for record in self.records]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -198,9 +236,10 @@ class DeepTwist:
             DeepTwistError: if the state is not one of `state_dict`.
         """
         try:
-            steps, records = int(state["steps"]), [Distortion(**r) for r in state["records"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DeepTwistError(f"not a DeepTwist state: {error}") from None
+            steps = int(state["steps"])
+            records = [Distortion(**copy.deepcopy(record)) for record in state["records"]]
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from None
         self.steps, self.records = steps, records
 
 
@@ -209,7 +248,9 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in _tensors(item)]
-    return []
+        parts = list(output.values())
+    elif isinstance(output, (list, tuple)):
+        parts = list(output)
+    else:
+        parts = list(getattr(output, "__dict__", {}).values())  # a dataclass, say
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -30,3 +30,13 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, which may have many."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_whole(what: str, value: object, least: int = 1) -> None:
+    """Checks that a value is a whole number from `least` on.
+
+    Raises:
+        DeepTwistError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise DeepTwistError(f"{what} {value!r} is not a whole number from {least} on")

@@ -54,7 +54,9 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
         assert layer.convolution is not None
         assert layer.decomposition is not None
         kernel = kernel_of(weights[layer.name], layer.convolution)
-        factors[layer.name] = layer.decomposition.decompose(kernel)
+        # A loop that runs under autocast must not have its factors computed in bf16.
+        with torch.autocast(kernel.device.type, enabled=False):
+            factors[layer.name] = layer.decomposition.decompose(kernel)
     return factors
 
 
@@ -92,7 +94,7 @@ def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> Fact
     factored = layer.decomposition.layer(
         layer.convolution,
         [kernel.to(weight.dtype) for kernel in kernels],
-        None if bias is None else bias.detach().clone(),
+        None if bias is None else bias.detach(),
     )
     if weight.dim() == 4 and _is_channels_last(weight):
         factored = factored.to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from deeptwist.convolution import READABLE, Convolution
@@ -48,30 +49,33 @@ def layers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
         inputs: the model's positional inputs.
 
     Raises:
-        DeepTwistError: if the model cannot run on the inputs.
+        DeepTwistError: if the model has layers to initialise, or cannot run on the inputs.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            raise DeepTwistError(f"layer {name!r} is not initialised: run the model once first")
         if _weights(module):
             names.setdefault(module, []).append(name)
-    factored = {
-        part
-        for module in model.modules()
-        if isinstance(module, FactoredLayer)
-        for part in module.modules()
-    }
+    holders: dict[Tensor, list[str]] = {}
+    for module, (name, *_) in names.items():
+        for parameter in _weights(module):
+            holders.setdefault(parameter, []).append(name)
+    factored = _inside(model, FactoredLayer)
+    read = _inside(model, nn.MultiheadAttention, nn.TransformerEncoderLayer)
     calls, surprises = _record_calls(model, inputs, list(names))
     turns = {module: turn for turn, module in enumerate(calls)}
-    owners: dict[Tensor, str] = {}
     layers = []
     for module, found in names.items():
-        shared = next((owners[p] for p in _weights(module) if p in owners), None)
-        own = [p for p in _weights(module) if p not in owners]
-        owners.update(dict.fromkeys(own, found[0]))
+        own = [p for p in _weights(module) if holders[p][0] == found[0]]
+        sharing = [name for p in _weights(module) for name in holders[p] if name != found[0]]
+        convolution, misfit = _geometry(module)
         reason = (
             ("is part of a factored layer" if module in factored else None)
+            or ("has a weight that torch's attention reads directly" if module in read else None)
             or _unreadable(module)
-            or (f"shares its weight with {shared!r}" if shared else None)
+            or misfit
+            or (f"shares its weight with {sharing[0]!r}" if sharing else None)
             or surprises.get(module)
             or (None if calls[module] else "is not called on the example input")
         )
@@ -80,7 +84,7 @@ def layers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
                 module=module,
                 names=tuple(found),
                 num_weights=sum(p.numel() for p in own),
-                convolution=_geometry(module),
+                convolution=convolution,
                 calls=tuple(calls[module]),
                 turn=turns[module],
                 reason=reason,
@@ -89,12 +93,18 @@ def layers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
     return layers
 
 
+def _inside(model: nn.Module, *kinds: type[nn.Module]) -> set[nn.Module]:
+    """All modules within those of some kinds, these included."""
+    return {
+        part for module in model.modules() if isinstance(module, kinds) for part in module.modules()
+    }
+
+
 def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters that are a matrix at least; uninitialised ones too."""
+    """The module's own parameters that are a matrix at least."""
     weights = []
     for parameter in module.parameters(recurse=False):
-        lazy = isinstance(parameter, nn.UninitializedParameter)
-        if lazy or sum(side > 1 for side in parameter.shape) > 1 or _is_kernel(module, parameter):
+        if sum(side > 1 for side in parameter.shape) > 1 or _is_kernel(module, parameter):
             weights.append(parameter)
     if parametrize.is_parametrized(module):
         weights += [*module.get_submodule("parametrizations").parameters()]
@@ -105,21 +115,18 @@ def _is_kernel(module: nn.Module, parameter: nn.Parameter) -> bool:
     return isinstance(module, READABLE) and parameter is getattr(module, "weight", None)
 
 
-def _geometry(module: nn.Module) -> Convolution | None:
-    if not isinstance(module, READABLE) or _is_lazy(module):
-        return None
-    return Convolution.of(module)
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    return any(isinstance(p, nn.UninitializedParameter) for p in module.parameters(recurse=False))
+def _geometry(module: nn.Module) -> tuple[Convolution | None, str | None]:
+    if not isinstance(module, READABLE):
+        return None, None
+    try:
+        return Convolution.of(module), None
+    except DeepTwistError as error:
+        return None, f"has an unusual geometry: {error}"
 
 
 def _unreadable(module: nn.Module) -> str | None:
     """Why the module's computation is not known to be that of its plain weight."""
     kind = type(module)
-    if _is_lazy(module):
-        return "is not initialised yet: run the model once first"
     if parametrize.is_parametrized(module):
         return "has a parametrized weight: torch.nn.utils.parametrize.remove_parametrizations first"
     if kind not in READABLE:
@@ -129,7 +136,8 @@ def _unreadable(module: nn.Module) -> str | None:
         )
     if "forward" in vars(module):
         return "has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    if any(hooks) or module._backward_pre_hooks:
         return "carries hooks (weight_norm, pruning, …), which a factored layer would lose"
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
@@ -154,6 +162,7 @@ def _record_calls(
         calls.setdefault(module, []).append(_call(module, given[0]))
 
     readable = [module for module in modules if isinstance(module, READABLE)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in readable]
     try:
         with evaluating(model), torch.no_grad():
@@ -166,6 +175,9 @@ def _record_calls(
     finally:
         for handle in handles:
             handle.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
     for module in modules:
         calls.setdefault(module, [])
     return calls, surprises

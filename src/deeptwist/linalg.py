@@ -9,6 +9,10 @@ from deeptwist.convolution import computing_dtype
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of this rank (Eckart–Young), its scale split evenly.
 
+    A matrix in fp32 or narrower goes through the eigenvectors of its Gram matrix in fp64: to
+    square the condition costs half the digits, and fp64 has twice those of fp32, so the result is
+    as exact as an SVD in fp32 and several times cheaper.
+
     Args:
         matrix: (..., m, n), any floating type; computed in fp32, or fp64 where it is fp64.
         rank: from 1 to min(m, n).
@@ -16,22 +20,23 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns:
         left (..., m, rank) and right (..., rank, n), whose product is the approximation.
     """
-    matrix = matrix.to(computing_dtype(matrix.dtype))
+    dtype = computing_dtype(matrix.dtype)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        right, left = truncated_svd(matrix.mT, rank)
+        return left.mT, right.mT
     # Singular values overflow when squared from 1e19 on: factor at unit scale.
-    scale = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    scale = matrix.abs().amax(dim=(-2, -1), keepdim=True).double()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    u, s, vh = _svd(matrix / scale)
-    root = (s[..., :rank].unsqueeze(-2) * scale).sqrt()
-    return u[..., :rank] * root, root.mT * vh[..., :rank, :]
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # Divide and conquer gives up on a few fp32 matrices that it solves in fp64.
-        u, s, vh = (x.to(matrix.dtype) for x in torch.linalg.svd(matrix.double(), False))
-    return u, s, vh
+    unit = matrix.double() / scale
+    if dtype == torch.float64:
+        basis = torch.linalg.svd(unit, full_matrices=False).U[..., :rank]
+    else:
+        basis = leading_subspace(unit, rank)
+    image = basis.mT @ unit  # (..., rank, n): singular values times right singular vectors
+    values = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
+    root = (values * scale).sqrt()
+    right = torch.where(values > 0, image / values, torch.zeros_like(image)) * root
+    return (basis * root.mT).to(dtype), right.to(dtype)
 
 
 def leading_subspace(matrix: Tensor, rank: int) -> Tensor:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deeptwist import cost
 from deeptwist.convolution import Convolution, kernel_of
 from deeptwist.cost import Call
 from deeptwist.decompositions import Decomposition, Unfit, from_dict
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole, first_line
 from deeptwist.inspection import Layer, layers_of
 from deeptwist.linalg import relative_error
 from deeptwist.ranks import check_ratio
@@ -45,6 +46,15 @@ class PlannedLayer:
     decomposition: Decomposition | None = None
     reason: str | None = None
     relative_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.decomposition is None:
+            return
+        if self.convolution is None:
+            raise DeepTwistError(f"layer {self.name!r} has a decomposition without a geometry")
+        # A rank that the layer cannot hold would ask for memory without bound.
+        if self.decomposition.resolve(self.convolution, None) != self.decomposition:
+            raise DeepTwistError(f"layer {self.name!r} cannot hold {self.decomposition}")
 
     @property
     def factored_weights(self) -> int:
@@ -82,21 +92,28 @@ class PlannedLayer:
         """The inverse of `to_dict`.
 
         Raises:
-            DeepTwistError: if a field is missing, unknown or refused.
+            DeepTwistError: if a field is refused.
+            KeyError, TypeError, ValueError: if one is missing, unknown or of another shape.
         """
-        try:
-            convolution, decomposition = values["convolution"], values["decomposition"]
-            return cls(
-                **{
-                    **values,
-                    "aliases": tuple(values["aliases"]),
-                    "calls": tuple(Call(count, tuple(size)) for count, *size in values["calls"]),
-                    "convolution": convolution and Convolution.from_dict(convolution),
-                    "decomposition": decomposition and from_dict(decomposition),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise DeepTwistError(f"not a planned layer: {error}") from None
+        kinds = {"name": str, "kind": str, "aliases": list, "calls": list}
+        for key, kind in kinds.items():
+            if not isinstance(values[key], kind):
+                raise DeepTwistError(f"{key} of a layer is {values[key]!r}, not a {kind.__name__}")
+        check_whole("num_weights", values["num_weights"], 0)
+        for number in (number for call in values["calls"] for number in call):
+            check_whole("a size of a call", number, 0)
+        error, reason = values["relative_error"], values["reason"]
+        if not isinstance(error, float | int | None) or not isinstance(reason, str | None):
+            raise DeepTwistError(f"layer {values['name']!r} has error {error!r}, reason {reason!r}")
+        convolution, decomposition = values["convolution"], values["decomposition"]
+        fields: dict[str, Any] = {
+            **values,
+            "aliases": tuple(str(alias) for alias in values["aliases"]),
+            "calls": tuple(Call(count, tuple(size)) for count, *size in values["calls"]),
+            "convolution": None if convolution is None else Convolution.from_dict(convolution),
+            "decomposition": None if decomposition is None else from_dict(decomposition),
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -106,12 +123,14 @@ class Plan:
     Attributes:
         layers: in the model's order.
         other_parameters: parameters that are no layer's weight: biases, normalisation.
-        example_shapes: the shapes of the example input's tensors.
+        examples: how many the example input holds; costs are per example.
+        inputs: the shape and type of each of the example input's tensors.
     """
 
     layers: tuple[PlannedLayer, ...]
-    other_parameters: int
-    example_shapes: tuple[tuple[int, ...], ...]
+    other_parameters: int = 0
+    examples: int = 1
+    inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
 
     @property
     def compressed(self) -> tuple[PlannedLayer, ...]:
@@ -163,21 +182,21 @@ class Plan:
         *,
         factored: bool,
     ) -> int:
-        batch = self.example_shapes[0][0]
         total = sum(
             times * count([(convolution, size)])
             for layer in layers
             for convolution, size, times in layer.work(factored=factored)
         )
-        return total // batch
+        return total // self.examples
 
     def to_json(self) -> str:
         """The plan as JSON; `from_json` is its inverse."""
         return json.dumps(
             {
                 "format": _FORMAT,
-                "example_shapes": self.example_shapes,
                 "other_parameters": self.other_parameters,
+                "examples": self.examples,
+                "inputs": self.inputs,
                 "layers": [layer.to_dict() for layer in self.layers],
             },
             indent=1,
@@ -197,13 +216,23 @@ class Plan:
                 raise DeepTwistError(
                     f"plan format {values['format']!r} is unknown: this version reads {_FORMAT}"
                 )
+            check_whole("other_parameters", values["other_parameters"], 0)
+            check_whole("examples", values["examples"])
+            for shape, dtype in values["inputs"]:
+                for side in shape:
+                    check_whole("a side of an input", side, 0)
+                if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                    raise DeepTwistError(f"an input is of unknown type {dtype!r}")
             return cls(
                 tuple(PlannedLayer.from_dict(layer) for layer in values["layers"]),
-                int(values["other_parameters"]),
-                tuple(tuple(shape) for shape in values["example_shapes"]),
+                values["other_parameters"],
+                values["examples"],
+                tuple((tuple(shape), str(dtype)) for shape, dtype in values["inputs"]),
             )
-        except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-            raise DeepTwistError(f"not a plan: {type(error).__name__} {error}") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DeepTwistError(f"not a plan: {first_line(error)}") from None
+        except RecursionError:
+            raise DeepTwistError("not a plan: nested too deep") from None
 
     def __str__(self) -> str:
         rows = [_HEADER, *(self._row(layer) for layer in self.layers)]
@@ -318,7 +347,14 @@ def plan(
     )
     counted = sum(layer.num_weights for layer in layers)
     total = sum(p.numel() for p in model.parameters())
-    return Plan(planned, total - counted, tuple(tuple(x.shape) for x in inputs))
+    # A first convolution that sees one image of (c, h, w) was given no batch.
+    batched = first is None or not first.calls or first.calls[0].count > 1
+    return Plan(
+        planned,
+        total - counted,
+        inputs[0].shape[0] if batched else 1,
+        tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
+    )
 
 
 def _plan_layer(

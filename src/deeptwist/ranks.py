@@ -29,7 +29,7 @@ def fraction_of(channels: int, fraction: float) -> int:
 
     The fraction is read as the decimal that was written: 0.29 · 100 is 29, not 28.
     """
-    return math.floor(Fraction(repr(fraction)) * channels)
+    return math.floor(Fraction(str(float(fraction))) * channels)
 
 
 def check_ratio(ratio: float) -> float:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from deeptwist.convolution import Convolution
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.ranks import check_ratio, largest_rank
 
 Level = tuple[Convolution, ...]  # convolutions that run side by side on parts of the channels
@@ -150,7 +150,7 @@ class OneRank(Decomposition):
 
     def __post_init__(self) -> None:
         if self.rank is not None:
-            check_count(type(self).__name__, "rank", self.rank)
+            check_whole(f"{type(self).__name__} rank", self.rank)
 
     @abstractmethod
     def full_rank(self, convolution: Convolution) -> int:
@@ -190,13 +190,3 @@ def cannot_shrink(convolution: Convolution, smallest: int, ratio: float) -> Unfi
     """The error for a layer that not even rank 1 makes `ratio` times smaller."""
     dense = convolution.num_weights
     return Unfit(f"cannot be {ratio:g}× smaller: rank 1 holds {smallest:,} of {dense:,} weights")
-
-
-def check_count(owner: str, name: str, value: object) -> None:
-    """Checks that a field is a whole number from 1 on.
-
-    Raises:
-        DeepTwistError: if it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DeepTwistError(f"{owner} {name} {value!r} is not a whole number from 1 on")

@@ -17,7 +17,9 @@ from deeptwist.decompositions.svd import SVD
 from deeptwist.linalg import leading_subspace
 
 _SWEEPS = 200
-_TOLERANCE = 1e-6  # on the fall of the squared relative error in a sweep
+_TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last
+_EXACT = 1e-24  # of ‖W‖²: a squared error that rounding alone explains
+_PULL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class CPFactors(Factors):
         depthwise = []
         for axis, basis in enumerate(spatial):
             if basis.shape[1] == 1:
-                continue  # a side of one is a mere scale, which `_als` has put elsewhere
+                continue  # an axis of one tap has no convolution of its own
             size = [basis.shape[1] if a == axis else 1 for a in range(dims)]
             depthwise.append(basis.mT.reshape(-1, 1, 1, *size))
         return [into.mT.reshape(*into.mT.shape, *ones), *depthwise, out.reshape(*out.shape, *ones)]
@@ -100,46 +102,51 @@ def _khatri_rao(bases: list[Tensor]) -> Tensor:
 def _als(kernel: Tensor, rank: int) -> list[Tensor]:
     """Alternating least squares from the HOSVD's directions, batched over groups.
 
+    Computed in fp64: components grow collinear on the way, and their normal equations with them.
     Every sweep costs three products with the kernel and holds Πk·max(o, i)·R numbers besides.
     """
-    tensor = kernel.to(computing_dtype(kernel.dtype)).flatten(3)  # (g, o, i, k)
+    sides = kernel.shape[3:]
+    wide = [side for side in sides if side > 1]  # an axis of one tap has nothing to explain
+    tensor = kernel.double().flatten(3)  # (g, o, i, k)
     scale = tensor.abs().amax(dim=(1, 2, 3), keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     tensor = tensor / scale
     by_out, by_in = tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
-    sides = kernel.shape[3:]
-    out = _initial(by_out, rank)
-    into = _initial(by_in, rank)
-    whole = tensor.unflatten(3, sides)
-    spatial = [_initial(whole.movedim(3 + axis, 1).flatten(2), rank) for axis in range(len(sides))]
-    total = tensor.double().square().sum()
+    whole = tensor.unflatten(3, wide)
+    out, into = _initial(by_out, rank), _initial(by_in, rank)
+    spatial = [_initial(whole.movedim(3 + n, 1).flatten(2), rank) for n in range(len(wide))]
+    total = tensor.square().sum()
     error = total
     for _ in range(_SWEEPS):
         window = _khatri_rao(spatial)
-        out = _unit(_solve(by_out @ _khatri_rao([into, window]), [into, *spatial]))
-        into = _unit(_solve(by_in @ _khatri_rao([out, window]), [out, *spatial]))
-        # What the spatial axes see once the channels are contracted: (g, k, r).
+        out = _solve(by_out @ _khatri_rao([into, window]), [into, *spatial], out)
+        into = _solve(by_in @ _khatri_rao([out, window]), [out, *spatial], into)
+        # What the spatial axes see once the channels are contracted: (g, *wide, r).
         seen = (by_out.mT @ out).unflatten(1, (into.shape[1], -1))
-        seen = torch.einsum("gikr,gir->gkr", seen, into).unflatten(1, sides)
-        for axis, side in enumerate(sides):
+        seen = torch.einsum("gikr,gir->gkr", seen, into).unflatten(1, wide)
+        for axis in range(len(wide)):
             target = seen
             for other, basis in enumerate(spatial):
                 if other != axis:
-                    shape = [1] * len(sides)
-                    shape[other] = sides[other]
-                    target = target * basis.reshape(basis.shape[0], *shape, rank)
-            target = target.movedim(1 + axis, 1).reshape(len(seen), side, -1, rank).sum(2)
-            rest = [basis for other, basis in enumerate(spatial) if other != axis]
-            solved = _solve(target, [out, into, *rest])
-            # The last axis carries the norms until the end.
-            spatial[axis] = solved if axis == len(sides) - 1 else _unit(solved)
-        before = error
-        fitted = (target.double() * spatial[-1].double()).sum()
-        norm = (_gram([out, into, *spatial])).sum()
-        error = total - 2 * fitted + norm
-        if before - error <= _TOLERANCE * total:
+                    shape = [wide[other] if n == other else 1 for n in range(len(wide))]
+                    target = target * basis.reshape(len(seen), *shape, rank)
+            target = target.movedim(1 + axis, 1).reshape(len(seen), wide[axis], -1, rank).sum(2)
+            others = [basis for other, basis in enumerate(spatial) if other != axis]
+            spatial[axis] = _solve(target, [out, into, *others], spatial[axis])
+        fitted = (target * spatial[-1]).sum()
+        before, error = error, total - 2 * fitted + _gram([out, into, *spatial]).sum()
+        if before - error <= _TOLERANCE * error or error <= _EXACT * total:
             break
-    return _balance([out, into, *spatial], scale.flatten(1))
+        out, into, *spatial = _balance([out, into, *spatial])
+    share = scale.flatten(1).pow(1 / (2 + len(wide))).unsqueeze(1)
+    dtype = computing_dtype(kernel.dtype)
+    out, into, *spatial = ((basis * share).to(dtype) for basis in _balance([out, into, *spatial]))
+    bases = iter(spatial)
+    return [
+        out,
+        into,
+        *(next(bases) if side > 1 else torch.ones_like(out[:, :1]) for side in sides),
+    ]
 
 
 def _initial(unfolding: Tensor, rank: int) -> Tensor:
@@ -148,39 +155,35 @@ def _initial(unfolding: Tensor, rank: int) -> Tensor:
     basis = leading_subspace(unfolding, min(rank, side))
     generator = torch.Generator().manual_seed(0)
     extra = torch.randn(groups, side, max(0, rank - side), generator=generator)
-    return torch.cat([basis, _unit(extra.to(basis))], dim=2)
+    return torch.cat([basis, extra.to(basis) / side**0.5], dim=2)
 
 
 def _gram(bases: list[Tensor]) -> Tensor:
-    """The Gram matrix of the Khatri-Rao product (g, r, r), in fp64: it squares the condition."""
-    gram = torch.ones((), dtype=torch.float64, device=bases[0].device)
-    for basis in bases:
-        gram = gram * (basis.double().mT @ basis.double())
+    """The Gram matrix of the Khatri-Rao product: (g, n, r), … → (g, r, r)."""
+    gram = bases[0].mT @ bases[0]
+    for basis in bases[1:]:
+        gram = gram * (basis.mT @ basis)
     return gram
 
 
-def _solve(target: Tensor, others: list[Tensor]) -> Tensor:
-    """The least-squares basis (g, n, r) for what the other bases leave to explain."""
+def _solve(target: Tensor, others: list[Tensor], current: Tensor) -> Tensor:
+    """The least-squares basis (g, n, r) for what the other bases leave to explain.
+
+    Where components are collinear it is not unique: a sliver of pull towards the current one
+    settles the choice and, unlike a ridge, leaves the fixed points where they are.
+    """
     gram = _gram(others)
-    # A sliver of ridge: collinear components are the rule in overcomplete CP, not an accident.
-    ridge = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30) * 1e-10
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + ridge[:, None, None] * eye)
-    solution: Tensor = torch.cholesky_solve(target.double().mT, factor).mT
-    return solution.to(target.dtype)
+    pull = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None] * _PULL
+    factor = torch.linalg.cholesky(gram + pull * torch.eye(gram.shape[1]).to(gram))
+    solution: Tensor = torch.cholesky_solve((target + pull * current).mT, factor).mT
+    return solution
 
 
-def _unit(basis: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
-    return basis / norms.clamp_min(torch.finfo(basis.dtype).tiny)
-
-
-def _balance(bases: list[Tensor], scale: Tensor) -> list[Tensor]:
-    """Spreads every component's norm evenly over the bases of more than one row."""
+def _balance(bases: list[Tensor]) -> list[Tensor]:
+    """Spreads the norm of every component evenly over its bases."""
     norms = [torch.linalg.vector_norm(basis, dim=1, keepdim=True) for basis in bases]
-    size = torch.stack(norms).prod(0) * scale.unsqueeze(-1)  # (g, 1, r)
-    long = sum(basis.shape[1] > 1 for basis in bases)
-    share = size.pow(1 / long)
+    share = torch.stack(norms).prod(0).pow(1 / len(bases))  # (g, 1, r)
     return [
-        _unit(basis) * share if basis.shape[1] > 1 else torch.ones_like(basis) for basis in bases
+        basis / norm.clamp_min(torch.finfo(basis.dtype).tiny) * share
+        for basis, norm in zip(bases, norms, strict=True)
     ]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.convolution import Convolution, pointwise
-from deeptwist.decompositions.base import FactoredLayer, Factors, Level, OneRank, Unfit, check_count
+from deeptwist.decompositions.base import FactoredLayer, Factors, Level, OneRank, Unfit
 from deeptwist.decompositions.routing import Branches, Im2col, OverFeatures, permutation
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.linalg import truncated_svd
 from deeptwist.lowering import lower, unlower
 from deeptwist.tiling import Grid, Span
@@ -49,7 +49,7 @@ class TiledSVD(OneRank):
             if not isinstance(self.tile, tuple) or len(self.tile) != 2:
                 raise DeepTwistError(f"TiledSVD tile {self.tile!r} is not a pair (rows, cols)")
             for length in self.tile:
-                check_count("TiledSVD", "tile", length)
+                check_whole("TiledSVD tile side", length)
 
     def lowered_shape(self, convolution: Convolution) -> tuple[int, int]:  # noqa: D102
         _, out, into, *_ = convolution.kernel_shape

@@ -19,10 +19,9 @@ from deeptwist.decompositions.base import (
     Level,
     Unfit,
     cannot_shrink,
-    check_count,
 )
 from deeptwist.decompositions.svd import SVD
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.linalg import leading_subspace
 from deeptwist.ranks import check_ratio, fraction_of, largest_rank
 
@@ -53,7 +52,7 @@ class Tucker(Decomposition):
             if not isinstance(self.rank, tuple) or len(self.rank) != 2:
                 raise DeepTwistError(f"Tucker rank {self.rank!r} is not a pair (R_t, R_s)")
             for rank in self.rank:
-                check_count("Tucker", "rank", rank)
+                check_whole("Tucker rank", rank)
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise DeepTwistError(f"Tucker fraction {self.fraction} is not above 0 and at most 1")
 

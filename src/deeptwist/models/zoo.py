@@ -61,7 +61,7 @@ def build_model(
 
 def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Module:
     with needs_extra():
-        from torchvision import models
+        import torchvision.models as models
     # The other tasks' networks would download a backbone, and none returns plain logits.
     classifiers = models.list_models(module=models)
     if network not in classifiers:

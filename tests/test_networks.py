@@ -1,0 +1,144 @@
+"""Issue 2, point 3: `small` computes what the distorted dense model computes, on real networks."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from cases import difference
+from torch import Tensor, nn
+
+from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan
+from deeptwist.models.resnet_cifar import resnet32
+from deeptwist.models.vgg_cifar import vgg19
+
+METHODS: dict[str, tuple[Decomposition, float | None]] = {
+    "svd": (SVD(), 4),
+    "tiled-64x64": (TiledSVD(tile=(64, 64)), 4),
+    "tiled-aligned": (TiledSVD(tile=(64, 72)), 4),
+    "spatial": (SpatialSVD(), 4),
+    "tucker": (Tucker(), 4),
+    "cp": (CP(rank=4), None),
+}
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to make a network, and the side of a small image that it takes.
+
+    Layers that are large and of the same kind as others are left out, to be quick.
+    """
+
+    make: Callable[[], nn.Module]
+    side: int
+    without: tuple[str, ...] = ()
+
+
+def from_torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        models = pytest.importorskip("torchvision.models")
+        model: nn.Module = models.get_model(name, weights=None, num_classes=10)
+        return model
+
+    return make
+
+
+NETWORKS = {
+    "resnet32": Network(resnet32, 16),
+    "vgg19": Network(vgg19, 32, ("features.19", "features.2*", "features.3*")),
+    "resnet34": Network(from_torchvision("resnet34"), 64, ("layer3.[1-5].*", "layer4.*")),
+    "mobilenet_v2": Network(from_torchvision("mobilenet_v2"), 64),
+    "resnext50_32x4d": Network(
+        from_torchvision("resnext50_32x4d"),
+        64,
+        ("layer3.[1-5].*", "layer4.[12].*", "layer4.0.conv[13]", "layer4.0.downsample.0"),
+    ),
+}
+
+
+@cache
+def settled(name: str) -> nn.Module:
+    """A network whose normalisation has seen data, as a trained one's has."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]
+    model = network.make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, network.side, network.side))
+    return model.eval()
+
+
+@cache
+def planned(name: str, method: str) -> Plan:
+    network, (decomposition, ratio) = NETWORKS[name], METHODS[method]
+    with torch.device("meta"):
+        model, x = network.make(), torch.empty(2, 3, network.side, network.side)
+    return plan(
+        model,
+        decomposition,
+        ratio=ratio,
+        example_input=x,
+        skip_first_conv=True,
+        exclude=network.without,
+    )
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_decomposed_network_computes_what_the_distorted_one_does(
+    name: str, method: str, dtype: torch.dtype
+) -> None:
+    model, made = copy.deepcopy(settled(name)).to(dtype), planned(name, method)
+    assert len(made.compressed) >= 8
+    twist = DeepTwist(model, made, interval=1)
+    small = twist.finish()
+    x = torch.randn(2, 3, NETWORKS[name].side, NETWORKS[name].side, dtype=dtype)
+    with torch.no_grad():
+        assert difference(model(x), small(x)) < LIMITS[dtype]
+    assert twist.output_difference is not None
+    assert twist.output_difference < LIMITS[dtype]
+    assert sum(p.numel() for p in small.parameters()) == made.parameters < made.dense_parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trained_resnet32(method: str, resnet32_weights: dict[str, Tensor]) -> None:
+    model, x = resnet32(), torch.randn(4, 3, 32, 32)
+    model.load_state_dict(resnet32_weights, strict=True)
+    twist = DeepTwist(model.eval(), planned("resnet32", method), interval=1, example_input=x)
+    small = twist.finish()
+    with torch.no_grad():
+        assert difference(model(x), small(x)) < 1e-5
+    assert twist.output_difference is not None
+    assert twist.output_difference < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_type_is_no_obstacle(
+    dtype: torch.dtype, method: str, resnet32_weights: dict[str, Tensor]
+) -> None:
+    model, x = resnet32(), torch.randn(4, 3, 32, 32).to(dtype)
+    model.load_state_dict(resnet32_weights)
+    model.to(dtype).eval()
+    twist = DeepTwist(model, planned("resnet32", method), interval=1, example_input=x)
+    small = twist.finish()
+    assert twist.output_difference is not None
+    assert twist.output_difference < torch.finfo(dtype).eps ** 0.5
+    assert {p.dtype for p in small.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_is_compressed_or_says_why(name: str) -> None:
+    with torch.device("meta"):
+        model, x = NETWORKS[name].make(), torch.empty(1, 3, 64, 64)
+    made = plan(model, SpatialSVD(), ratio=2, example_input=x)
+    weighted = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [layer.name for layer in made.layers] == weighted
+    assert len(made.compressed) >= 0.4 * len(weighted)
+    assert all(layer.reason for layer in made.kept)
