@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.cli.console import print_table, progress_bar
-from deeptwist.cli.options import AsJson, Model, NetworkOptions, PlanOptions, TrainOptions
+from deeptwist.cli.options import AsJson, Model, NetworkOptions, PlanOptions
 from deeptwist.errors import DeepTwistError
+from deeptwist.training.settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +29,7 @@ app = App(
 
 `deeptwist demo` shows all of it in two minutes.""",
 )
-_NETWORK, _PLAN, _TRAIN = NetworkOptions(), PlanOptions(), TrainOptions()
+_NETWORK, _PLAN, _SETTINGS = NetworkOptions(), PlanOptions(), Settings()
 
 
 @app.command
@@ -135,7 +136,7 @@ def train(
     mode: Literal["dense", "deeptwist", "decomposed"] = "deeptwist",
     network: NetworkOptions = _NETWORK,
     options: PlanOptions = _PLAN,
-    training: TrainOptions = _TRAIN,
+    settings: Annotated[Settings, Parameter(name="*")] = _SETTINGS,
     image_size: int | None = None,
     as_json: AsJson = False,
 ) -> None:
@@ -162,7 +163,6 @@ def train(
     from deeptwist.training.loop import steps_per_epoch
 
     dataset = load_data(data, image_size=image_size)
-    settings = training.settings()
     shape = tuple(dataset.train.images.shape[1:])
     torch.manual_seed(settings.seed)  # of the initial weights, where no checkpoint is given
     dense = network.build(model, num_classes=len(dataset.classes), in_channels=shape[0])

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from deeptwist.decompositions import Decomposition
     from deeptwist.planning import Plan
-    from deeptwist.training.settings import Settings
 
 MethodName = Literal["svd", "tiled-svd", "spatial-svd", "tucker", "cp"]
 Model = Annotated[
@@ -127,35 +126,3 @@ class PlanOptions:
             exclude=self.exclude or (),
             overrides=dict(parse_override(text) for text in self.override or ()),
         )
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """The training: SGD with Nesterov momentum and a cosine decay to zero.
-
-    Attributes:
-        epochs: Passes over the training images.
-        batch_size: Images in a step.
-        lr: The learning rate that the decay starts from.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        interval: S_D, optimizer steps between distortions.
-        seed: Of the order of the images and their augmentation.
-        precision: bf16-mixed is bf16 autocast, the faster on most machines.
-    """
-
-    epochs: int = 6
-    batch_size: int = 128
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    interval: int = 200
-    seed: int = 0
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-
-    def settings(self) -> "Settings":
-        """The same as the training system's settings."""
-        from deeptwist.training.settings import Settings
-
-        return Settings(**vars(self))

@@ -109,7 +109,6 @@ _SETTINGS = {
     "lr": "learning rate at the start",
     "weight_decay": "weight decay",
     "interval": "interval S_D, steps between distortions",
-    "channels_last": "channels last",
     "version": "deeptwist",
 }
 

@@ -30,7 +30,6 @@ def evaluate(
     labels: Tensor,
     data: Dataset,
     *,
-    layout: torch.memory_format = torch.channels_last,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluates a model on images of a data set, in evaluation mode and on its own device.
@@ -40,7 +39,6 @@ def evaluate(
         images: uint8 (N, C, H, W).
         labels: int64 (N,).
         data: says how pixels are normalised and how many classes there are.
-        layout: the memory format of the inputs.
         on_batch: called after every batch of up to 500.
 
     Raises:
@@ -51,7 +49,9 @@ def evaluate(
     outputs = []
     with evaluating(model):
         for some, _ in batches(Split(images, labels), _BATCH, generator=None):
-            x = normalize(some.to(device), data.mean, data.std).to(memory_format=layout)
+            x = normalize(some.to(device), data.mean, data.std).to(
+                memory_format=torch.channels_last
+            )
             try:
                 outputs.append(model(x).float())
             except RuntimeError as error:

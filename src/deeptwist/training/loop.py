@@ -70,8 +70,7 @@ def fit(
         DeepTwistError: if the loss is not finite, naming the step.
     """
     fabric = Fabric(accelerator="auto", devices=1, precision=settings.precision)
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model.to(memory_format=layout)
+    model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=settings.lr,
@@ -89,7 +88,7 @@ def fit(
     fixed = data.train.images[:_FIXED_BATCH], data.train.labels[:_FIXED_BATCH]
 
     def loss_on_fixed_batch() -> float:
-        return evaluate(wrapped, *fixed, data, layout=layout).loss
+        return evaluate(wrapped, *fixed, data).loss
 
     step = 0
     for epoch in range(1, settings.epochs + 1):
@@ -99,7 +98,9 @@ def fit(
             data.train, settings.batch_size, generator=generator, drop_last=True
         ):
             images = augment(images, padding=data.padding, flip=data.flip, generator=generator)
-            x = normalize(images.to(fabric.device), data.mean, data.std).to(memory_format=layout)
+            x = normalize(images.to(fabric.device), data.mean, data.std).to(
+                memory_format=torch.channels_last
+            )
             loss = functional.cross_entropy(wrapped(x), labels.to(fabric.device))
             step += 1
             if not loss.isfinite():
@@ -120,7 +121,7 @@ def fit(
                 epoch=epoch,
                 step=step,
                 train_loss=float(total) / (step // epoch * settings.batch_size),
-                test=evaluate(wrapped, data.test.images, data.test.labels, data, layout=layout),
+                test=evaluate(wrapped, data.test.images, data.test.labels, data),
                 lr=float(schedule.get_last_lr()[0]),
                 seconds=seconds,
             )

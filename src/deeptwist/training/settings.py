@@ -9,20 +9,19 @@ Mode = Literal["dense", "deeptwist", "decomposed"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """SGD with Nesterov momentum and a cosine decay to zero: the same for every mode compared.
 
     Attributes:
-        epochs: passes over the training split.
-        batch_size: images in a step.
-        lr: the learning rate that the decay starts from.
-        momentum: of SGD.
-        weight_decay: of SGD, on every parameter.
+        epochs: Passes over the training split.
+        batch_size: Images in a step.
+        lr: The learning rate that the decay starts from.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on every parameter.
         interval: S_D, optimizer steps between distortions, in DeepTwist mode.
-        seed: of the order of the images and their augmentation.
-        precision: Lightning Fabric's name for it; ``"bf16-mixed"`` is bf16 autocast.
-        channels_last: whether 4-D tensors are stored channels last.
+        seed: Of the order of the images and their augmentation.
+        precision: Lightning Fabric's name for it; bf16-mixed is bf16 autocast.
     """
 
     epochs: int = 6
@@ -33,7 +32,6 @@ class Settings:
     interval: int = 200
     seed: int = 0
     precision: Precision = "32-true"
-    channels_last: bool = True
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "interval"):
