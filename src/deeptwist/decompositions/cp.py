@@ -109,8 +109,7 @@ def _als(kernel: Tensor, rank: int) -> list[Tensor]:
     wide = [side for side in sides if side > 1]  # an axis of one tap has nothing to explain
     tensor = kernel.double().flatten(3)  # (g, o, i, k)
     scale = tensor.abs().amax(dim=(1, 2, 3), keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    tensor = tensor / scale
+    tensor = tensor / torch.where(scale > 0, scale, torch.ones_like(scale))
     by_out, by_in = tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
     whole = tensor.unflatten(3, wide)
     out, into = _initial(by_out, rank), _initial(by_in, rank)
@@ -173,7 +172,7 @@ def _solve(target: Tensor, others: list[Tensor], current: Tensor) -> Tensor:
     settles the choice and, unlike a ridge, leaves the fixed points where they are.
     """
     gram = _gram(others)
-    pull = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None] * _PULL
+    pull = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None] * _PULL
     factor = torch.linalg.cholesky(gram + pull * torch.eye(gram.shape[1]).to(gram))
     solution: Tensor = torch.cholesky_solve((target + pull * current).mT, factor).mT
     return solution
