@@ -39,6 +39,18 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (basis * root.mT).to(dtype), right.to(dtype)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two factors, summed in fp64 and rounded once.
+
+    What a sum in fp32 loses would stand between the distorted network and the decomposed one.
+
+    Args:
+        left: (..., m, r).
+        right: (..., r, n).
+    """
+    return (left.double() @ right.double()).to(left.dtype)
+
+
 def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
     """An orthonormal basis of the leading left singular subspace, from the Gram matrix.
 

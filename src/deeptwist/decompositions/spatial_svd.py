@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deeptwist.convolution import Convolution
 from deeptwist.decompositions.base import Factors, Level, OneRank
-from deeptwist.linalg import truncated_svd
+from deeptwist.linalg import product, truncated_svd
 from deeptwist.lowering import lower_spatial, unlower_spatial
 
 
@@ -56,7 +56,7 @@ class SpatialSVDFactors(Factors):
     shape: tuple[int, ...]
 
     def reconstruct(self) -> Tensor:  # noqa: D102
-        return unlower_spatial(self.left @ self.right, self.shape)
+        return unlower_spatial(product(self.left, self.right), self.shape)
 
     def kernels(self) -> list[Tensor]:  # noqa: D102
         groups, out, into, *size = self.shape

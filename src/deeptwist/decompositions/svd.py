@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deeptwist.convolution import Convolution, pointwise
 from deeptwist.decompositions.base import Factors, Level, OneRank
-from deeptwist.linalg import truncated_svd
+from deeptwist.linalg import product, truncated_svd
 from deeptwist.lowering import lower, unlower
 
 
@@ -53,7 +53,7 @@ class SVDFactors(Factors):
     shape: tuple[int, ...]
 
     def reconstruct(self) -> Tensor:  # noqa: D102
-        return unlower(self.left @ self.right, self.shape)
+        return unlower(product(self.left, self.right), self.shape)
 
     def kernels(self) -> list[Tensor]:  # noqa: D102
         groups, _, *rest = self.shape

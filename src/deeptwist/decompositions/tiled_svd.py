@@ -21,7 +21,7 @@ from deeptwist.convolution import Convolution, pointwise
 from deeptwist.decompositions.base import FactoredLayer, Factors, Level, OneRank, Unfit
 from deeptwist.decompositions.routing import Branches, Im2col, OverFeatures, permutation
 from deeptwist.errors import DeepTwistError, check_whole
-from deeptwist.linalg import truncated_svd
+from deeptwist.linalg import product, truncated_svd
 from deeptwist.lowering import lower, unlower
 from deeptwist.tiling import Grid, Span
 
@@ -131,7 +131,9 @@ class TiledSVDFactors(Factors):
     shape: tuple[int, ...]
 
     def reconstruct(self) -> Tensor:  # noqa: D102
-        return unlower(self.grid.assemble([left @ right for left, right in self.pairs]), self.shape)
+        return unlower(
+            self.grid.assemble([product(left, right) for left, right in self.pairs]), self.shape
+        )
 
     def kernels(self) -> list[Tensor]:  # noqa: D102
         size = self.shape[3:]
