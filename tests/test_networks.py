@@ -20,7 +20,7 @@ METHODS: dict[str, tuple[Decomposition, float | None]] = {
     "tiled-aligned": (TiledSVD(tile=(64, 72)), 4),
     "spatial": (SpatialSVD(), 4),
     "tucker": (Tucker(), 4),
-    "cp": (CP(rank=4), None),
+    "cp": (CP(rank=2), None),
 }
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -60,25 +60,6 @@ NETWORKS = {
 
 
 @cache
-def settled(name: str) -> nn.Module:
-    """A network as training leaves it: unequal channels, normalisation that has seen data."""
-    torch.manual_seed(0)
-    network = NETWORKS[name]
-    model = network.make().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-        if isinstance(module, nn.Conv2d):
-            norm = module.weight.norm()
-            for axis in (0, 1):  # a spectrum that falls, on which HOOI settles soon
-                falling = 1 / torch.arange(1.0, module.weight.shape[axis] + 1)
-                module.weight.transpose(axis, -1).mul_(falling[torch.randperm(len(falling))])
-            module.weight.mul_(norm / module.weight.norm())
-    model.train()(torch.randn(8, 3, network.side, network.side))
-    return model.eval()
-
-
-@cache
 def planned(name: str, method: str) -> Plan:
     network, (decomposition, ratio) = NETWORKS[name], METHODS[method]
     with torch.device("meta"):
@@ -93,13 +74,28 @@ def planned(name: str, method: str) -> Plan:
     )
 
 
+@cache
+def unequal(name: str) -> nn.Module:
+    """A network whose channels differ, as training leaves them: on a flat spectrum HOOI is slow."""
+    torch.manual_seed(0)
+    model = NETWORKS[name].make().requires_grad_(False).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            norm = module.weight.norm()
+            for axis in (0, 1):
+                falling = torch.arange(1.0, module.weight.shape[axis] + 1).rsqrt()
+                module.weight.transpose(axis, -1).mul_(falling[torch.randperm(len(falling))])
+            module.weight.mul_(norm / module.weight.norm())
+    return model
+
+
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_decomposed_network_computes_what_the_distorted_one_does(
     name: str, method: str, dtype: torch.dtype
 ) -> None:
-    model, made = copy.deepcopy(settled(name)).to(dtype), planned(name, method)
+    model, made = copy.deepcopy(unequal(name)).to(dtype), planned(name, method)
     assert len(made.compressed) >= 8
     twist = DeepTwist(model, made, interval=1)
     small = twist.finish()

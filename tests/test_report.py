@@ -495,7 +495,7 @@ def test_each_distinct_plan_has_one_table(whole: Page) -> None:
 
 def test_settings_are_said_once_or_run_by_run(whole: Page, page: Callable[..., Page]) -> None:
     shared = dict(zip(whole.texts["dt"], whole.texts["dd"], strict=True))
-    assert (shared["seed"], shared["epochs"], shared["channels last"]) == ("0", "6", "yes")
+    assert (shared["seed"], shared["epochs"], shared["batch size"]) == ("0", "6", "128")
     assert (shared["machine"], shared["deeptwist"]) == ("a machine", "0.1.0")
     assert (shared["network"], shared["data"]) == ("resnet20", "digits")
 

@@ -64,6 +64,12 @@ class FactoredLayer(nn.Sequential):
             for field in fields(convolution):
                 setattr(self, field.name, getattr(convolution, field.name))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer it stands in for: (b, in, *size) → (b, out, *size′), with or without b."""
+        unbatched = x.dim() == self.convolution.dims + 1 and self.convolution.dims > 0
+        y: Tensor = super().forward(x.unsqueeze(0) if unbatched else x)  # type: ignore[no-untyped-call]
+        return y.squeeze(0) if unbatched else y
+
     def _get_name(self) -> str:
         return f"FactoredLayer[{self.decomposition}, {self.convolution}]"
 

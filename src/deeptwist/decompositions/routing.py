@@ -1,5 +1,6 @@
 """Modules without weights that bring channels to where tiled layers need them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,5 +93,6 @@ class OverFeatures(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        y: Tensor = super().forward(x.reshape(-1, x.shape[-1], 1))  # type: ignore[no-untyped-call]
-        return y.reshape(*x.shape[:-1], -1)
+        leading = math.prod(x.shape[:-1])
+        y: Tensor = super().forward(x.reshape(leading, x.shape[-1], 1))  # type: ignore[no-untyped-call]
+        return y.reshape(*x.shape[:-1], y.shape[1])
