@@ -64,10 +64,12 @@ class FactoredLayer(nn.Sequential):
             for field in fields(convolution):
                 setattr(self, field.name, getattr(convolution, field.name))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the layer it stands in for: (b, in, *size) → (b, out, *size′), with or without b."""
-        unbatched = x.dim() == self.convolution.dims + 1 and self.convolution.dims > 0
-        y: Tensor = super().forward(x.unsqueeze(0) if unbatched else x)  # type: ignore[no-untyped-call]
+        dims = self.convolution.dims
+        unbatched = dims > 0 and input.dim() == dims + 1
+        x = input.unsqueeze(0) if unbatched else input
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y.squeeze(0) if unbatched else y
 
     def _get_name(self) -> str:
