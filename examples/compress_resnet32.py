@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="the trained ResNet-32")
     parser.add_argument("--out", default="runs/resnet32", type=Path)
     parser.add_argument("--dense-epochs", default=6, type=int)
-    parser.add_argument("--epochs", default=5, type=int, help="of every compressed network")
+    parser.add_argument("--epochs", default=6, type=int, help="of every compressed network")
     parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--only", nargs="+", help="these runs only, deeptwist-tucker for one")
     options = parser.parse_args()
 
     data = load_data(options.data)
@@ -83,6 +84,8 @@ def main() -> None:
     print(f"{'dense':24}  {dense.accuracy:8.2%}  {dense.parameters:10,}  {dense.macs:10,}")
     for method, decomposition in DECOMPOSITIONS.items():
         for mode in ("deeptwist", "decomposed"):
+            if options.only and f"{mode}-{method}" not in options.only:
+                continue
             done = cell(tuned, mode, decomposition, f"{mode}-{method}")
             print(
                 f"{done.name:24}  {done.accuracy:8.2%}  {done.parameters:10,}  {done.macs:10,}  "

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import METHODS, error_of
+from cases import METHODS, error_of, works_or_is_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -255,16 +255,21 @@ def test_a_kept_layer_that_is_not_finite_is_named_before_anything_changes() -> N
     assert same_bits(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @EACH_METHOD
-def test_a_reconstruction_beyond_the_type_changes_nothing(method: Decomposition) -> None:
-    """fp16 ends at 65,504; an approximation of weights that stand there may lie beyond."""
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False)).half()
-    made = plan(model, method, ratio=1.6, example_input=X.half())
+def test_a_reconstruction_beyond_the_type_changes_all_or_nothing(
+    method: Decomposition, dtype: torch.dtype
+) -> None:
+    """Where weights stand at the type's end, 65,504 in fp16, an approximation may lie beyond."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 16, 3, bias=False))
+    model.to(dtype)
+    made = plan(model, method, ratio=1.6, example_input=X.to(dtype))
     with torch.no_grad():
-        model[0].weight.copy_(torch.randn(16, 8, 3, 3).sign() * 65_504)
-    before = bits(model)
-    assert "'0'" in error_of(DeepTwist(model, made, 1).step)
-    assert same_bits(model, before)
+        model[1].weight.copy_(torch.randn(16, 8, 3, 3).sign() * torch.finfo(dtype).max)
+    before, twist = bits(model), DeepTwist(model, made, 1)
+    works_or_is_refused(twist.step)
+    assert same_bits(model, before) == (not twist.records)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_finish_refuses_a_model_that_computes_more_than_its_weights_say() -> None:

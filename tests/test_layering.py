@@ -17,6 +17,7 @@ FLOORS = [
     {"_version", "errors", "files", "machine", "lowering", "tiling"},
     {"convolution", "extras", "ranks"},
     {"cost", "linalg", "decompositions.base", "decompositions.routing"},
+    {"decompositions.tiled_layer"},
     {"decompositions.svd", "decompositions.spatial_svd", "decompositions.tiled_svd"},
     {"decompositions.tucker", "decompositions.cp"},
     {"decompositions"},
@@ -33,7 +34,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = set.union(*FLOORS[:11])
+CORE = set.union(*FLOORS[:12])
 ALLOWED = {"torch", "numpy", "safetensors"} | set(sys.stdlib_module_names)
 HEAVY = {
     "torchvision",

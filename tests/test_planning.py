@@ -132,6 +132,12 @@ def test_overrides() -> None:
     assert stem.decomposition == SVD().resolve(stem.convolution, 2.5)
 
 
+def test_an_override_by_ratio_is_a_promise_beside_a_given_rank_too() -> None:
+    made = plan_of(SVD(rank=8), ratio=None, overrides={"body.2": 10.0})
+    layer = next(layer for layer in made.layers if layer.name == "body.2")
+    assert layer.factored_weights * 10 <= layer.num_weights
+
+
 def test_an_override_comes_before_the_rules() -> None:
     made = plan_of(exclude=["*"], skip_first_conv=True, overrides={"stem": SVD(rank=3)})
     assert compressed(made) == ["stem"]
