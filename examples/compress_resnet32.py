@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="the trained ResNet-32")
     parser.add_argument("--out", default="runs/resnet32", type=Path)
     parser.add_argument("--dense-epochs", default=6, type=int)
-    parser.add_argument("--epochs", default=6, type=int, help="of every compressed network")
+    parser.add_argument("--epochs", default=7, type=int, help="of every compressed network")
+    parser.add_argument("--lr", default=0.025, type=float, help="of every compressed network")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--only", nargs="+", help="these runs only, deeptwist-tucker for one")
     options = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
         folder = options.out / name
         settings = Settings(
             epochs=options.dense_epochs if mode == "dense" else options.epochs,
-            lr=0.05,
+            lr=0.05 if mode == "dense" else options.lr,
             weight_decay=5e-4,
             interval=200,
             seed=options.seed,

@@ -137,21 +137,14 @@ def at(method: Decomposition, convolution: Convolution, share: float) -> Decompo
     return method.resolve(convolution, None)
 
 
-def holds(method: Decomposition, convolution: Convolution) -> bool:
-    """False for the one pair that has no layer: see `TiledSVD.resolve`."""
-    tiled = isinstance(method, TiledSVD)
-    return not (tiled and convolution.transposed and not method.is_aligned(convolution))
-
-
 def pairs(
     methods: Iterable[str] = tuple(METHODS), geometries: Iterable[str] = tuple(GEOMETRIES)
 ) -> list[Any]:
-    """Every method with every geometry that it holds, as pytest parameters."""
+    """Every method with every geometry, as pytest parameters."""
     return [
         pytest.param(METHODS[name], geometry, id=f"{name}-{geometry}")
         for name in methods
         for geometry in geometries
-        if holds(METHODS[name], Convolution.of(GEOMETRIES[geometry][0]()))
     ]
 
 
@@ -167,12 +160,14 @@ def read(layer: nn.Module) -> tuple[Convolution, Tensor]:
     return convolution, kernel_of(layer.weight.detach(), convolution)
 
 
-def factored(layer: nn.Module, decomposition: Decomposition) -> tuple[Factors, FactoredLayer]:
+def factored(
+    layer: nn.Module, decomposition: Decomposition, executor: str | None = None
+) -> tuple[Factors, FactoredLayer]:
     """A layer's factors, and the layer that holds them."""
     convolution, kernel = read(layer)
     factors = decomposition.decompose(kernel)
     kernels = [part.to(kernel.dtype) for part in factors.kernels()]
-    return factors, decomposition.layer(convolution, kernels, layer.bias)
+    return factors, decomposition.layer(convolution, kernels, layer.bias, executor)
 
 
 def with_kernel(layer: nn.Module, kernel: Tensor) -> nn.Module:

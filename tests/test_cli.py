@@ -186,13 +186,20 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
             3,
             "--batch",
             4,
+            8,
             "--threads",
             1,
             "--json",
         ).stdout
     )
     assert timed["parameters"] == summary["parameters"]
-    assert timed["decomposed"]["median"] > 0
+    assert timed["macs"] == summary["macs"]
+    assert [one["setting"]["batch"] for one in timed["networks"]] == [4, 8]
+    assert all(one["times"]["speedup"] > 0 for one in timed["networks"])
+    assert len(timed["layers"]) == 18
+    for layer in timed["layers"]:
+        kept = layer["times"]["speedup"] / layer["macs_ratio"]
+        assert layer["efficiency"] == pytest.approx(kept)
     page = tmp_path / "report.html"
     assert run("report", out, "--out", page).returncode == 0
     assert f"{summary['accuracy']:.1%}".rstrip("%") in page.read_text()

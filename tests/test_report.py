@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.benchmark import Comparison, Timing
+from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
 from deeptwist.report import wording, write_report
 from deeptwist.report.cases import cases_of, verdict
 from deeptwist.report.looks import looks_of
 from deeptwist.report.plots import plots_of
+from deeptwist.timing import Timing
 from deeptwist.training import records
 from deeptwist.training.records import Run, Summary, read_run
 from deeptwist.training.settings import Settings

@@ -47,6 +47,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         name: {
             "convolution": module.convolution.to_dict(),
             "decomposition": module.decomposition.to_dict(),
+            "executor": module.executor,
         }
         for name, module in model.named_modules()
         if isinstance(module, FactoredLayer)
@@ -55,7 +56,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         raise DeepTwistError(
             f"this {type(model).__name__} has no factored layer: decompose it first"
         )
-    tensors, aliases = _distinct(model)
+    tensors, aliases = distinct(model)
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +148,7 @@ def _planned(name: str, values: Any) -> PlannedLayer:
             num_weights=convolution.num_weights,
             convolution=convolution,
             decomposition=from_dict(values["decomposition"]),
+            executor=values.get("executor"),
         )
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(
@@ -188,7 +190,7 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: st
     model.load_state_dict(state, strict=True)
 
 
-def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state's tensors, each once, and the other names of those that are shared."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

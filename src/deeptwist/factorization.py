@@ -1,17 +1,21 @@
 """From weights to factors to the decomposed model: the swap of every planned layer."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.convolution import READABLE, Convolution, kernel_of
-from deeptwist.decompositions import FactoredLayer, Factors
-from deeptwist.errors import DeepTwistError
-from deeptwist.planning import Plan, PlannedLayer
+from deeptwist.convolution import READABLE, Convolution, computing_dtype, kernel_of
+from deeptwist.decompositions import SVD, FactoredLayer, Factors
+from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.planning import Plan, PlannedLayer, plan
+from deeptwist.tuning import tune as tuned
 
+Inputs = Tensor | tuple[Tensor, ...]
 Dense = nn.Conv2d | nn.Linear  # what every layer that can be planned looks like: weight and bias
 
 
@@ -46,9 +50,7 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
             another model.
     """
     weights = {layer.name: planned_module(model, layer).weight for layer in plan.compressed}
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
+    check_finite(weights)
     factors = {}
     for layer in plan.compressed:
         assert layer.convolution is not None
@@ -60,7 +62,29 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
     return factors
 
 
-def decompose(model: nn.Module, plan: Plan) -> nn.Module:
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Checks that no weight is NaN or infinite.
+
+    Raises:
+        DeepTwistError: if one is, naming its layer.
+    """
+    # By their norms first, asked for together: to ask every number takes longer than a distortion,
+    # and an accelerator is waited for once.
+    for (name, weight), norm in zip(weights.items(), norms(weights.values()), strict=True):
+        if not math.isfinite(norm) and not weight.isfinite().all():
+            raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
+
+
+def norms(weights: Iterable[Tensor]) -> list[float]:
+    """‖W‖_F of every weight; infinite where its square is beyond the computing type."""
+    return torch.stack(
+        [torch.linalg.vector_norm(w, dtype=computing_dtype(w.dtype)) for w in weights]
+    ).tolist()
+
+
+def decompose(
+    model: nn.Module, plan: Plan, *, executor: str | None = None, tune: bool = False
+) -> nn.Module:
     """The decomposed model: a copy in which every planned layer is held by its factors.
 
     The factors start from the weights as they are now. The copy shares nothing with `model`,
@@ -69,11 +93,65 @@ def decompose(model: nn.Module, plan: Plan) -> nn.Module:
     Args:
         model: the network that was planned.
         plan: see `deeptwist.plan`.
+        executor: the exact form of every layer that has one of this name (``"im2col"``: the
+            paper's), in place of the plan's.
+        tune: whether each layer takes the form that is fastest here, by the clock.
 
     Raises:
-        DeepTwistError: if a weight is not finite, or if the plan is for another model.
+        DeepTwistError: if a weight is not finite, if the plan is for another model, or if no
+            layer has such an executor.
     """
+    if tune:
+        plan = tuned(model, plan)
+    if executor is not None:
+        plan = with_executor(plan, executor)
     return swap(model, plan, {n: f.kernels() for n, f in factorize(model, plan).items()})
+
+
+def plan_of(decomposed: nn.Module, model: nn.Module, example_input: Inputs) -> Plan:
+    """The plan that a decomposed model carries out, read from its factored layers.
+
+    Args:
+        decomposed: what `decompose` or `deeptwist.load` gave.
+        model: the dense network.
+        example_input: see `deeptwist.plan`.
+    """
+    factored = {
+        name: module
+        for name, module in decomposed.named_modules()
+        if isinstance(module, FactoredLayer)
+    }
+    overrides = {name: module.decomposition for name, module in factored.items()}
+    found = plan(
+        model, SVD(rank=1), example_input=example_input, exclude=("*",), overrides=overrides
+    )
+    return replace(
+        found,
+        layers=tuple(
+            replace(layer, executor=factored[layer.name].executor)
+            if layer.name in factored
+            else layer
+            for layer in found.layers
+        ),
+    )
+
+
+def with_executor(plan: Plan, executor: str) -> Plan:
+    """The plan with this executor wherever a layer has it.
+
+    Raises:
+        DeepTwistError: if no layer has it.
+    """
+    known = {name for layer in plan.compressed for name in layer.executors}
+    if executor not in known:
+        raise unknown("executor", executor, known)
+    return replace(
+        plan,
+        layers=tuple(
+            replace(layer, executor=executor) if executor in layer.executors else layer
+            for layer in plan.layers
+        ),
+    )
 
 
 def swap(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> nn.Module:
@@ -95,6 +173,7 @@ def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> Fact
         layer.convolution,
         [kernel.to(weight.dtype) for kernel in kernels],
         None if bias is None else bias.detach(),
+        layer.executor,
     )
     if weight.dim() == 4 and _is_channels_last(weight):
         factored = factored.to(memory_format=torch.channels_last)

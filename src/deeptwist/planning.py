@@ -12,7 +12,7 @@ from deeptwist import cost
 from deeptwist.convolution import Convolution, kernel_of
 from deeptwist.cost import Call
 from deeptwist.decompositions import Decomposition, Unfit, from_dict
-from deeptwist.errors import DeepTwistError, check_whole, first_line
+from deeptwist.errors import DeepTwistError, check_whole, first_line, unknown
 from deeptwist.inspection import Layer, layers_of
 from deeptwist.linalg import relative_error
 from deeptwist.ranks import check_ratio
@@ -35,6 +35,7 @@ class PlannedLayer:
         decomposition: with every rank set; none where the layer is kept.
         reason: why the layer is kept; none where it is not.
         relative_error: ‖W − W′‖_F / ‖W‖_F of the approximation at planning time.
+        executor: which of its exact forms the factored layer takes; none for the first by rule.
     """
 
     name: str
@@ -46,8 +47,14 @@ class PlannedLayer:
     decomposition: Decomposition | None = None
     reason: str | None = None
     relative_error: float | None = None
+    executor: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_fit()
+        if self.executor is not None and self.executor not in self.executors:
+            raise unknown(f"executor of layer {self.name!r}", self.executor, self.executors)
+
+    def _check_fit(self) -> None:
         if self.decomposition is None:
             return
         if self.convolution is None:
@@ -55,6 +62,13 @@ class PlannedLayer:
         # A rank that the layer cannot hold would ask for memory without bound.
         if self.decomposition.resolve(self.convolution, None) != self.decomposition:
             raise DeepTwistError(f"layer {self.name!r} cannot hold {self.decomposition}")
+
+    @property
+    def executors(self) -> tuple[str, ...]:
+        """The exact forms of the factored layer, the first by rule before the others."""
+        if self.decomposition is None or self.convolution is None:
+            return ()
+        return self.decomposition.executors(self.convolution)
 
     @property
     def factored_weights(self) -> int:
@@ -103,6 +117,8 @@ class PlannedLayer:
         for number in (number for call in values["calls"] for number in call):
             check_whole("a size of a call", number, 0)
         error, reason = values["relative_error"], values["reason"]
+        if not isinstance(values.get("executor"), str | None):
+            raise DeepTwistError(f"executor of a layer is {values['executor']!r}, not a name")
         if not isinstance(error, float | int | None) or not isinstance(reason, str | None):
             raise DeepTwistError(f"layer {values['name']!r} has error {error!r}, reason {reason!r}")
         convolution, decomposition = values["convolution"], values["decomposition"]

@@ -1,6 +1,7 @@
 """Tiling: a matrix cut into rectangles (paper, section 4.1), ragged edges included."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Span:
         return self.offset + self.length * self.count
 
 
+@cache  # a distortion asks for every layer's, again and again
 def cut(size: int, length: int) -> tuple[Span, ...]:
     """Cuts an axis into pieces of `length`; what is left over is one shorter piece.
 
@@ -78,4 +80,6 @@ class Grid:
         blocks = [patch.transpose(-3, -2).flatten(-2).flatten(-3, -2) for patch in patches]
         width = len(self.cols)
         lines = [blocks[i : i + width] for i in range(0, len(blocks), width)]
+        if len(blocks) == 1:
+            return blocks[0]  # `cat` would copy it, twice
         return torch.cat([torch.cat(line, dim=-1) for line in lines], dim=-2)

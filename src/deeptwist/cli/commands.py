@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.cli.console import print_table, progress_bar
-from deeptwist.cli.options import AsJson, Model, NetworkOptions, PlanOptions
+from deeptwist.cli.options import AsJson, BenchmarkOptions, Model, NetworkOptions, PlanOptions
+from deeptwist.cli.timings import print_layers, print_networks
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.settings import Settings
 
@@ -30,6 +31,7 @@ app = App(
 `deeptwist demo` shows all of it in two minutes.""",
 )
 _NETWORK, _PLAN, _SETTINGS = NetworkOptions(), PlanOptions(), Settings()
+_BENCHMARK = BenchmarkOptions()
 
 
 @app.command
@@ -246,70 +248,144 @@ def benchmark(
     artefact: Path | None = None,
     network: NetworkOptions = _NETWORK,
     options: PlanOptions = _PLAN,
-    batch: int = 16,
-    threads: int | None = None,
-    rounds: int = 15,
+    settings: BenchmarkOptions = _BENCHMARK,
     as_json: AsJson = False,
 ) -> None:
-    """Time a network dense and decomposed, in turn, in one process.
+    """Time a network dense and decomposed, in turn, in one process: each layer, then the whole.
 
     ```
     deeptwist benchmark torchvision/resnet34 --decomposition spatial-svd --ratio 4
-    deeptwist benchmark resnet32 --artefact runs/tucker/model --batch 64 --threads 2
+    deeptwist benchmark resnet32 --artefact runs/tucker/model --batch 1 64 --threads 1 2
+    deeptwist benchmark torchvision/resnet34 --ratio 4 --runtime eager onnxruntime
     ```
 
     Args:
         artefact: A folder that deeptwist saved; without it the network is decomposed here.
-        batch: Images in the batch.
-        threads: Processor threads; torch's choice if not given.
-        rounds: Samples of each network.
     """
     import torch
 
     from deeptwist.artefact import load
-    from deeptwist.benchmark import compare
+    from deeptwist.benchmark.layers import compare_layers
+    from deeptwist.benchmark.networks import measure, measure_memory
     from deeptwist.factorization import decompose as decompose_network
+    from deeptwist.factorization import plan_of
     from deeptwist.machine import describe_machine
 
-    for name, count in (("batch", batch), ("rounds", rounds), ("threads", threads)):
-        least = 2 if name == "rounds" else 1
-        if count is not None and count < least:
-            raise DeepTwistError(f"{name} {count} is not a number from {least} on")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    dense = network.build(model).to(memory_format=torch.channels_last)
-    example = network.example_input(model)
+    asked = settings.build()
+    dense, example = network.build(model), network.example_input(model)
     if artefact is not None:
-        small, made = load(artefact, model=network.build(model)), None
+        small = load(artefact, model=network.build(model))
+        made = plan_of(small, dense, example)
     else:
         made = options.build(dense, example)
         small = decompose_network(dense, made)
-    small = small.to(memory_format=torch.channels_last)
-    x = network.example_input(model, batch).to(memory_format=torch.channels_last)
-    with progress_bar("benchmark", rounds) as advance:
-        result = compare(dense, small, x, rounds=rounds, on_round=advance)
-    values: dict[str, Any] = {
-        "batch": batch,
-        "machine": describe_machine(),
-        **asdict(result),
-        "parameters_before": _parameters(dense),
-        "parameters": _parameters(small),
-    }
-    if made is not None:
-        values |= {"macs_before": made.dense_macs, "macs": made.macs}
+    timed_layers = made.compressed if settings.layers else ()
+    steps = len(timed_layers) + settings.rounds * len(asked)
+    torch.set_num_threads(asked[0].threads)
+    with progress_bar("benchmark", steps) as advance:
+        layers = []
+        if timed_layers:
+            like = next(dense.parameters()).to(getattr(torch, asked[0].dtype))
+            layers = compare_layers(
+                made, like, batch=asked[0].batch, rounds=settings.rounds, on_layer=advance
+            )
+        networks = list(
+            measure(
+                dense,
+                small,
+                lambda batch: network.example_input(model, batch),
+                asked,
+                rounds=settings.rounds,
+                on_round=advance,
+            )
+        )
+    memory = measure_memory(dense, small, network.example_input(model, asked[0].batch))
+    macs_ratio = made.dense_macs / max(1, made.macs)
+    if as_json:
+        values = {
+            "machine": describe_machine(),
+            "parameters_before": _parameters(dense),
+            "parameters": _parameters(small),
+            "macs_before": made.dense_macs,
+            "macs": made.macs,
+            "networks": [asdict(one) for one in networks],
+            "layers": [{**asdict(one), "efficiency": one.efficiency} for one in layers],
+            "peak_memory": asdict(memory),
+        }
+        print(json.dumps(values))
+        return
+    print_layers(layers)
+    print_networks(model, networks, macs_ratio)
+    print(
+        f"\npeak memory at batch {asked[0].batch}, above weights and input: "
+        f"dense {memory.dense / 2**20:.1f} MB, decomposed {memory.decomposed / 2**20:.1f} MB"
+        f"\n{describe_machine()}"
+    )
+
+
+@app.command
+def export(
+    model: Model,
+    *,
+    out: Path,
+    artefact: Path | None = None,
+    format: Literal["onnx", "program", "state-dict"] = "onnx",
+    opset: int | None = None,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = _PLAN,
+    as_json: AsJson = False,
+) -> None:
+    """Write a decomposed network for use without deeptwist, and verify what was written.
+
+    ```
+    deeptwist export resnet32 --artefact runs/tucker/model --out small.onnx
+    deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
+    ```
+
+    Args:
+        out: The file.
+        artefact: A folder that deeptwist saved; without it the network is decomposed here.
+        format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
+        opset: Version of ONNX's operators; torch's choice if not given.
+    """
+    from deeptwist.artefact import load
+    from deeptwist.export import export_onnx, export_program, export_state_dict
+    from deeptwist.factorization import decompose as decompose_network
+
+    if opset is not None and format != "onnx":
+        raise DeepTwistError(f"--opset is of ONNX: leave it out with --format {format}")
+    if artefact is not None and (network.weights is not None or options != _PLAN):
+        raise DeepTwistError(
+            "the network in --artefact is decomposed already: leave out --weights and the "
+            "options of a plan"
+        )
+    dense, example = network.build(model), network.example_input(model)
+    if artefact is not None:
+        small = load(artefact, model=dense)
+    else:
+        made = options.build(dense, example)
+        if not made.compressed:
+            raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
+        small = decompose_network(dense, made)
+    example = example.to(next(small.parameters()).dtype)
+    if format == "onnx":
+        written = export_onnx(small, out, example, opset=opset)
+    elif format == "program":
+        written = export_program(small, out, example)
+    else:
+        written = export_state_dict(small, out)
+    values = {**asdict(written), "path": str(out), "format": format}
     if as_json:
         print(json.dumps(values))
         return
-    rows = [
-        [side, f"{timing.median:.2f}", f"{timing.lower:.2f} – {timing.upper:.2f}"]
-        for side, timing in (("dense", result.dense), ("decomposed", result.decomposed))
-    ]
-    print_table(f"{model}, batch {batch}, ms", ["network", "median", "quartiles"], rows)
-    verdict = f"{result.speedup:.2f}× faster"
-    if result.speedup < 1:
-        verdict = f"not worth it: {1 / result.speedup:.2f}× slower"
-    macs = "" if made is None else f" at {made.dense_macs / made.macs:.2f}× fewer MACs"
-    print(f"\n{verdict}{macs}\n{values['machine']}")
+    version = "" if written.opset is None else f" (opset {written.opset})"
+    print(f"{out}: {format}{version}, {written.bytes:,} bytes")
+    if written.worst_difference is not None:
+        batches = ", ".join(map(str, written.batches))
+        print(
+            f"outputs differ from PyTorch's by {written.worst_difference:.1e} at most, "
+            f"at batches {batches}"
+        )
 
 
 @app.command

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
 
 from deeptwist.cli.words import make_decomposition, parse_override, parse_sizes
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from deeptwist.benchmark.networks import Setting
     from deeptwist.decompositions import Decomposition
     from deeptwist.planning import Plan
 
@@ -22,6 +23,8 @@ Model = Annotated[
         help="resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory."
     ),
 ]
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
 
 
@@ -68,6 +71,44 @@ class NetworkOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """What networks are timed with; several values of one option are all combined.
+
+    Attributes:
+        batch: Images in the batch.
+        threads: Processor threads; torch's choice if not given.
+        dtype: Type of weights and images.
+        runtime: What runs the networks.
+        rounds: Samples of each network.
+        layers: Whether each layer is timed by itself too (in the first of these settings).
+    """
+
+    batch: Several[int] = (16,)
+    threads: Several[int] = ()
+    dtype: Several[Literal["float32", "bfloat16", "float16"]] = ("float32",)
+    runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager",)
+    rounds: int = 15
+    layers: Annotated[bool, Parameter(negative="--no-layers")] = True
+
+    def build(self) -> "list[Setting]":
+        """Every combination of the values."""
+        import torch
+
+        from deeptwist.benchmark.networks import settings_of
+
+        for name, counts, least in (
+            ("batch", self.batch, 1),
+            ("threads", self.threads, 1),
+            ("rounds", (self.rounds,), 2),
+        ):
+            for count in counts:
+                check_whole(name, count, least)
+        threads = self.threads or (torch.get_num_threads(),)
+        return settings_of(self.batch, threads, self.dtype, self.runtime)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Which layers are compressed, and how.
 
@@ -82,6 +123,8 @@ class PlanOptions:
         linear: Whether linear layers are compressed too.
         include: Compress only layers of this name, glob, or expression after re:.
         exclude: Keep layers of this name, glob, or expression after re:.
+        min_speedup: Keep layers that are not this many times as fast factored, timed here.
+        tune: Time the exact forms of every layer and take the fastest.
         override: PATTERN=keep, PATTERN=RATIO or PATTERN=METHOD:rank=…; the last match counts.
         plan: Use a plan that 'deeptwist plan --out' wrote, instead of all the above.
     """
@@ -97,6 +140,8 @@ class PlanOptions:
     include: list[str] | None = None
     exclude: list[str] | None = None
     override: list[str] | None = None
+    min_speedup: float | None = None
+    tune: bool = False
     plan: Path | None = None
 
     def method(self) -> "Decomposition":
@@ -107,13 +152,29 @@ class PlanOptions:
 
     def build(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
         """The plan for a network."""
-        from deeptwist.planning import Plan, plan
+        from deeptwist.benchmark.layers import compare_layers, keep_slow_layers
+        from deeptwist.tuning import tune
 
-        if self.plan is not None:
-            try:
-                return Plan.from_json(self.plan.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise DeepTwistError(f"cannot read plan {self.plan}: {error}") from None
+        made = self._read() if self.plan is not None else self._make(network, example_input)
+        if self.tune:
+            made = tune(network, made)
+        if self.min_speedup is not None:
+            measured = compare_layers(made, next(network.parameters()))
+            made = keep_slow_layers(made, measured, self.min_speedup)
+        return made
+
+    def _read(self) -> "Plan":
+        from deeptwist.planning import Plan
+
+        assert self.plan is not None
+        try:
+            return Plan.from_json(self.plan.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DeepTwistError(f"cannot read plan {self.plan}: {error}") from None
+
+    def _make(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
+        from deeptwist.planning import plan
+
         return plan(
             network,
             self.method(),

@@ -20,8 +20,11 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from deeptwist.convolution import Convolution
-from deeptwist.errors import DeepTwistError, check_whole
+from deeptwist.errors import DeepTwistError, check_whole, unknown
 from deeptwist.ranks import check_ratio, largest_rank
+from deeptwist.subspace import Approximations
+
+CONVOLUTIONS = "convolutions"  # the executor of a layer that is one convolution after the other
 
 Level = tuple[Convolution, ...]  # convolutions that run side by side on parts of the channels
 
@@ -41,6 +44,10 @@ class Factors(ABC):
     def kernels(self) -> list[Tensor]:
         """The kernel (g, o, i, *k) of each convolution in `Decomposition.levels`, in order."""
 
+    @abstractmethod
+    def starts(self) -> list[tuple[Tensor, ...]]:
+        """What `Decomposition.follow` starts from, for each batch of `Decomposition.cut`."""
+
 
 class FactoredLayer(nn.Sequential):
     """A convolution or linear layer held as factors: plain torch layers, one after the other.
@@ -54,10 +61,12 @@ class FactoredLayer(nn.Sequential):
         stages: Sequence[nn.Module],
         convolution: Convolution,
         decomposition: "Decomposition",
+        executor: str,
     ):
         super().__init__(*stages)
         self.convolution = convolution
         self.decomposition = decomposition
+        self.executor = executor
         if convolution.dims == 0:
             self.in_features, self.out_features = convolution.in_channels, convolution.out_channels
         else:
@@ -111,6 +120,29 @@ class Decomposition(ABC):
     def decompose(self, kernel: Tensor) -> Factors:
         """Approximates a kernel (g, o, i, *k); the rank must be resolved."""
 
+    @abstractmethod
+    def cut(self, kernel: Tensor) -> Sequence[tuple[Tensor, Any]]:
+        """The parts that are approximated each by itself: batches (b, *part), and their rank."""
+
+    @abstractmethod
+    def follow(self, parts: Tensor, start: Sequence[Tensor], tolerance: float) -> Approximations:
+        """Approximates parts from what approximated them a moment ago, at a fraction of the cost.
+
+        Args:
+            parts: (b, *part), as `cut` has them but of any number of kernels; finite.
+            start: tensors (b, …): `Factors.starts`, or `Approximations.start` of the last time.
+            tolerance: the squared error above that of `decompose`, relatively, to stop at.
+        """
+
+    @abstractmethod
+    def factors(self, parts: Sequence[Sequence[Tensor]], shape: Sequence[int]) -> Factors:
+        """The factors of a kernel of this shape, of those that `follow` found of its parts.
+
+        Args:
+            parts: for each batch of `cut`, the kernel's share of `Approximations.factors`.
+            shape: (g, o, i, *k).
+        """
+
     def num_weights(self, convolution: Convolution) -> int:
         """How many numbers the factors hold, the bias not counted."""
         return sum(part.num_weights for level in self.levels(convolution) for part in level)
@@ -129,14 +161,47 @@ class Decomposition(ABC):
         """Multiply-accumulates of the factored layer for one example of this spatial size."""
         return sum(part.macs(size) for part, size in self.work(convolution, input_size))
 
+    def executors(self, convolution: Convolution) -> tuple[str, ...]:
+        """The exact forms that the layer can run in, the one that should be fastest first."""
+        return (CONVOLUTIONS,)
+
     def layer(
-        self, convolution: Convolution, kernels: Sequence[Tensor], bias: Tensor | None
+        self,
+        convolution: Convolution,
+        kernels: Sequence[Tensor],
+        bias: Tensor | None,
+        executor: str | None = None,
     ) -> FactoredLayer:
-        """The layer that holds these kernels, one for each convolution in `levels`."""
+        """The layer that holds these kernels.
+
+        Args:
+            convolution: the geometry of the layer that it stands in for.
+            kernels: one for each convolution in `levels`.
+            bias: (out_channels,) or none.
+            executor: one of `executors`; the first if not given.
+
+        Raises:
+            DeepTwistError: if the layer has no such executor.
+        """
+        executors = self.executors(convolution)
+        if executor is None:
+            executor = executors[0]
+        elif executor not in executors:
+            raise unknown("executor", executor, executors)
+        stages = self.stages(convolution, kernels, bias, executor)
+        return FactoredLayer(stages, convolution, self, executor)
+
+    def stages(
+        self,
+        convolution: Convolution,
+        kernels: Sequence[Tensor],
+        bias: Tensor | None,
+        executor: str,
+    ) -> list[nn.Module]:
+        """The modules of `layer`, in order."""
         parts = [part for level in self.levels(convolution) for part in level]
         biases = [None] * (len(parts) - 1) + [bias]
-        stages = [part.build(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
-        return FactoredLayer(stages, convolution, self)
+        return [part.build(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `deeptwist.decompositions.from_dict` is its inverse."""

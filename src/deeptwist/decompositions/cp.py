@@ -5,6 +5,7 @@ Lebedev et al., "Speeding-up Convolutional Neural Networks Using Fine-tuned CP-D
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +16,13 @@ from deeptwist.convolution import Convolution, computing_dtype, pointwise
 from deeptwist.decompositions.base import Decomposition, Factors, Level, OneRank
 from deeptwist.decompositions.svd import SVD
 from deeptwist.linalg import leading_subspace
+from deeptwist.subspace import Approximations
 
 _SWEEPS = 200
 _TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last
 _EXACT = 1e-24  # of ‖W‖²: a squared error that rounding alone explains
 _PULL = 1e-12
+_SHARE = 0.1  # of the tolerance: what ALS still has to gain is several times its last gain
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,22 @@ class CP(OneRank):
         )
 
     def decompose(self, kernel: Tensor) -> "CPFactors":  # noqa: D102
-        return CPFactors(tuple(_als(kernel, self.known_rank)))
+        bases, _ = _als(kernel, self.known_rank)
+        return CPFactors(tuple(bases))
+
+    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
+        return [(kernel, self.known_rank)]
+
+    def follow(  # noqa: D102
+        self, parts: Tensor, start: Sequence[Tensor], tolerance: float
+    ) -> Approximations:
+        bases, sweeps = _als(parts, self.known_rank, start, tolerance * _SHARE)
+        return Approximations(tuple(bases), tuple(bases), sweeps)
+
+    def factors(  # noqa: D102
+        self, parts: Sequence[Sequence[Tensor]], shape: Sequence[int]
+    ) -> "CPFactors":
+        return CPFactors(tuple(parts[0]))
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,9 @@ class CPFactors(Factors):
             depthwise.append(basis.mT.reshape(-1, 1, 1, *size))
         return [into.mT.reshape(*into.mT.shape, *ones), *depthwise, out.reshape(*out.shape, *ones)]
 
+    def starts(self) -> list[tuple[Tensor, ...]]:  # noqa: D102
+        return [self.bases]
+
 
 def _khatri_rao(bases: list[Tensor]) -> Tensor:
     """Columnwise Kronecker product: (g, n, r), (g, m, r), … → (g, n·m·…, r)."""
@@ -99,8 +120,12 @@ def _khatri_rao(bases: list[Tensor]) -> Tensor:
     return product
 
 
-def _als(kernel: Tensor, rank: int) -> list[Tensor]:
-    """Alternating least squares from the HOSVD's directions, batched over groups.
+def _als(
+    kernel: Tensor, rank: int, start: Sequence[Tensor] = (), tolerance: float = _TOLERANCE
+) -> tuple[list[Tensor], int]:
+    """Alternating least squares, batched over groups: the bases, and how many sweeps they took.
+
+    It starts from other bases of the kernel's, or else from the HOSVD's directions.
 
     Computed in fp64: components grow collinear on the way, and their normal equations with them.
     Every sweep costs three products with the kernel and holds Πk·max(o, i)·R numbers besides.
@@ -112,11 +137,20 @@ def _als(kernel: Tensor, rank: int) -> list[Tensor]:
     tensor = tensor / torch.where(scale > 0, scale, torch.ones_like(scale))
     by_out, by_in = tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
     whole = tensor.unflatten(3, wide)
-    out, into = _initial(by_out, rank), _initial(by_in, rank)
-    spatial = [_initial(whole.movedim(3 + n, 1).flatten(2), rank) for n in range(len(wide))]
+    if start:
+        out, into, *spatial = (
+            basis / basis.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-300)
+            for basis in map(Tensor.double, start)
+        )
+        spatial = [basis for basis in spatial if basis.shape[1] > 1]
+    else:
+        out, into = _initial(by_out, rank), _initial(by_in, rank)
+        spatial = [_initial(whole.movedim(3 + n, 1).flatten(2), rank) for n in range(len(wide))]
     total = tensor.square().sum()
     error = total
-    for _ in range(_SWEEPS):
+    sweeps = 0
+    while True:
+        sweeps += 1
         window = _khatri_rao(spatial)
         out = _solve(by_out @ _khatri_rao([into, window]), [into, *spatial], out)
         into = _solve(by_in @ _khatri_rao([out, window]), [out, *spatial], into)
@@ -134,18 +168,16 @@ def _als(kernel: Tensor, rank: int) -> list[Tensor]:
             spatial[axis] = _solve(target, [out, into, *others], spatial[axis])
         fitted = (target * spatial[-1]).sum()
         before, error = error, total - 2 * fitted + _gram([out, into, *spatial]).sum()
-        if before - error <= _TOLERANCE * error or error <= _EXACT * total:
+        settled = before - error <= tolerance * error or error <= _EXACT * total
+        if settled or sweeps == _SWEEPS:
             break
         out, into, *spatial = _balance([out, into, *spatial])
     share = scale.flatten(1).pow(1 / (2 + len(wide))).unsqueeze(1)
     dtype = computing_dtype(kernel.dtype)
     out, into, *spatial = ((basis * share).to(dtype) for basis in _balance([out, into, *spatial]))
     bases = iter(spatial)
-    return [
-        out,
-        into,
-        *(next(bases) if side > 1 else torch.ones_like(out[:, :1]) for side in sides),
-    ]
+    ones = torch.ones_like(out[:, :1])
+    return [out, into, *(next(bases) if side > 1 else ones for side in sides)], sweeps
 
 
 def _initial(unfolding: Tensor, rank: int) -> Tensor:

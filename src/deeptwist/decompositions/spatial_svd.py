@@ -4,19 +4,20 @@ Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expan
 With three spatial axes it is the (2+1)-D factorisation; with one or none, `SVD`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from deeptwist.convolution import Convolution
-from deeptwist.decompositions.base import Factors, Level, OneRank
-from deeptwist.linalg import product, truncated_svd
+from deeptwist.decompositions.base import Level
+from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
 from deeptwist.lowering import lower_spatial, unlower_spatial
 
 
 @dataclass(frozen=True)
-class SpatialSVD(OneRank):
+class SpatialSVD(MatrixDecomposition):
     """Truncated SVD of the separable lowering.
 
     Attributes:
@@ -42,32 +43,23 @@ class SpatialSVD(OneRank):
             (convolution.along(output_axes, hidden, convolution.out_channels, groups),),
         )
 
-    def decompose(self, kernel: Tensor) -> "SpatialSVDFactors":  # noqa: D102
-        left, right = truncated_svd(lower_spatial(kernel), self.known_rank)
-        return SpatialSVDFactors(left, right, tuple(kernel.shape))
+    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
+        return [(lower_spatial(kernel), self.known_rank)]
 
+    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+        return unlower_spatial(matrices[0], shape)
 
-@dataclass(frozen=True)
-class SpatialSVDFactors(Factors):
-    """left (g, o·kh, r) and right (g, r, i·Πkw), for a kernel of `shape` (g, o, i, kh, *kw)."""
-
-    left: Tensor
-    right: Tensor
-    shape: tuple[int, ...]
-
-    def reconstruct(self) -> Tensor:  # noqa: D102
-        return unlower_spatial(product(self.left, self.right), self.shape)
-
-    def kernels(self) -> list[Tensor]:  # noqa: D102
-        groups, out, into, *size = self.shape
-        rank = self.left.shape[-1]
+    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        ((left, right),) = pairs  # (g, o·kh, r) and (g, r, i·Πkw)
+        groups, out, into, *size = shape
+        rank = left.shape[-1]
         if len(size) < 2:
             ones = [1] * len(size)
             return [
-                self.right.reshape(groups, rank, into, *size),
-                self.left.reshape(groups, out, rank, *ones),
+                right.reshape(groups, rank, into, *size),
+                left.reshape(groups, out, rank, *ones),
             ]
         first, *rest = size
-        row = self.right.reshape(groups, rank, into, 1, *rest)
-        column = self.left.reshape(groups, out, first, rank).transpose(2, 3)
+        row = right.reshape(groups, rank, into, 1, *rest)
+        column = left.reshape(groups, out, first, rank).transpose(2, 3)
         return [row, column.reshape(groups, out, rank, first, *[1] * len(rest))]

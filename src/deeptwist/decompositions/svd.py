@@ -3,19 +3,20 @@
 Zhang et al., "Accelerating Very Deep Convolutional Networks", 2015; DeepTwist, section 3.2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from deeptwist.convolution import Convolution, pointwise
-from deeptwist.decompositions.base import Factors, Level, OneRank
-from deeptwist.linalg import product, truncated_svd
+from deeptwist.decompositions.base import Level
+from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
 from deeptwist.lowering import lower, unlower
 
 
 @dataclass(frozen=True)
-class SVD(OneRank):
+class SVD(MatrixDecomposition):
     """Truncated SVD of the lowered kernel.
 
     Attributes:
@@ -39,26 +40,17 @@ class SVD(OneRank):
             (pointwise(convolution.dims, hidden, convolution.out_channels, groups),),
         )
 
-    def decompose(self, kernel: Tensor) -> "SVDFactors":  # noqa: D102
-        left, right = truncated_svd(lower(kernel), self.known_rank)
-        return SVDFactors(left, right, tuple(kernel.shape))
+    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
+        return [(lower(kernel), self.known_rank)]
 
+    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+        return unlower(matrices[0], shape)
 
-@dataclass(frozen=True)
-class SVDFactors(Factors):
-    """left (g, o, r) and right (g, r, i·Πk), for a kernel of `shape` (g, o, i, *k)."""
-
-    left: Tensor
-    right: Tensor
-    shape: tuple[int, ...]
-
-    def reconstruct(self) -> Tensor:  # noqa: D102
-        return unlower(product(self.left, self.right), self.shape)
-
-    def kernels(self) -> list[Tensor]:  # noqa: D102
-        groups, _, *rest = self.shape
-        ones = [1] * (len(self.shape) - 3)
+    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        ((left, right),) = pairs
+        groups, _, *rest = shape
+        ones = [1] * (len(shape) - 3)
         return [
-            unlower(self.right, (groups, self.right.shape[1], *rest)),
-            self.left.reshape(*self.left.shape, *ones),
+            unlower(right, (groups, right.shape[1], *rest)),
+            left.reshape(*left.shape, *ones),
         ]

@@ -4,9 +4,8 @@ The layer is two rounds of convolutions. A tile's right factor maps its columns 
 channels: one convolution, grouped by tile column. Its left factor maps the hidden channels of a
 tile row to its outputs: a 1×1 convolution, grouped by tile row.
 
-A tile is *aligned* when its width is a multiple of d·d: it then covers whole input channels and
-the first round is a d×d convolution. Any other tile cuts through input channels, and the first
-round is a 1×1 convolution on the input's windows (im2col, as in the paper).
+A tile is *aligned* when its width is a multiple of d·d: it then covers whole input channels. How
+either kind runs is told in `tiled_layer`.
 """
 
 import math
@@ -15,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deeptwist.convolution import Convolution
-from deeptwist.decompositions.base import FactoredLayer, Factors, Level, OneRank, Unfit
+from deeptwist.decompositions.base import Level, OneRank
+from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
 from deeptwist.decompositions.tiled_layer import Plumbing
 from deeptwist.errors import DeepTwistError, check_whole
-from deeptwist.linalg import product, truncated_svd
 from deeptwist.lowering import lower, unlower
 from deeptwist.tiling import Grid, Span
 
@@ -29,7 +28,7 @@ _ROWS = 64  # of the tile chosen where none is given: the paper's
 
 
 @dataclass(frozen=True)
-class TiledSVD(OneRank):
+class TiledSVD(MatrixDecomposition):
     """Truncated SVD of every tile of the lowered kernel.
 
     Edges that the tile does not fill evenly become smaller tiles, at the rank that keeps the
@@ -66,13 +65,7 @@ class TiledSVD(OneRank):
 
     def resolve(self, convolution: Convolution, ratio: float | None) -> Self:  # noqa: D102
         tile = self.grid(self.lowered_shape(convolution)).tile
-        resolved = OneRank.resolve(replace(self, tile=tile), convolution, ratio)
-        if convolution.transposed and not resolved.is_aligned(convolution):
-            raise Unfit(
-                f"cannot hold a tile {tile} that cuts through input channels in transposed form: "
-                f"give a width that is a multiple of {convolution.taps}"
-            )
-        return resolved
+        return OneRank.resolve(replace(self, tile=tile), convolution, ratio)
 
     def is_aligned(self, convolution: Convolution) -> bool:
         """Whether every tile covers whole input channels."""
@@ -99,55 +92,60 @@ class TiledSVD(OneRank):
     def work(  # noqa: D102
         self, convolution: Convolution, input_size: Sequence[int]
     ) -> list[tuple[Convolution, tuple[int, ...]]]:
-        if not self.is_aligned(convolution):
-            input_size = convolution.output_size(input_size)  # the windows are taken first
         if convolution.dims == 0 and self._plumbing(convolution).dims == 1:
             input_size = (math.prod(input_size),)
-        return super().work(convolution, input_size)
+        if self.is_aligned(convolution):
+            return super().work(convolution, input_size)
+        # Tile columns see the input as windows, of which there is one for each output position;
+        # transposed, each input position is one.
+        output_size = convolution.output_size(input_size)
+        windows = tuple(input_size) if convolution.transposed else output_size
+        into, out = self.levels(convolution)
+        return [(part, windows) for part in into] + [(part, output_size) for part in out]
 
-    def layer(  # noqa: D102
-        self, convolution: Convolution, kernels: Sequence[Tensor], bias: Tensor | None
-    ) -> FactoredLayer:
-        return FactoredLayer(self._plumbing(convolution).stages(kernels, bias), convolution, self)
+    def executors(self, convolution: Convolution) -> tuple[str, ...]:  # noqa: D102
+        return self._plumbing(convolution).executors
+
+    def stages(  # noqa: D102
+        self,
+        convolution: Convolution,
+        kernels: Sequence[Tensor],
+        bias: Tensor | None,
+        executor: str,
+    ) -> list[nn.Module]:
+        return self._plumbing(convolution).stages(kernels, bias, executor)
 
     def _plumbing(self, convolution: Convolution) -> Plumbing:
         grid = self.grid(self.lowered_shape(convolution))
         return Plumbing(convolution, grid, self.ranks(grid), self.is_aligned(convolution))
 
-    def decompose(self, kernel: Tensor) -> "TiledSVDFactors":  # noqa: D102
-        matrix = lower(kernel)
-        grid = self.grid((matrix.shape[1], matrix.shape[2]))
-        patches = zip(grid.split(matrix), self.ranks(grid), strict=True)
-        pairs = [truncated_svd(patch, rank) for patch, rank in patches]
-        return TiledSVDFactors(tuple(pairs), grid, tuple(kernel.shape))
+    def _grid_over(self, shape: Sequence[int]) -> Grid:
+        return self.grid((shape[1], math.prod(shape[2:])))
 
+    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
+        grid = self._grid_over(kernel.shape)
+        patches = [patch.flatten(0, 2) for patch in grid.split(lower(kernel))]
+        return list(zip(patches, self.ranks(grid), strict=True))
 
-@dataclass(frozen=True)
-class TiledSVDFactors(Factors):
-    """For every patch of the grid: left (g, rows, cols, h, r) and right (g, rows, cols, r, w)."""
+    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+        grid = self._grid_over(shape)
+        return unlower(grid.assemble(_patches(grid, matrices, shape[0])), shape)
 
-    pairs: tuple[tuple[Tensor, Tensor], ...]
-    grid: Grid
-    shape: tuple[int, ...]
-
-    def reconstruct(self) -> Tensor:  # noqa: D102
-        return unlower(
-            self.grid.assemble([product(left, right) for left, right in self.pairs]), self.shape
-        )
-
-    def kernels(self) -> list[Tensor]:  # noqa: D102
-        size = self.shape[3:]
-        taps = int(torch.Size(size).numel())
-        aligned = all(column.length % taps == 0 for column in self.grid.cols)
+    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        grid, size = self._grid_over(shape), shape[3:]
+        taps = math.prod(size)
+        aligned = all(column.length % taps == 0 for column in grid.cols)
         # A linear layer in more than one tile runs as a 1×1 convolution.
-        ones = (1,) * (len(size) or int(self.grid.num_tiles > 1))
-        width = len(self.grid.cols)
-        lines = [self.pairs[i : i + width] for i in range(0, len(self.pairs), width)]
+        ones = (1,) * (len(size) or int(grid.num_tiles > 1))
+        width = len(grid.cols)
+        lefts, rights = (_patches(grid, side, shape[0]) for side in zip(*pairs, strict=True))
+        patches = list(zip(lefts, rights, strict=True))
+        lines = [patches[i : i + width] for i in range(0, len(patches), width)]
         into = []
         for column in range(width):
             # (g, rows, cols, r, w) → (g, cols, rows·r, w), the patches of a column side by side
-            rights = [line[column][1].transpose(1, 2).flatten(2, 3) for line in lines]
-            kernel = torch.cat(rights, dim=2).flatten(0, 1)
+            stacked = [line[column][1].transpose(1, 2).flatten(2, 3) for line in lines]
+            kernel = torch.cat(stacked, dim=2).flatten(0, 1)
             into.append(
                 kernel.unflatten(2, (-1, *size))
                 if aligned and size
@@ -156,7 +154,15 @@ class TiledSVDFactors(Factors):
         out = []
         for line in lines:
             # (g, rows, cols, h, r) → (g, rows, h, cols·r), the patches of a row side by side
-            lefts = [left.permute(0, 1, 3, 2, 4).flatten(3) for left, _ in line]
-            kernel = torch.cat(lefts, dim=3).flatten(0, 1)
+            abreast = [left.permute(0, 1, 3, 2, 4).flatten(3) for left, _ in line]
+            kernel = torch.cat(abreast, dim=3).flatten(0, 1)
             out.append(kernel.reshape(*kernel.shape, *ones))
         return into + out
+
+
+def _patches(grid: Grid, batches: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """Every patch's tiles (b, …) as (g, tile row, tile col, …)."""
+    return [
+        batch.unflatten(0, (groups, row.count, col.count))
+        for batch, (row, col) in zip(batches, grid.patches, strict=True)
+    ]

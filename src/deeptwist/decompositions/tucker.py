@@ -5,6 +5,7 @@ Applications", 2016; De Lathauwer et al., "On the Best Rank-1 and Rank-(R1, …,
 Approximation", 2000 (HOOI); DeepTwist, section 3.1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -24,6 +25,17 @@ from deeptwist.decompositions.svd import SVD
 from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.linalg import leading_subspace
 from deeptwist.ranks import check_ratio, fraction_of, largest_rank
+from deeptwist.subspace import (
+    STEPS,
+    Approximations,
+    Orthonormalize,
+    by_cholesky,
+    by_householder,
+    excess,
+    least_residual,
+    power_step,
+    unit_rows,
+)
 
 _SWEEPS = 100  # HOOI gains little after ten; this only bounds a matrix that never settles
 _TOLERANCE = 1e-6  # on what a sweep adds to the share of ‖W‖² that the core holds
@@ -121,32 +133,117 @@ class Tucker(Decomposition):
             (pointwise(dims, rank_out, convolution.out_channels, groups),),
         )
 
+    def cut(self, kernel: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:  # noqa: D102
+        return [(kernel, self.known_rank)]
+
     def decompose(self, kernel: Tensor) -> "TuckerFactors":  # noqa: D102
         rank_out, rank_in = self.known_rank
-        kernel = kernel.to(computing_dtype(kernel.dtype))
-        scale = kernel.abs().amax(dim=tuple(range(1, kernel.dim())), keepdim=True)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).flatten(2)
-        tensor = kernel.flatten(3) / scale.unsqueeze(-1)  # (g, o, i, k)
-        by_out, by_in = tensor, tensor.transpose(1, 2)
-
-        def against(tensor: Tensor, basis: Tensor) -> Tensor:  # contracts axis 2
-            return torch.einsum("gabk,gbr->gark", tensor, basis)
-
-        basis_in = leading_subspace(by_in.flatten(2), rank_in)
+        tensor, scale = _at_unit_scale(kernel.to(computing_dtype(kernel.dtype)))
+        by_out, by_in = _unfoldings(tensor)
+        basis_in = leading_subspace(by_in, rank_in)
         # Summed in fp64: near the optimum a sweep gains less than fp32 sums resolve.
         held, total = 0.0, float(tensor.double().square().sum())
         for _ in range(_SWEEPS):
-            basis_out = leading_subspace(against(by_out, basis_in).flatten(2), rank_out)
-            seen = against(by_in, basis_out)  # (g, i, r_out, k)
-            basis_in = leading_subspace(seen.flatten(2), rank_in)
-            core = torch.einsum("girk,gis->grsk", seen, basis_in)
+            basis_out = leading_subspace(_seen(basis_in.mT, by_in, tensor.shape[1]), rank_out)
+            seen = _seen(basis_out.mT, by_out, tensor.shape[2])
+            basis_in = leading_subspace(seen, rank_in)
+            core = basis_in.mT @ seen
             before, held = held, float(core.double().square().sum())
             if held - before <= _TOLERANCE * total:
                 break
-        # A third of the scale each, so that no factor over- or underflows a narrow type.
-        third = scale.pow(1 / 3)
-        core = (core * third.unsqueeze(-1)).reshape(*core.shape[:3], *kernel.shape[3:])
-        return TuckerFactors(basis_out * third, core, basis_in * third)
+        return TuckerFactors(*_scaled(basis_out, core, basis_in, scale, kernel.shape[3:]))
+
+    def follow(  # noqa: D102
+        self, parts: Tensor, start: Sequence[Tensor], tolerance: float
+    ) -> Approximations:
+        tensor, scale = _at_unit_scale(parts)
+        found = _follow(tensor, start, tolerance, by_cholesky)
+        if not found.sound:
+            found = _follow(tensor, start, tolerance, by_householder)
+        bases = found.rows_out, found.rows_in
+        size = parts.shape[3:]
+        factors = _scaled(bases[0].mT, found.core, bases[1].mT, scale, size)
+        if len(found.late):
+            exact = self.decompose(parts[found.late])
+            for factor, better in zip(
+                (*factors, *bases),
+                (exact.basis_out, exact.core, exact.basis_in, *exact.starts()[0]),
+                strict=True,
+            ):
+                factor[found.late] = better
+        return Approximations(factors, bases, found.steps, tuple(found.late.tolist()))
+
+    def factors(  # noqa: D102
+        self, parts: Sequence[Sequence[Tensor]], shape: Sequence[int]
+    ) -> "TuckerFactors":
+        ((basis_out, core, basis_in),) = parts
+        return TuckerFactors(basis_out, core, basis_in)
+
+
+def _at_unit_scale(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """A kernel as (g, o, i, k), and the scale (g, 1, 1) that was divided out."""
+    scale = kernel.abs().amax(dim=tuple(range(1, kernel.dim())), keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).flatten(2)
+    return kernel.flatten(3) / scale.unsqueeze(-1), scale
+
+
+def _unfoldings(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, o, i·k) and (g, i, o·k)."""
+    return tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
+
+
+def _seen(rows: Tensor, unfolding: Tensor, side: int) -> Tensor:
+    """What the other channels see through a basis: (g, r, n) of (g, n, side·k) → (g, side, r·k)."""
+    seen: Tensor = (rows @ unfolding).unflatten(2, (side, -1))
+    return seen.transpose(1, 2).flatten(2)
+
+
+def _scaled(
+    basis_out: Tensor, core: Tensor, basis_in: Tensor, scale: Tensor, size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors, the core (g, r_in, r_out·k) as (g, r_out, r_in, *k), with the scale put back."""
+    # A third of the scale each, so that no factor over- or underflows a narrow type.
+    third = scale.pow(1 / 3)
+    core = core.unflatten(2, (basis_out.shape[2], -1)).transpose(1, 2) * third.unsqueeze(-1)
+    return basis_out * third, core.unflatten(3, tuple(size)), basis_in * third
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """Orthonormal rows (g, r, n) with their core, and which groups have not settled."""
+
+    rows_out: Tensor
+    rows_in: Tensor
+    core: Tensor
+    steps: int
+    sound: bool
+    late: Tensor
+
+
+def _follow(
+    tensor: Tensor, start: Sequence[Tensor], tolerance: float, orthonormalize: Orthonormalize
+) -> _Followed:
+    """HOOI with a step of power iteration in place of every eigendecomposition."""
+    rows_out, rows_in = start
+    by_out, by_in = _unfoldings(tensor)
+    energy = tensor.flatten(1).square().sum(1)
+    floor = least_residual(energy)
+    step = 0
+    while True:
+        step += 1
+        seen = _seen(rows_in, by_in, tensor.shape[1])
+        rows_out, (first, second), sound = power_step(seen, rows_out @ seen, orthonormalize)
+        seen = _seen(rows_out, by_out, tensor.shape[2])
+        rows_in, (third, fourth), sound_too = power_step(seen, rows_in @ seen, orthonormalize)
+        core = rows_in @ seen
+        held = core.flatten(1).square().sum(1)
+        missing = excess(first, second, third) + excess(third, fourth, held)
+        error = missing / (energy - held).clamp_min(floor)
+        mean, unsound = torch.stack([error.mean(), (~(sound & sound_too)).sum()]).tolist()
+        if unsound or mean <= tolerance or step == STEPS:
+            break
+    late = (~(error <= tolerance)).nonzero().squeeze(1) if mean > tolerance else error.new_empty(0)
+    return _Followed(rows_out, rows_in, core, step, not unsound, late.long())
 
 
 @dataclass(frozen=True)
@@ -167,3 +264,6 @@ class TuckerFactors(Factors):
         ones = [1] * (self.core.dim() - 3)
         into, out = self.basis_in.mT, self.basis_out
         return [into.reshape(*into.shape, *ones), self.core, out.reshape(*out.shape, *ones)]
+
+    def starts(self) -> list[tuple[Tensor, ...]]:  # noqa: D102
+        return [(unit_rows(self.basis_out.mT), unit_rows(self.basis_in.mT))]

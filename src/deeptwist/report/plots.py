@@ -7,7 +7,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from deeptwist.benchmark import Comparison
+from deeptwist.benchmark.comparison import Comparison
 from deeptwist.report.cases import Case
 from deeptwist.report.curves import Line, draw_lines, draw_markers, draw_ratios, lines_of
 from deeptwist.report.looks import DOTS, INK, MUTED, Look, looks_of

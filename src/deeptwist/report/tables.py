@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from deeptwist.benchmark import Timing
 from deeptwist.planning import Plan, PlannedLayer
 from deeptwist.report.cases import Case
 from deeptwist.report.wording import (
@@ -21,6 +20,7 @@ from deeptwist.report.wording import (
     points,
     speed,
 )
+from deeptwist.timing import Timing
 from deeptwist.training.records import Run, Summary
 
 

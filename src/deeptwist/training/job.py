@@ -11,7 +11,7 @@ from torch import nn
 
 from deeptwist._version import __version__
 from deeptwist.artefact import WEIGHTS, save
-from deeptwist.benchmark import compare
+from deeptwist.benchmark.comparison import compare
 from deeptwist.data import Dataset, normalize
 from deeptwist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deeptwist.benchmark import Comparison, Timing
+from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
 from deeptwist.planning import Plan
+from deeptwist.timing import Timing
 
 SUMMARY, METRICS, PLAN, ARTEFACT = "run.json", "metrics.jsonl", "plan.json", "model"
 DENSE_WEIGHTS = "weights.safetensors"

@@ -1,0 +1,130 @@
+"""One 3×3 convolution, dense and in every factored form, beside what peers make of it.
+
+All forms hold a quarter of the weights (ranks round down, so a little less) and run in one
+process, in turn: fp32, channels_last. Speed-ups are medians over rounds; the efficiency in
+brackets is speed-up ÷ MAC ratio.
+
+    python benchmarks/layers.py
+"""
+
+import argparse
+from collections.abc import Callable
+
+import tltorch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import deeptwist as dt
+from deeptwist.convolution import Convolution, kernel_of
+from deeptwist.decompositions import Decomposition
+from deeptwist.machine import describe_machine
+from deeptwist.timing import median_ratio, time_in_turn
+
+SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch
+RATIO = 4
+PAPERS = "the paper's: unfold, batched GEMM"
+
+
+def forms(channels: int) -> dict[str, tuple[Decomposition, str | None]]:
+    raw = dt.TiledSVD(tile=(64, 64))
+    return {
+        "spatial SVD": (dt.SpatialSVD(), None),
+        "SVD": (dt.SVD(), None),
+        "tiled SVD, its own choice of tile": (dt.TiledSVD(), None),
+        "tiled SVD, T rows × 64 channels": (dt.TiledSVD(tile=(channels, 576)), None),
+        "tiled SVD, 64×64": (raw, None),
+        "tiled SVD, 64×64, executor im2col": (raw, "im2col"),
+        "Tucker": (dt.Tucker(), None),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", default=2, type=int)
+    parser.add_argument("--rounds", default=15, type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    columns = {}
+    for channels, size, batch in SHAPES:
+        heading = f"{channels}→{channels}, {size}×{size}, batch {batch}"
+        columns[heading] = measure(channels, size, batch, options.rounds)
+    print(f"| form | {' | '.join(columns)} |")
+    print("| --- |" + " --- |" * len(columns))
+    for name in next(iter(columns.values())):
+        print(f"| {name} | {' | '.join(column[name] for column in columns.values())} |")
+    print(f"\n{describe_machine()}")
+
+
+@torch.inference_mode()
+def measure(channels: int, size: int, batch: int, rounds: int) -> dict[str, str]:
+    dense = nn.Conv2d(channels, channels, 3, padding=1).eval()
+    dense = dense.to(memory_format=torch.channels_last)
+    x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
+    convolution = Convolution.of(dense)
+    layers: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense}
+    ratios = {"dense": 1.0}
+    for name, (open_decomposition, executor) in forms(channels).items():
+        decomposition = open_decomposition.resolve(convolution, RATIO)
+        factors = decomposition.decompose(kernel_of(dense.weight, convolution))
+        layer = decomposition.layer(convolution, factors.kernels(), dense.bias, executor)
+        layers[name] = layer.eval().to(memory_format=torch.channels_last)
+        ratios[name] = convolution.macs((size, size)) / decomposition.macs(
+            convolution, (size, size)
+        )
+    layers[PAPERS], ratios[PAPERS] = papers_way(dense), ratios["tiled SVD, 64×64"]
+    ranks = dt.Tucker().resolve(convolution, RATIO).rank
+    assert ranks is not None
+    peer = tltorch.FactorizedConv.from_conv(
+        dense, rank=(*ranks, 3, 3), factorization="tucker", implementation="factorized"
+    )
+    layers["TensorLy-Torch's Tucker"], ratios["TensorLy-Torch's Tucker"] = (
+        peer.eval(),
+        ratios["Tucker"],
+    )
+    layers["Tucker, three plain convolutions"] = three_convolutions(channels, *ranks)
+    ratios["Tucker, three plain convolutions"] = ratios["Tucker"]
+    samples = dict(
+        zip(
+            layers,
+            time_in_turn([lambda f=f: f(x) for f in layers.values()], rounds=rounds),
+            strict=True,
+        )
+    )
+    found = {}
+    for name, own in samples.items():
+        speedup = median_ratio(samples["dense"], own)
+        found[name] = f"{speedup:.2f} ({speedup / ratios[name]:.2f})"
+    milliseconds = sorted(samples["dense"])[rounds // 2]
+    found["dense"] = f"{milliseconds:.2f} ms"
+    return found
+
+
+def papers_way(dense: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    """Windows by `F.unfold`, then two batched products of matrices, one pair for each tile."""
+    channels = dense.out_channels
+    rows, cols, rank = channels // 64, channels * 9 // 64, 8
+    left, right = torch.randn(rows, cols, 64, rank), torch.randn(rows, cols, rank, 64)
+
+    def run(x: Tensor) -> Tensor:
+        windows = functional.unfold(x, 3, padding=1).unflatten(1, (cols, 64))  # (b, c, 64, l)
+        hidden = torch.einsum("acrj,bcjl->bacrl", right, windows)
+        out = torch.einsum("acir,bacrl->bail", left, hidden)
+        return out.reshape(len(x), channels, *x.shape[2:])
+
+    return run
+
+
+def three_convolutions(channels: int, rank_out: int, rank_in: int) -> nn.Module:
+    """What a script that follows a Tucker tutorial builds."""
+    layers = nn.Sequential(
+        nn.Conv2d(channels, rank_in, 1, bias=False),
+        nn.Conv2d(rank_in, rank_out, 3, padding=1, bias=False),
+        nn.Conv2d(rank_out, channels, 1),
+    )
+    return layers.eval().to(memory_format=torch.channels_last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""ResNet-34 and VGG19, dense and decomposed at ratio 4 on the layers that the paper compresses.
+
+PyTorch and onnxruntime, fp32, batch 16, beside TensorLy-Torch's Tucker of the same size. The
+weights are random: they do not change the time.
+
+    python benchmarks/networks.py
+"""
+
+import argparse
+import copy
+
+import tltorch
+import torch
+from torch import nn
+
+import deeptwist as dt
+from deeptwist.benchmark.networks import measure, measure_memory, settings_of
+from deeptwist.machine import describe_machine
+from deeptwist.memory import peak_memory
+from deeptwist.models import build_model
+
+NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
+DECOMPOSITIONS = {
+    "spatial SVD": dt.SpatialSVD(),
+    "tiled SVD": dt.TiledSVD(),
+    "SVD": dt.SVD(),
+    "Tucker": dt.Tucker(),
+}
+RATIO, BATCH = 4, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", default=2, type=int)
+    parser.add_argument("--rounds", default=9, type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print("| network | form | MAC ratio | runtime | dense ms | ms | speed-up | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, size in NETWORKS.items():
+        model = build_model(name).eval().to(memory_format=torch.channels_last)
+        plans = {
+            form: dt.plan(
+                model,
+                decomposition,
+                ratio=RATIO,
+                example_input=torch.zeros(2, *size),
+                min_in_channels=128,
+                linear=False,
+            )
+            for form, decomposition in DECOMPOSITIONS.items()
+        }
+        for form, plan in plans.items():
+            macs_ratio = plan.dense_macs / plan.macs
+            report(
+                options,
+                f"{name} | {form} | {macs_ratio:.2f}",
+                model,
+                dt.decompose(model, plan),
+                size,
+            )
+        peer = tensorly_torch(model, plans["Tucker"])
+        report(options, f"{name} | TensorLy-Torch's Tucker | {macs_ratio:.2f}", model, peer, size)
+        own = sum(p.numel() * p.element_size() for p in model.parameters())
+        peak = peak_memory(lambda: dt.decompose(model, plans["spatial SVD"]))  # noqa: B023
+        print(f"\n{name}: decomposing it takes {peak / own:.2f} × its own size at the peak\n")
+    print(describe_machine())
+
+
+def report(
+    options: argparse.Namespace,
+    words: str,
+    model: nn.Module,
+    small: nn.Module,
+    size: tuple[int, ...],
+) -> None:
+    peer = "TensorLy" in words  # its layers do not pass the ONNX exporter's trace of a free batch
+    runtimes = ("eager",) if peer else ("eager", "onnxruntime")
+    settings = settings_of([BATCH], [options.threads], ["float32"], runtimes)
+    memory = measure_memory(model, small, torch.randn(BATCH, *size))
+    for one in measure(
+        model, small, lambda batch: torch.randn(batch, *size), settings, rounds=options.rounds
+    ):
+        assert one.times is not None, one.reason
+        times = one.times
+        print(
+            f"| {words} | {one.setting.runtime} | {times.dense.median:.1f} | "
+            f"{times.decomposed.median:.1f} | {times.speedup:.2f}× | "
+            f"{memory.decomposed / memory.dense:.2f} × dense |",
+            flush=True,
+        )
+
+
+def tensorly_torch(model: nn.Module, plan: dt.Plan) -> nn.Module:
+    """The same layers at the same ranks, factored by TensorLy-Torch."""
+    peer = copy.deepcopy(model)
+    for layer in plan.compressed:
+        dense = peer.get_submodule(layer.name)
+        assert isinstance(dense, nn.Conv2d)
+        rank = getattr(layer.decomposition, "rank", None)
+        ranks = rank if isinstance(rank, tuple) else (rank, rank)  # one rank: a 1×1 kernel's SVD
+        factored = tltorch.FactorizedConv.from_conv(
+            dense,
+            rank=(*ranks, *dense.kernel_size),
+            factorization="tucker",
+            implementation="factorized",
+            decompose_weights=False,
+        )
+        owner, _, child = layer.name.rpartition(".")
+        setattr(peer.get_submodule(owner), child, factored)
+    return peer.eval()
+
+
+if __name__ == "__main__":
+    main()

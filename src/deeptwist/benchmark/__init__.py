@@ -1,0 +1,1 @@
+"""Measuring dense and decomposed side by side: whole networks, single layers, any runtime."""

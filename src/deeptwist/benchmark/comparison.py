@@ -1,0 +1,63 @@
+"""Dense and decomposed, timed side by side: in one process, in turn, by medians."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deeptwist.inspection import evaluating
+from deeptwist.timing import Timing, median_ratio, time_in_turn, timing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one input, timed in turn.
+
+    Attributes:
+        dense: of the model as it was.
+        decomposed: of its decomposed form.
+        speedup: the median over rounds of dense ÷ decomposed, so that drift cancels.
+    """
+
+    dense: Timing
+    decomposed: Timing
+    speedup: float
+
+
+def compare(
+    dense: nn.Module,
+    decomposed: nn.Module,
+    example_input: Tensor,
+    *,
+    rounds: int = 15,
+    on_round: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Times two models in turn on the same input, in evaluation mode without gradients.
+
+    Args:
+        dense: one model.
+        decomposed: the other, on the same device.
+        example_input: the input of both, in the memory format to measure.
+        rounds: how many samples are taken of each, two at least.
+        on_round: called after every round.
+    """
+    with evaluating(dense), evaluating(decomposed), torch.inference_mode():
+        return compare_runs(
+            lambda: dense(example_input),
+            lambda: decomposed(example_input),
+            rounds=rounds,
+            on_round=on_round,
+        )
+
+
+def compare_runs(
+    dense: Callable[[], object],
+    decomposed: Callable[[], object],
+    *,
+    rounds: int = 15,
+    on_round: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """As `compare`, for two functions that each run a model once."""
+    first, second = time_in_turn([dense, decomposed], rounds=rounds, on_round=on_round)
+    return Comparison(timing(first), timing(second), median_ratio(first, second))

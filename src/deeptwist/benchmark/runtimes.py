@@ -1,0 +1,65 @@
+"""What runs a network: PyTorch as it is, compiled, or onnxruntime."""
+
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from deeptwist.errors import DeepTwistError
+from deeptwist.export import export_onnx
+from deeptwist.extras import needs_extra
+
+Runtime = Literal["eager", "compile", "onnxruntime"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def prepare(
+    model: nn.Module, x: Tensor, *, runtime: Runtime, dtype: DType = "float32", threads: int
+) -> Callable[[], object]:
+    """A function that runs the model once on the input.
+
+    Args:
+        model: on the input's device; it is copied, and stays as it is.
+        x: the input, fp32, in the memory format to measure.
+        runtime: what runs it.
+        dtype: what weights and input are turned to.
+        threads: processor threads.
+
+    Raises:
+        DeepTwistError: if the runtime cannot run this type or device.
+    """
+    torch.set_num_threads(threads)
+    if runtime == "onnxruntime":
+        if dtype != "float32" or x.is_cuda:
+            raise DeepTwistError(f"onnxruntime is measured on processors in float32, not {dtype}")
+        return _in_onnxruntime(model, x, threads)
+    x = x.to(getattr(torch, dtype))
+    ready: Callable[[Tensor], object] = (
+        deepcopy(model).to(x.dtype).eval().to(memory_format=torch.channels_last)
+    )
+    if runtime == "compile":
+        torch.compiler.reset()  # compiled code is bound to the number of threads
+        ready = torch.compile(ready)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return ready(x)
+
+    return run
+
+
+def _in_onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Callable[[], object]:
+    with needs_extra("onnx"):
+        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, x)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: session.run(None, feed)

@@ -1,0 +1,165 @@
+"""Measuring: the statistics, the settings, single layers, memory."""
+
+import statistics
+
+import pytest
+import torch
+from cases import error_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from deeptwist import Plan, SpatialSVD, decompose, plan
+from deeptwist.benchmark.comparison import Comparison, compare
+from deeptwist.benchmark.layers import LayerComparison, compare_layers, keep_slow_layers
+from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
+from deeptwist.benchmark.runtimes import prepare
+from deeptwist.memory import peak_memory
+from deeptwist.timing import Timing, median_ratio, time_in_turn, timing
+
+X = torch.randn(4, 8, 12, 12)
+MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Dropout(0.5),
+    )
+
+
+def made(model: nn.Module) -> Plan:
+    return plan(model, SpatialSVD(), ratio=3, example_input=X)
+
+
+@given(MILLISECONDS)
+def test_a_timing_is_the_median_between_the_quartiles(samples: list[float]) -> None:
+    found = timing(samples)
+    assert found.median == pytest.approx(statistics.median(samples))
+    assert found.lower <= found.median <= found.upper
+
+
+@given(MILLISECONDS, st.floats(0.1, 10))
+def test_drift_that_meets_both_sides_cancels(samples: list[float], factor: float) -> None:
+    slowed = [factor * sample for sample in samples]
+    assert median_ratio(slowed, samples) == pytest.approx(factor)
+
+
+def test_functions_are_timed_in_turn() -> None:
+    order: list[str] = []
+    samples = time_in_turn(
+        [lambda: order.append("a"), lambda: order.append("b")],
+        rounds=5,
+        on_round=lambda: order.append("|"),
+    )
+    assert [len(own) for own in samples] == [5, 5]
+    rounds = "".join(order).split("|")[1:-1]
+    assert all(one.strip("a").strip("b") == "" and one[0] == "a" for one in rounds)
+    assert all("a" in one and "b" in one for one in rounds)
+
+
+def test_twice_the_work_takes_about_twice_as_long() -> None:
+    a = torch.randn(256, 256)
+
+    def product(times: int) -> None:
+        for _ in range(times):
+            a @ a
+
+    one, two = time_in_turn([lambda: product(8), lambda: product(16)], rounds=9)
+    assert 1.4 < median_ratio(two, one) < 2.8
+
+
+def test_comparing_leaves_the_models_as_they_were() -> None:
+    model = network().train()
+    found = compare(model, decompose(model, made(model)), X, rounds=2)
+    assert model.training
+    assert found.speedup > 0
+    assert found.dense.lower <= found.dense.median <= found.dense.upper
+
+
+def test_peak_memory_of_a_known_function() -> None:
+    def run() -> Tensor:
+        first = torch.zeros(1000, 1000)  # 4 MB
+        second = first + 1  # 8 MB
+        del first
+        return second * 2  # 8 MB
+
+    run()
+    assert peak_memory(run) == pytest.approx(8e6, rel=1e-3)
+    assert peak_memory(lambda: None) == 0
+
+
+def test_memory_of_both_networks() -> None:
+    model = network()
+    found = measure_memory(model, decompose(model, made(model)), X)
+    # A convolution's input and output are held at once: 32 channels each.
+    assert found.dense >= 2 * 4 * 32 * 12 * 12 * 4
+    assert found.decomposed <= 1.2 * found.dense
+
+
+def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
+    planned = made(network())
+    measured = compare_layers(planned, X, batch=8, rounds=2)
+    assert [one.name for one in measured] == [layer.name for layer in planned.compressed]
+    assert measured[1].times is measured[2].times
+    assert measured[0].times is not measured[1].times
+    layer = planned.compressed[1]
+    assert layer.convolution is not None
+    assert layer.decomposition is not None
+    promised = layer.convolution.macs((12, 12)) / layer.decomposition.macs(
+        layer.convolution, (12, 12)
+    )
+    assert measured[1].macs_ratio == promised
+    assert measured[1].efficiency == pytest.approx(measured[1].times.speedup / promised)
+
+
+def _measured(name: str, speedup: float) -> LayerComparison:
+    return LayerComparison(name, 3.0, Comparison(Timing(1, 1, 1), Timing(1, 1, 1), speedup))
+
+
+def test_slow_layers_are_kept_with_the_measured_reason() -> None:
+    model = network()
+    planned = made(model)
+    measured = [_measured("0", 0.8), _measured("2", 1.5), _measured("3", 1.04)]
+    assert [one.is_worth_it for one in measured] == [False, True, True]
+    thinned = keep_slow_layers(planned, measured, 1.05)
+    assert [layer.name for layer in thinned.compressed] == ["2"]
+    assert thinned.kept[0].reason == "not worth it: measured 0.80× as fast, below 1.05×"
+    assert thinned.compressed[0] == planned.compressed[1]
+    assert Plan.from_json(thinned.to_json()) == thinned
+    assert decompose(model, thinned)(X).shape == model(X).shape
+
+
+def test_settings_are_all_combinations() -> None:
+    found = settings_of([1, 16], [1, 2], ["float32"], ["eager", "onnxruntime"])
+    assert len(found) == len(set(found)) == 8
+    assert found[:2] == [Setting(1, 1), Setting(16, 1)]
+
+
+def test_a_setting_that_is_not_to_be_had_says_why() -> None:
+    model, threads = network().eval(), torch.get_num_threads()
+    small = decompose(model, made(model))
+    settings = settings_of([2], [1], ["float32", "bfloat16"], ["eager", "onnxruntime"])
+    found = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
+    assert [one.times is None for one in found] == [False, False, False, True]
+    assert "bfloat16" in (found[3].reason or "")
+    assert torch.get_num_threads() == threads
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_a_prepared_network_computes_what_the_network_does(runtime: str) -> None:
+    model = network().eval()
+    found = prepare(model, X, runtime=runtime, threads=1)()  # type: ignore[arg-type]
+    y = found if isinstance(found, Tensor) else torch.as_tensor(found[0])  # type: ignore[index]
+    assert torch.allclose(y, model(X), atol=1e-5)
+
+
+def test_onnxruntime_in_another_type_is_refused() -> None:
+    assert "onnxruntime" in error_of(
+        prepare, network(), X, runtime="onnxruntime", dtype="float16", threads=1
+    )

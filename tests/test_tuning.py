@@ -1,0 +1,138 @@
+"""Executors: the exact forms of a layer, the rule that orders them, and the clock that may."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import difference, error_of
+from torch import nn
+
+from deeptwist import SVD, DeepTwist, Plan, TiledSVD, decompose, load, plan, save
+from deeptwist.convolution import Convolution
+from deeptwist.decompositions.tiled_layer import GROUPED, IM2COL, WINDOWS
+from deeptwist.factorization import plan_of
+from deeptwist.tuning import time_executors, tune
+
+X = torch.randn(2, 16, 9, 9)
+RAW, ALIGNED = TiledSVD(tile=(8, 20)), TiledSVD(tile=(8, 36))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 24, 3),
+        nn.Conv2d(24, 16, 1),
+    ).eval()
+
+
+def made(decomposition: TiledSVD) -> Plan:
+    return plan(network(), decomposition, ratio=1.5, example_input=X)
+
+
+def executors(model: nn.Module) -> list[str]:
+    return [part.executor for part in model.modules() if hasattr(part, "executor")]
+
+
+def test_which_forms_there_are() -> None:
+    raw, aligned = made(RAW), made(ALIGNED)
+    assert set(raw.layers[0].executors) == {WINDOWS, IM2COL}
+    assert raw.layers[1].executors == (WINDOWS,)  # transposed: no windows to take
+    assert raw.layers[2].executors == (GROUPED,)  # one tap: every tile is whole channels
+    assert aligned.layers[0].executors == (GROUPED, IM2COL)
+
+
+def test_a_named_executor_is_taken_where_there_is_one() -> None:
+    model, raw = network(), made(RAW)
+    reference = decompose(model, raw, executor=IM2COL)
+    assert executors(reference) == [IM2COL, WINDOWS, GROUPED]
+    assert difference(decompose(model, raw)(X), reference(X)) < 1e-5
+
+
+def test_an_unknown_executor_is_refused() -> None:
+    assert "did you mean 'im2col'" in error_of(decompose, network(), made(RAW), executor="imcol")
+    assert "choose from windows" in error_of(replace, made(RAW).layers[1], executor=IM2COL)
+
+
+def test_a_plan_keeps_its_executors() -> None:
+    chosen = made(RAW)
+    layers = (replace(chosen.layers[0], executor=IM2COL), *chosen.layers[1:])
+    chosen = replace(chosen, layers=layers)
+    assert Plan.from_json(chosen.to_json()) == chosen
+    assert executors(decompose(network(), chosen))[0] == IM2COL
+    assert executors(DeepTwist(network(), chosen, 1).finish())[0] == IM2COL
+    text = chosen.to_json().replace('"im2col"', '"sideways"')
+    assert "sideways" in error_of(Plan.from_json, text)
+
+
+@pytest.mark.parametrize("executor", [WINDOWS, IM2COL])
+def test_an_artefact_keeps_its_executors(tmp_path: Path, executor: str) -> None:
+    small = decompose(network(), made(RAW), executor=executor)
+    loaded = load(save(small, tmp_path), network)
+    assert executors(loaded) == executors(small)
+    assert torch.equal(loaded(X), small(X))
+    assert plan_of(loaded, network(), X).layers[0].executor == executor
+
+
+def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
+    before = plan(network(), RAW, ratio=1.5, example_input=X, exclude=["3"])
+    found = plan_of(decompose(network(), before), network(), X)
+    assert [layer.decomposition for layer in found.layers] == [
+        layer.decomposition for layer in before.layers
+    ]
+    assert found.macs == before.macs
+
+
+def test_tuning_takes_the_fastest_form_and_changes_nothing_else() -> None:
+    before = made(TiledSVD(tile=(24, 3)))
+    after = tune(network(), before)
+    assert after.layers[0].executor in before.layers[0].executors
+    assert [replace(layer, executor=None) for layer in after.layers] == list(before.layers)
+    small = decompose(network(), before, tune=True)
+    assert difference(decompose(network(), before)(X), small(X)) < 1e-5
+
+
+def test_windows_hold_the_channels_that_their_tile_touches() -> None:
+    """The zero-padded weight, against the tile's columns laid out by hand."""
+    layer = nn.Conv2d(5, 4, 3, bias=False)
+    decomposition = TiledSVD(tile=(4, 12), rank=4)  # full rank
+    geometry = Convolution.of(layer)
+    kernels = decomposition.decompose(layer.weight.detach()[None]).kernels()
+    built = decomposition.layer(geometry, kernels, None, WINDOWS)
+    full = next(part for part in built.modules() if isinstance(part, nn.Conv2d))
+    # Columns 0-11, 12-23, 24-35 of 45 touch channels 0-1, 1-2, 2-3; 36-44 are channel 4.
+    branch = next(part for part in built.modules() if type(part).__name__ == "Branches")
+    convolutions = list(branch.layers)
+    assert [part.weight.shape[1] for part in convolutions] == [2, 1]
+    weight = convolutions[0].weight.detach().reshape(3, 4, 18)
+    for tile, before in enumerate((0, 3, 6)):  # taps of the window before the tile
+        assert torch.equal(weight[tile, :, before : before + 12], kernels[0][tile, :, :, 0, 0])
+        assert weight[tile].count_nonzero() == kernels[0][tile].count_nonzero()
+    assert full is convolutions[0]
+
+
+SHAPES = [
+    pytest.param(64, 32, 4, (64, 64), id="64→64, 32×32, tile 64×64"),
+    pytest.param(128, 28, 1, (64, 64), id="128→128, 28×28, tile 64×64"),
+    pytest.param(256, 14, 1, (64, 64), id="256→256, 14×14, tile 64×64"),
+    pytest.param(64, 16, 4, (64, 3), id="64→64, 16×16, tile 64×3"),
+    pytest.param(64, 16, 4, (16, 20), id="64→64, 16×16, tile 16×20"),
+]
+
+
+@pytest.mark.parametrize(("channels", "size", "batch", "tile"), SHAPES)
+def test_the_rule_is_not_far_from_the_clock(
+    channels: int, size: int, batch: int, tile: tuple[int, int]
+) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)).eval()
+    x = torch.randn(batch, channels, size, size)
+    layer = plan(model, TiledSVD(tile=tile, rank=2), example_input=x).layers[0]
+    times = time_executors(layer, x)
+    assert times[layer.executors[0]] < 1.5 * min(times.values()), times
+
+
+def test_other_decompositions_have_one_form() -> None:
+    layer = plan(network(), SVD(rank=2), example_input=X).layers[0]
+    assert layer.executors == ("convolutions",)
