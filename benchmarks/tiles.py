@@ -80,7 +80,7 @@ def tiles(channels: int) -> list[tuple[int, int]]:
     heights = sorted({16, 32, 64, channels // 2, channels})
     widths = sorted({channels // part for part in (1, 2, 4, 8)})
     aligned = [(rows, 9 * width) for rows in heights for width in widths]
-    return aligned + [(16, 16), (32, 32), (64, 64), (64, channels)]
+    return [*aligned, (16, 16), (32, 32), (64, 64), (64, channels)]
 
 
 @torch.inference_mode()
