@@ -101,6 +101,14 @@ def test_memory_of_both_networks() -> None:
     assert found.decomposed <= 1.2 * found.dense
 
 
+@pytest.mark.slow
+def test_decomposing_a_resnet34_takes_less_than_one_and_a_half_times_its_size() -> None:
+    model = pytest.importorskip("torchvision").models.resnet34(weights=None).eval()
+    planned = plan(model, SpatialSVD(), ratio=4, example_input=torch.zeros(2, 3, 64, 64))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert peak_memory(lambda: decompose(model, planned)) < 1.5 * size
+
+
 def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
     planned = made(network())
     measured = compare_layers(planned, X, batch=8, rounds=2)

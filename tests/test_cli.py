@@ -107,7 +107,16 @@ def test_a_process_ends_the_same_way() -> None:
 
 def test_help_names_every_command_and_shows_examples() -> None:
     overview = run("--help").stdout
-    for command in ("demo", "plan", "train", "decompose", "evaluate", "benchmark", "report"):
+    for command in (
+        "demo",
+        "plan",
+        "train",
+        "decompose",
+        "evaluate",
+        "benchmark",
+        "export",
+        "report",
+    ):
         assert command in overview
         assert f"deeptwist {command}" in run(command, "--help").stdout
 

@@ -359,9 +359,3 @@ def test_a_rank_beyond_the_full_one_is_refused(method: Decomposition) -> None:
     rank = (99, 1) if isinstance(method, Tucker) else 999
     beyond = from_dict({**method.to_dict(), "rank": rank})
     assert "at most" in error_of(beyond.resolve, convolution, None)
-
-
-def test_a_tile_that_cuts_channels_has_no_transposed_form() -> None:
-    convolution, _ = read(build("transposed 2-D")[0])
-    message = error_of(TiledSVD(rank=1, tile=(4, 7)).resolve, convolution, None)
-    assert "multiple of 9" in message

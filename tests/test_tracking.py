@@ -220,7 +220,7 @@ def test_a_distortion_after_the_first_is_as_good_and_writes_in_place(
     twist = DeepTwist(model, plan(model, method, ratio=1.6, example_input=X), 1)
     assert twist.step().iterations == 0
     names = [layer.name for layer in twist.plan.compressed]
-    for _ in range(3):
+    for _ in range(1 if method.method == "cp" else 3):  # an exact CP takes seconds
         nudge(model, 0.03)
         before, twin = copy.deepcopy(model), copy.deepcopy(model)
         parameters = dict(model.named_parameters())
@@ -238,7 +238,7 @@ def test_a_distortion_after_the_first_is_as_good_and_writes_in_place(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["svd", "tiled-ragged", "tucker", "cp"])
+@pytest.mark.parametrize("name", ["svd", "tiled-ragged", "tucker"])
 def test_every_type_is_followed(name: str, dtype: torch.dtype) -> None:
     model = network().to(dtype)
     made = plan(model, METHODS[name], ratio=1.6, example_input=X.to(dtype))

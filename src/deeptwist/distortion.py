@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deeptwist.convolution import computing_dtype, weight_of
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError, check_whole, first_line
-from deeptwist.factorization import Dense, norms, planned_module, relative_difference, swap
+from deeptwist.factorization import Dense, norms, numbers, planned_module, relative_difference, swap
 from deeptwist.inspection import evaluating
 from deeptwist.planning import Plan, PlannedLayer
 from deeptwist.tracking import Starts, Tracked, check_starts, track
@@ -80,7 +80,7 @@ def distort(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> dict[s
         )
         weight.copy_(approximation)
     names = [layer.name for layer in plan.compressed]
-    return dict(zip(names, torch.stack(shifts).tolist(), strict=True))
+    return dict(zip(names, numbers(shifts), strict=True))
 
 
 def _reconstruction(layer: PlannedLayer, factors: Factors, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -77,9 +77,12 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 def norms(weights: Iterable[Tensor]) -> list[float]:
     """‖W‖_F of every weight; infinite where its square is beyond the computing type."""
-    return torch.stack(
-        [torch.linalg.vector_norm(w, dtype=computing_dtype(w.dtype)) for w in weights]
-    ).tolist()
+    return numbers([torch.linalg.vector_norm(w, dtype=computing_dtype(w.dtype)) for w in weights])
+
+
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalars, on any devices, as numbers; an accelerator is waited for once."""
+    return torch.stack([x.to(scalars[0].device) for x in scalars]).tolist() if scalars else []
 
 
 def decompose(
