@@ -17,7 +17,8 @@ from deeptwist.decompositions.base import OneRank
 
 METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
     "svd": SVD(),
-    "tiled-rows": TiledSVD(),
+    "tiled": TiledSVD(),
+    "tiled-rows": TiledSVD(tile=(4, 999)),
     "tiled-ragged": TiledSVD(tile=(3, 7)),
     "tiled-aligned": TiledSVD(tile=(4, 18)),
     "spatial": SpatialSVD(),

@@ -397,7 +397,7 @@ def _plan_layer(
     if isinstance(choice, Decomposition):
         decomposition = choice
     else:
-        ratio = check_ratio(choice)
+        ratio, decomposition = check_ratio(choice), decomposition.open()
     reason = layer.reason
     if reason is None and pattern is None and layer.convolution is not None:
         reason = rules.reason_to_keep(layer.names, layer.convolution, is_first=is_first)

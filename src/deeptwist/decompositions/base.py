@@ -97,6 +97,10 @@ class Decomposition(ABC):
         """Whether its rank is open."""
 
     @abstractmethod
+    def open(self) -> "Decomposition":
+        """The same decomposition with its rank open, for a ratio to set."""
+
+    @abstractmethod
     def resolve(self, convolution: Convolution, ratio: float | None) -> "Decomposition":
         """The decomposition with every open choice made for this layer.
 
@@ -232,6 +236,9 @@ class OneRank(Decomposition):
     @property
     def needs_ratio(self) -> bool:  # noqa: D102
         return self.rank is None
+
+    def open(self) -> Self:  # noqa: D102
+        return replace(self, rank=None)
 
     @property
     def known_rank(self) -> int:

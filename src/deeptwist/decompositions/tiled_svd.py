@@ -24,7 +24,7 @@ from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.lowering import lower, unlower
 from deeptwist.tiling import Grid, Span
 
-_ROWS = 64  # of the tile chosen where none is given: the paper's
+_CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class TiledSVD(MatrixDecomposition):
 
     Attributes:
         rank: R of a full tile; none to let a ratio set it.
-        tile: (rows, cols); none for an aligned tile of 64 rows over all inputs.
+        tile: (rows, cols); none for an aligned one by shape: all rows, over equal parts of the
+            input channels of 128 or a little more. Linear layers stay whole.
     """
 
     method: ClassVar[str] = "tiled_svd"
@@ -56,7 +57,7 @@ class TiledSVD(MatrixDecomposition):
 
     def grid(self, shape: tuple[int, int]) -> Grid:
         """The tiles over a lowered kernel of this shape."""
-        return Grid(shape, self.tile or (_ROWS, shape[1]))
+        return Grid(shape, self.tile or shape)
 
     def full_rank(self, convolution: Convolution) -> int:  # noqa: D102
         shape = self.lowered_shape(convolution)
@@ -64,7 +65,7 @@ class TiledSVD(MatrixDecomposition):
         return min(*shape, *tile)
 
     def resolve(self, convolution: Convolution, ratio: float | None) -> Self:  # noqa: D102
-        tile = self.grid(self.lowered_shape(convolution)).tile
+        tile = self.tile or _aligned_tile(convolution)
         return OneRank.resolve(replace(self, tile=tile), convolution, ratio)
 
     def is_aligned(self, convolution: Convolution) -> bool:
@@ -158,6 +159,15 @@ class TiledSVD(MatrixDecomposition):
             kernel = torch.cat(abreast, dim=3).flatten(0, 1)
             out.append(kernel.reshape(*kernel.shape, *ones))
         return into + out
+
+
+def _aligned_tile(convolution: Convolution) -> tuple[int, int]:
+    """The tile that loses little and runs fast, of the shapes in ``benchmarks/tiles.py``."""
+    _, out, into, *_ = convolution.kernel_shape
+    parts = max(1, into // _CHANNELS) if convolution.dims else 1
+    while into % parts:
+        parts -= 1
+    return out, into // parts * convolution.taps
 
 
 def _patches(grid: Grid, batches: Sequence[Tensor], groups: int) -> list[Tensor]:

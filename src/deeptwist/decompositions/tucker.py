@@ -6,9 +6,9 @@ Approximation", 2000 (HOOI); DeepTwist, section 3.1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ class Tucker(Decomposition):
     @property
     def needs_ratio(self) -> bool:  # noqa: D102
         return self.rank is None and self.fraction is None
+
+    def open(self) -> Self:  # noqa: D102
+        return replace(self, rank=None, fraction=None)
 
     @property
     def known_rank(self) -> tuple[int, int]:

@@ -33,21 +33,24 @@ class Windows:
     @property
     def width(self) -> int:
         """Channels in a window: as many as the tile that touches most."""
+        # How tiles lie in channels repeats after as many as a channel has taps.
         return max(
-            (stop - 1) // self.taps - start // self.taps + 1 for start, stop in self._columns()
+            (start + self.span.length - 1) // self.taps - start // self.taps + 1
+            for start in self._columns()[: self.taps]
         )
 
     @property
     def starts(self) -> list[int]:
         """The first channel of every window."""
-        return [min(start // self.taps, self.channels - self.width) for start, _ in self._columns()]
+        last = self.channels - self.width
+        return [min(start // self.taps, last) for start in self._columns()]
 
     @property
     def shifts(self) -> list[int]:
         """How many taps of every window lie before its tile."""
         return [
             start - first * self.taps
-            for first, (start, _) in zip(self.starts, self._columns(), strict=True)
+            for first, start in zip(self.starts, self._columns(), strict=True)
         ]
 
     def order(self, groups: int) -> Tensor:
@@ -56,10 +59,9 @@ class Windows:
         first = torch.arange(groups)[:, None, None] * self.channels
         return (first + window).flatten()
 
-    def _columns(self) -> list[tuple[int, int]]:
-        length = self.span.length
-        starts = range(self.span.offset, self.span.stop, length)
-        return [(start, start + length) for start in starts]
+    def _columns(self) -> range:
+        """The first column of every tile."""
+        return range(self.span.offset, self.span.stop, self.span.length)
 
 
 class ZeroPadded(nn.Module):
