@@ -15,7 +15,7 @@ ROOT = Path(deeptwist.__file__).parent
 # From the ground up; a module imports only from floors below its own.
 FLOORS = [
     {"_version", "errors", "files", "machine", "memory", "timing", "lowering", "tiling"},
-    {"convolution", "extras", "ranks"},
+    {"convolution", "extras", "ranks", "sharing"},
     {"cost", "linalg", "decompositions.routing"},
     {"subspace", "decompositions.windows"},
     {"decompositions.base"},

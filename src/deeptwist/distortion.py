@@ -3,24 +3,28 @@
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.convolution import computing_dtype, weight_of
-from deeptwist.decompositions import Factors
+from deeptwist.decompositions import Decomposition, Factors
 from deeptwist.errors import DeepTwistError, check_whole, first_line
-from deeptwist.factorization import Dense, norms, numbers, planned_module, relative_difference, swap
+from deeptwist.factorization import Dense, numbers, planned_module, relative_difference, swap
 from deeptwist.inspection import evaluating
 from deeptwist.planning import Plan, PlannedLayer
-from deeptwist.tracking import Starts, Tracked, check_starts, track
+from deeptwist.sharing import broadcast, deal, processes, rank, together
+from deeptwist.tracking import Starts, Tracked, check_starts, costs, shapes_of, track
+
+T = TypeVar("T")
 
 logger = logging.getLogger("deeptwist")
 
 _MARGIN = 128  # CP's components may cancel; all other approximations are projections
+_ALIKE = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
 _SQUARABLE = 1e-9, 1e15  # ‖W‖ for which fp32 squares of W − W′ neither under- nor overflow
 
 
@@ -47,40 +51,52 @@ class Distortion:
 
 
 @torch.no_grad()
-def distort(model: nn.Module, plan: Plan, factors: dict[str, Factors]) -> dict[str, float]:
+def check_range(model: nn.Module, plan: Plan, tracked: Tracked) -> None:
+    """Checks that every weight's type can hold its approximation.
+
+    Raises:
+        DeepTwistError: if one cannot, naming the layer.
+    """
+    for layer, weight in _weights(model, plan, tracked):
+        # No number of an approximation, nor of a sum on the way to it, is much above ‖W‖: only
+        # near the end of the type can one lie beyond it.
+        if tracked.norms[layer.name] < torch.finfo(weight.dtype).max / _MARGIN:
+            continue
+        approximation = _reconstruction(layer, tracked.factors[layer.name], weight)
+        if not approximation.isfinite().all():
+            raise DeepTwistError(f"layer {layer.name!r} has an approximation beyond {weight.dtype}")
+
+
+@torch.no_grad()
+def write(model: nn.Module, plan: Plan, tracked: Tracked) -> dict[str, float]:
     """Writes every reconstruction over its weight, in place; returns ‖W − W′‖_F of each layer.
 
     The Parameter stays the same object in the same memory format, and the optimizer's state is
     left alone.
-
-    Raises:
-        DeepTwistError: if an approximation is beyond the weight's type; no weight is changed then.
     """
-    weights = [cast(Dense, model.get_submodule(layer.name)).weight for layer in plan.compressed]
-    before = norms(weight.detach() for weight in weights)
-    for layer, weight, norm in zip(plan.compressed, weights, before, strict=True):
-        # No number of an approximation, nor of a sum on the way to it, is much above ‖W‖: only
-        # near the end of the type can one lie beyond it. There, look before writing.
-        if not norm < torch.finfo(weight.dtype).max / _MARGIN:
-            approximation = _reconstruction(layer, factors[layer.name], weight)
-            if not approximation.isfinite().all():
-                raise DeepTwistError(
-                    f"layer {layer.name!r} has an approximation beyond {weight.dtype}"
-                )
-    shifts = []
-    for layer, weight, norm in zip(plan.compressed, weights, before, strict=True):
-        approximation = _reconstruction(layer, factors[layer.name], weight)
+    names, shifts = [], []
+    for layer, weight in _weights(model, plan, tracked):
+        approximation = _reconstruction(layer, tracked.factors[layer.name], weight)
         dtype = computing_dtype(weight.dtype)
         low, high = _SQUARABLE
         shifts.append(
             torch.linalg.vector_norm(
                 weight.to(dtype) - approximation.to(dtype),
-                dtype=dtype if low < norm < high else torch.float64,
+                dtype=dtype if low < tracked.norms[layer.name] < high else torch.float64,
             )
         )
+        names.append(layer.name)
         weight.copy_(approximation)
-    names = [layer.name for layer in plan.compressed]
     return dict(zip(names, numbers(shifts), strict=True))
+
+
+def _weights(
+    model: nn.Module, plan: Plan, tracked: Tracked
+) -> Iterator[tuple[PlannedLayer, Tensor]]:
+    """The layers that were factored, with their weights."""
+    for layer in plan.compressed:
+        if layer.name in tracked.factors:
+            yield layer, cast(Dense, model.get_submodule(layer.name)).weight
 
 
 def _reconstruction(layer: PlannedLayer, factors: Factors, weight: Tensor) -> Tensor:
@@ -115,7 +131,9 @@ class DeepTwist:
         """Attaches to a model; nothing is changed until the first distortion.
 
         Args:
-            model: the network that was planned, unwrapped (not inside DDP or a compiled one).
+            model: the network that was planned, unwrapped (not inside DDP or a compiled one). In a
+                `torch.distributed` job every process attaches to its own, at the same step, and
+                calls `step`, `distort` and `finish`; each factors a share of the layers.
             plan: see `deeptwist.plan`.
             interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual.
             tolerance: how much squared error above the optimum, relatively, a distortion on the
@@ -163,28 +181,91 @@ class DeepTwist:
 
     def distort(self, loss: Callable[[], Tensor | float] | None = None) -> Distortion:
         """One distortion step now; see `step`."""
-        return self._distort(track(self.model, self.plan, self._starts, self.tolerance), loss)
+        self._distort(self._starts, self.tolerance, loss)
+        return self.records[-1]
 
     def _distort(
-        self, tracked: Tracked, loss: Callable[[], Tensor | float] | None = None
-    ) -> Distortion:
-        before = None if loss is None else float(loss())
-        shifts = distort(self.model, self.plan, tracked.factors)
-        self._starts = tracked.starts if self.tolerance else {}
-        after = None if loss is None else float(loss())
-        sizes = {layer.name: layer.num_weights for layer in self.plan.compressed}
-        whole = sum(shift**2 for shift in shifts.values()) ** 0.5
-        record = Distortion(
-            step=self.steps,
-            weight_shift=whole / sum(sizes.values()),
-            layer_shifts={name: shift / sizes[name] for name, shift in shifts.items()},
-            # Relative to nothing, an increase has no size.
-            loss_increase=(after - before) / before if before and after is not None else None,
+        self,
+        starts: Starts,
+        tolerance: float,
+        loss: Callable[[], Tensor | float] | None,
+        last: bool = False,
+    ) -> dict[str, list[Tensor]]:
+        """One distortion, of which each process does its share; the layers' kernels if `last`."""
+        mine = deal(costs(self.plan), processes())[rank()]
+
+        def find() -> tuple[Tracked, Starts]:
+            tracked = track(self.model, self.plan, starts, tolerance, mine)
+            check_range(self.model, self.plan, tracked)
+            parts: Starts = {n: list(tracked.starts[n]) if self.tolerance else [] for n in mine}
+            if last:
+                for name in mine:
+                    parts[name].append(tuple(tracked.factors[name].kernels()))
+            return tracked, parts
+
+        (tracked, parts), tidings = together(find, lambda found: self._tidings(*found))
+        _check_alike(tidings)
+        before = _mean(loss)
+        _, shifts = together(lambda: write(self.model, self.plan, tracked), _as_it_is)
+        parts = self._exchange(parts, tidings)
+        kernels = {name: list(some.pop()) for name, some in parts.items()} if last else {}
+        self._starts = parts if self.tolerance else {}
+        self.records.append(self._record(tidings, shifts, before, _mean(loss)))
+        return kernels
+
+    def _tidings(self, tracked: Tracked, parts: Starts) -> "_Tidings":
+        orders = {}
+        for name in parts:
+            strides = self._weight(name).stride()
+            orders[name] = tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
+        return _Tidings(
+            steps=self.steps,
+            plan=[(layer.name, layer.decomposition) for layer in self.plan.compressed],
+            norms=tracked.norms,
             iterations=tracked.iterations,
             fallbacks=tracked.fallbacks,
+            orders=orders,
+            shapes={name: shapes_of(some) for name, some in parts.items()},
         )
-        self.records.append(record)
-        return record
+
+    def _exchange(self, own: Starts, tidings: "list[_Tidings]") -> Starts:
+        """Everyone's parts, by layer; everyone's weights are written into those of the model."""
+        found: Starts = {}
+        for source, theirs in enumerate(tidings):
+            tensors = []
+            for name, order in theirs.orders.items():
+                weight = self._weight(name)
+                mine = source == rank()
+                found[name] = own[name] if mine else _empty(theirs.shapes[name], weight)
+                # As the numbers lie in memory, so that they are sent without being put in order.
+                tensors.append(weight.permute(order))
+                tensors += [tensor for some in found[name] for tensor in some]
+            broadcast(tensors, source)
+        return {layer.name: found[layer.name] for layer in self.plan.compressed}
+
+    def _record(
+        self,
+        tidings: "list[_Tidings]",
+        shifts: list[dict[str, float]],
+        before: float | None,
+        after: float | None,
+    ) -> Distortion:
+        moved = {name: shift for theirs in shifts for name, shift in theirs.items()}
+        fallbacks = {name: n for theirs in tidings for name, n in theirs.fallbacks.items()}
+        sizes = {layer.name: layer.num_weights for layer in self.plan.compressed}
+        whole = sum(moved[name] ** 2 for name in sizes) ** 0.5
+        return Distortion(
+            step=self.steps,
+            weight_shift=whole / sum(sizes.values()),
+            layer_shifts={name: moved[name] / size for name, size in sizes.items()},
+            # Relative to nothing, an increase has no size.
+            loss_increase=(after - before) / before if before and after is not None else None,
+            iterations=max(theirs.iterations for theirs in tidings),
+            fallbacks={name: fallbacks[name] for name in sizes if name in fallbacks},
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        return cast(Dense, self.model.get_submodule(name)).weight.detach()
 
     def finish(self, loss: Callable[[], Tensor | float] | None = None) -> nn.Module:
         """A last distortion, then the decomposed model, checked against the distorted one.
@@ -199,16 +280,17 @@ class DeepTwist:
             DeepTwistError: if a parameter is not finite, or if the outputs differ by more than
                 the square root of the type's precision.
         """
+        together(self._check_parameters, lambda _: None)
+        # The same factors serve both: CP's could not be found again from their product.
+        small = swap(self.model, self.plan, self._distort({}, 0, loss, last=True))
+        self.output_difference, _ = together(lambda: self._compare(small), lambda _: None)
+        return small
+
+    def _check_parameters(self) -> None:
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 owner = name.rpartition(".")[0]
                 raise DeepTwistError(f"layer {owner!r} has parameters that are NaN or infinite")
-        exact = track(self.model, self.plan, {}, 0)
-        self._distort(exact, loss)
-        # The same factors serve both: CP's could not be found again from their product.
-        small = swap(self.model, self.plan, {n: f.kernels() for n, f in exact.factors.items()})
-        self.output_difference = self._compare(small)
-        return small
 
     def _compare(self, small: nn.Module) -> float | None:
         with evaluating(self.model), evaluating(small), torch.no_grad():
@@ -282,6 +364,71 @@ class DeepTwist:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from None
         self.steps, self.records, self._starts = steps, records, starts
+
+
+@dataclass(frozen=True)
+class _Tidings:
+    """What a process tells the others of its share of a distortion, before any weight is written.
+
+    Attributes:
+        steps: optimizer steps so far.
+        plan: every compressed layer's name and decomposition.
+        norms: ‖W‖_F of every compressed layer.
+        iterations: see `Distortion`.
+        fallbacks: see `Distortion`.
+        orders: by layer of its share, the weight's axes from the outermost in memory.
+        shapes: by layer of its share, of the tensors that it gives besides.
+    """
+
+    steps: int
+    plan: list[tuple[str, Decomposition | None]]
+    norms: dict[str, float]
+    iterations: int
+    fallbacks: dict[str, int]
+    orders: dict[str, tuple[int, ...]]
+    shapes: dict[str, list[list[torch.Size]]]
+
+
+def _empty(shapes: list[list[torch.Size]], weight: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of these shapes, for numbers computed from a weight."""
+    dtype = computing_dtype(weight.dtype)
+    return [tuple(weight.new_empty(shape, dtype=dtype) for shape in some) for some in shapes]
+
+
+def _check_alike(tidings: list[_Tidings]) -> None:
+    """Checks that all processes train one network: what one finds would ruin another's.
+
+    Raises:
+        DeepTwistError: on all of them, if they do not.
+    """
+    first = tidings[0]
+    for number, theirs in enumerate(tidings):
+        if theirs.plan != first.plan:
+            raise DeepTwistError(f"process {number} has another plan than process 0")
+        if theirs.steps != first.steps:
+            raise DeepTwistError(
+                f"process {number} has made {theirs.steps} steps, process 0 {first.steps}: "
+                "load the same state on all"
+            )
+        for name, norm in first.norms.items():
+            if not math.isclose(norm, theirs.norms[name], rel_tol=_ALIKE):
+                raise DeepTwistError(
+                    f"layer {name!r} has other weights in process {number} than in process 0 "
+                    f"(‖W‖ {theirs.norms[name]:.6g} and {norm:.6g}): all must train one network, "
+                    "as DDP does"
+                )
+
+
+def _as_it_is(value: T) -> T:
+    return value
+
+
+def _mean(loss: Callable[[], Tensor | float] | None) -> float | None:
+    """The loss over the examples of all processes, if there is a closure for it."""
+    if loss is None:
+        return None
+    _, losses = together(lambda: float(loss()), _as_it_is)
+    return sum(losses) / len(losses)
 
 
 def _tensors(output: Any) -> list[Tensor]:

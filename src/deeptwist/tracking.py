@@ -1,8 +1,8 @@
 """The factors of a whole network, followed from one distortion to the next."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeptwist.convolution import computing_dtype, kernel_of
 from deeptwist.decompositions import Decomposition, Factors
 from deeptwist.errors import DeepTwistError
-from deeptwist.factorization import Dense, check_finite, factorize
+from deeptwist.factorization import Dense, check_finite, factorize, norms, planned_module
 from deeptwist.planning import Plan, PlannedLayer
 from deeptwist.subspace import Approximations
 
@@ -25,17 +25,19 @@ Starts = dict[str, list[tuple[Tensor, ...]]]  # by layer, for each batch of `Dec
 
 @dataclass(frozen=True)
 class Tracked:
-    """The factors of every compressed layer, and how they were found.
+    """The factors of compressed layers, and how they were found.
 
     Attributes:
         factors: by layer.
         starts: what the next ones may be found from.
+        norms: ‖W‖_F of every compressed layer; infinite where its square is beyond fp32.
         iterations: the most steps that any matrix or tensor took; 0 where all is exact.
         fallbacks: by layer, how many of its matrices or tensors had to be factored exactly.
     """
 
     factors: dict[str, Factors]
     starts: Starts
+    norms: dict[str, float]
     iterations: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
 
@@ -49,8 +51,14 @@ class _Share:
     count: int
 
 
-def track(model: nn.Module, plan: Plan, starts: Starts, tolerance: float) -> Tracked:
-    """The factors of every compressed layer as it is now; the model is not touched.
+def track(
+    model: nn.Module,
+    plan: Plan,
+    starts: Starts,
+    tolerance: float,
+    names: Collection[str] | None = None,
+) -> Tracked:
+    """The factors of compressed layers as they are now; the model is not touched.
 
     What is of one shape and rank goes through one call, across layers, in stacks of bounded size:
     besides the factors, it holds one stack and what is computed from it.
@@ -60,33 +68,40 @@ def track(model: nn.Module, plan: Plan, starts: Starts, tolerance: float) -> Tra
         plan: see `deeptwist.plan`.
         starts: of the last time; empty for exact factors.
         tolerance: the squared error above the optimum, relatively; 0 for exact factors.
+        names: the layers to factor, all if not given; every weight is checked all the same.
 
     Raises:
         DeepTwistError: if a weight is not finite, naming the layer; or if the plan is for
             another model.
     """
-    if not (starts and tolerance):
+    exact = not (starts and tolerance)
+    weights = {}
+    for layer in plan.compressed:
+        # To compare a layer with its plan takes as long as to follow it.
+        module = planned_module(model, layer) if exact else model.get_submodule(layer.name)
+        weights[layer.name] = cast(Dense, module).weight.detach()
+    sizes = dict(zip(weights, norms(weights.values()), strict=True))
+    if not all(map(math.isfinite, sizes.values())):
+        check_finite(weights)
+    if names is not None:
+        plan = replace(plan, layers=tuple(x for x in plan.compressed if x.name in names))
+    if exact:
         factors = factorize(model, plan)
-        return Tracked(factors, {name: f.starts() for name, f in factors.items()})
-    # To compare every layer with its plan again, as `factorize` does, would take as long as this.
-    weights = {
-        layer.name: cast(Dense, model.get_submodule(layer.name)).weight.detach()
-        for layer in plan.compressed
-    }
-    check_finite(weights)
-    found: dict[str, dict[int, tuple[Tensor, ...]]] = {name: {} for name in weights}
-    following: dict[str, dict[int, tuple[Tensor, ...]]] = {name: {} for name in weights}
-    iterations, fallbacks = 0, dict.fromkeys(weights, 0)
+        return Tracked(factors, {name: f.starts() for name, f in factors.items()}, sizes)
+    mine = [layer.name for layer in plan.compressed]
+    found: dict[str, dict[int, tuple[Tensor, ...]]] = {name: {} for name in mine}
+    following: dict[str, dict[int, tuple[Tensor, ...]]] = {name: {} for name in mine}
+    iterations, fallbacks = 0, dict.fromkeys(mine, 0)
     for shares in _stacks(plan, weights):
         approximations = _follow(shares, weights, starts, tolerance)
         iterations = max(iterations, approximations.steps)
         begin = 0
         for share in shares:
-            name, mine = share.layer.name, slice(begin, begin + share.count)
-            found[name][share.number] = tuple(x[mine] for x in approximations.factors)
-            following[name][share.number] = tuple(x[mine] for x in approximations.start)
-            fallbacks[name] += sum(mine.start <= n < mine.stop for n in approximations.exact)
-            begin = mine.stop
+            name, part = share.layer.name, slice(begin, begin + share.count)
+            found[name][share.number] = tuple(x[part] for x in approximations.factors)
+            following[name][share.number] = tuple(x[part] for x in approximations.start)
+            fallbacks[name] += sum(part.start <= n < part.stop for n in approximations.exact)
+            begin = part.stop
     return Tracked(
         {
             layer.name: _decomposition(layer).factors(
@@ -96,9 +111,22 @@ def track(model: nn.Module, plan: Plan, starts: Starts, tolerance: float) -> Tra
             if layer.convolution is not None
         },
         {name: _in_order(parts) for name, parts in following.items()},
+        sizes,
         iterations,
         {name: count for name, count in fallbacks.items() if count},
     )
+
+
+def costs(plan: Plan) -> dict[str, float]:
+    """What it takes to factor each compressed layer, in products with its weights."""
+    found: dict[str, float] = {}
+    for layer in plan.compressed:
+        assert layer.convolution is not None
+        found[layer.name] = sum(
+            math.prod(shape) * (sum(rank) if isinstance(rank, tuple) else rank)
+            for shape, rank in _cuts(_decomposition(layer), layer.convolution.kernel_shape)
+        )
+    return found
 
 
 def _stacks(plan: Plan, weights: dict[str, Tensor]) -> Iterator[list[_Share]]:
@@ -178,11 +206,12 @@ def check_starts(plan: Plan, starts: Any) -> Starts:
         kernel = torch.zeros(layer.convolution.kernel_shape)
         given = [tuple(tensors) for tensors in starts[layer.name]]
         expected = _decomposition(layer).decompose(kernel).starts()
-        if _shapes(given) != _shapes(expected):
+        if shapes_of(given) != shapes_of(expected):
             raise DeepTwistError(f"the bases of layer {layer.name!r} are for another plan")
         checked[layer.name] = given
     return checked
 
 
-def _shapes(starts: list[tuple[Tensor, ...]]) -> list[list[torch.Size]]:
+def shapes_of(starts: Sequence[tuple[Tensor, ...]]) -> list[list[torch.Size]]:
+    """The shapes of one layer's tensors."""
     return [[tensor.shape for tensor in tensors] for tensors in starts]
