@@ -26,16 +26,20 @@ RATIO = 4
 PAPERS = "the paper's: unfold, batched GEMM"
 
 
-def forms(channels: int) -> dict[str, tuple[Decomposition, str | None]]:
+def forms(channels: int) -> dict[str, tuple[Decomposition, str | None, int]]:
+    """Decomposition, executor, multiple of the rank."""
     raw = dt.TiledSVD(tile=(64, 64))
     return {
-        "spatial SVD": (dt.SpatialSVD(), None),
-        "SVD": (dt.SVD(), None),
-        "tiled SVD, its own choice of tile": (dt.TiledSVD(), None),
-        "tiled SVD, T rows × 64 channels": (dt.TiledSVD(tile=(channels, 576)), None),
-        "tiled SVD, 64×64": (raw, None),
-        "tiled SVD, 64×64, executor im2col": (raw, "im2col"),
-        "Tucker": (dt.Tucker(), None),
+        "spatial SVD": (dt.SpatialSVD(), None, 1),
+        "spatial SVD, ranks of 16": (dt.SpatialSVD(), None, 16),
+        "SVD": (dt.SVD(), None, 1),
+        "SVD, ranks of 16": (dt.SVD(), None, 16),
+        "tiled SVD, its own choice of tile": (dt.TiledSVD(), None, 1),
+        "tiled SVD, its own choice, ranks of 16": (dt.TiledSVD(), None, 16),
+        "tiled SVD, T rows × 64 channels": (dt.TiledSVD(tile=(channels, 576)), None, 1),
+        "tiled SVD, 64×64": (raw, None, 1),
+        "tiled SVD, 64×64, executor im2col": (raw, "im2col", 1),
+        "Tucker": (dt.Tucker(), None, 1),
     }
 
 
@@ -65,8 +69,8 @@ def measure(channels: int, size: int, batch: int, rounds: int) -> dict[str, str]
     convolution = Convolution.of(dense)
     layers: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense}
     ratios = {"dense": 1.0}
-    for name, (open_decomposition, executor) in forms(channels).items():
-        decomposition = open_decomposition.resolve(convolution, RATIO)
+    for name, (open_decomposition, executor, multiple) in forms(channels).items():
+        decomposition = open_decomposition.resolve(convolution, RATIO).with_rank_multiple(multiple)
         factors = decomposition.decompose(kernel_of(dense.weight, convolution))
         layer = decomposition.layer(convolution, factors.kernels(), dense.bias, executor)
         layers[name] = layer.eval().to(memory_format=torch.channels_last)

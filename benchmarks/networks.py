@@ -1,5 +1,6 @@
-"""ResNet-34 and VGG19, dense and decomposed at ratio 4 on the layers that the paper compresses.
+"""ResNet-34 and VGG19, dense and decomposed at ratio 4.
 
+On the layers that the paper compresses (S ≥ 128), and on all convolutions but the first (S ≥ 64).
 PyTorch and onnxruntime, fp32, batch 16, beside TensorLy-Torch's Tucker of the same size. The
 weights are random: they do not change the time.
 
@@ -20,11 +21,15 @@ from deeptwist.memory import peak_memory
 from deeptwist.models import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
-DECOMPOSITIONS = {
-    "spatial SVD": dt.SpatialSVD(),
-    "tiled SVD": dt.TiledSVD(),
-    "SVD": dt.SVD(),
-    "Tucker": dt.Tucker(),
+FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, multiple of the rank
+    "spatial SVD": (dt.SpatialSVD(), 128, 1),
+    "tiled SVD": (dt.TiledSVD(), 128, 1),
+    "SVD": (dt.SVD(), 128, 1),
+    "Tucker": (dt.Tucker(), 128, 1),
+    "spatial SVD, ranks of 16": (dt.SpatialSVD(), 128, 16),
+    "tiled SVD, ranks of 16": (dt.TiledSVD(), 128, 16),
+    "spatial SVD, ranks of 16, S ≥ 64": (dt.SpatialSVD(), 64, 16),
+    "tiled SVD, ranks of 16, S ≥ 64": (dt.TiledSVD(), 64, 16),
 }
 RATIO, BATCH = 4, 16
 
@@ -46,10 +51,11 @@ def main() -> None:
                 decomposition,
                 ratio=RATIO,
                 example_input=torch.zeros(2, *size),
-                min_in_channels=128,
+                min_in_channels=channels,
+                rank_multiple=multiple,
                 linear=False,
             )
-            for form, decomposition in DECOMPOSITIONS.items()
+            for form, (decomposition, channels, multiple) in FORMS.items()
         }
         for form, plan in plans.items():
             macs_ratio = plan.dense_macs / plan.macs
@@ -61,6 +67,7 @@ def main() -> None:
                 size,
             )
         peer = tensorly_torch(model, plans["Tucker"])
+        macs_ratio = plans["Tucker"].dense_macs / plans["Tucker"].macs
         report(options, f"{name} | TensorLy-Torch's Tucker | {macs_ratio:.2f}", model, peer, size)
         own = sum(p.numel() * p.element_size() for p in model.parameters())
         peak = peak_memory(lambda: dt.decompose(model, plans["spatial SVD"]))  # noqa: B023

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,8 +28,8 @@ from deeptwist.data import Dataset, load_data
 from deeptwist.distortion import Distortion
 from deeptwist.machine import describe_machine
 from deeptwist.models import build_model, load_weights
-from deeptwist.training.loop import fit
-from deeptwist.training.settings import Settings
+from deeptwist.training.loop import Hooks, Training
+from deeptwist.training.recipe import make_recipe
 
 # Which layers, by the fewest input channels; the paper's 128 would leave nothing of ResNet-32.
 NETWORKS = {"resnet32": 64, "vgg19_bn": 128}
@@ -82,8 +83,8 @@ class Snapshots(dt.DeepTwist):
 
 def train(name: str, data: Dataset, weights: str | None, folder: Path, count: int) -> None:
     """Trains one network until `count` snapshots are in `folder`."""
-    settings = Settings(
-        epochs=4, lr=0.05, weight_decay=5e-4, interval=200, precision="bf16-mixed", batch_size=128
+    recipe = make_recipe(
+        {"model": name, "schedule": {"epochs": 4}, "precision": "bf16-mixed", "interval": 200}
     )
     torch.manual_seed(0)
     model = build_model(name)
@@ -98,9 +99,12 @@ def train(name: str, data: Dataset, weights: str | None, folder: Path, count: in
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(plan.to_json())
-    twist = Snapshots(model, plan, settings.interval, folder, count)
+    twist = Snapshots(model, plan, recipe.interval, folder, count)
+    fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+    lr = recipe.optimizer.lr
+    training = Training(fabric, model, data, recipe, recipe.schedule, lr, twist=twist)
     with contextlib.suppress(Done):
-        fit(model, data, settings, twist=twist, on_record=lambda r: print(name, r, flush=True))
+        training.fit(Hooks(on_record=lambda record: print(name, record, flush=True)))
 
 
 def main() -> None:

@@ -2,29 +2,26 @@
 
 Fine-tunes the dense network on CIFAR-10 (here its JPEG copy), then makes the result four times
 smaller: by DeepTwist and by conventional fine-tuning, with three decompositions each, at the same
-size, steps, schedule and order of images. Every run goes to a folder of its own; a run that is
-finished is not run again, so the script can be stopped and started.
+size, steps, schedule and order of images. Every run goes to a folder of its own; one that was cut
+goes on from its last checkpoint, and one that is finished is read.
 
     python examples/compress_resnet32.py --data DIR --weights resnet32-cifar10.safetensors
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
-import torch
-
-import deeptwist as dt
 from deeptwist.data import load_data
-from deeptwist.models import build_model, load_weights
-from deeptwist.training.job import run
-from deeptwist.training.records import DENSE_WEIGHTS, SUMMARY, Summary, read_run
-from deeptwist.training.settings import Mode, Settings
+from deeptwist.training.job import prepare, run
+from deeptwist.training.recipe import Mode, make_recipe
+from deeptwist.training.records import DENSE_WEIGHTS, Summary
 
-RATIO = 4
+COMPRESSION = {"ratio": 4, "skip_first_conv": True, "linear": False}
 DECOMPOSITIONS = {
-    "tucker": dt.Tucker(),
-    "spatial-svd": dt.SpatialSVD(),
-    "tiled-svd": dt.TiledSVD(tile=(64, 72)),
+    "tucker": {"decomposition": "tucker"},
+    "spatial-svd": {"decomposition": "spatial_svd"},
+    "tiled-svd": {"decomposition": "tiled_svd", "tile": [64, 72]},
 }
 
 
@@ -41,53 +38,39 @@ def main() -> None:
     options = parser.parse_args()
 
     data = load_data(options.data)
-    example = torch.zeros(2, 3, 32, 32)
 
-    def cell(weights: Path, mode: Mode, decomposition: dt.Decomposition, name: str) -> Summary:
-        folder = options.out / name
-        settings = Settings(
-            epochs=options.dense_epochs if mode == "dense" else options.epochs,
-            lr=0.05 if mode == "dense" else options.lr,
-            weight_decay=5e-4,
-            interval=200,
-            seed=options.seed,
-            precision="bf16-mixed",
+    def cell(weights: Path, mode: Mode, method: str) -> Summary:
+        dense = mode == "dense"
+        recipe = make_recipe(
+            {
+                "model": "resnet32",
+                "weights": str(weights),
+                "mode": mode,
+                "interval": 200,
+                "seed": options.seed,
+                "precision": "bf16-mixed",
+                "data": {"source": options.data},
+                "optimizer": {"lr": 0.05 if dense else options.lr, "weight_decay": 5e-4},
+                "schedule": {"epochs": options.dense_epochs if dense else options.epochs},
+                "compression": COMPRESSION | DECOMPOSITIONS[method],
+            }
         )
-        if not (folder / SUMMARY).exists():
-            model = build_model("resnet32")
-            load_weights(model, weights)
-            plan = dt.plan(
-                model,
-                decomposition,
-                ratio=RATIO,
-                example_input=example,
-                skip_first_conv=True,
-                linear=False,
-            )
-            run(
-                model,
-                data,
-                settings,
-                folder,
-                mode=mode,
-                plan=plan,
-                decomposition=str(decomposition),
-                ratio=RATIO,
-                name=name,
-                model_name="resnet32",
-                on_record=lambda record: print(name, record, flush=True),
-            )
-        return read_run(folder).summary
+        name = "dense" if dense else f"{mode}-{method}"
+        return run(
+            prepare(recipe, data, name=name),
+            options.out / name,
+            resume=True,
+            on_record=lambda record: print(name, record, flush=True),
+        )
 
-    dense = cell(Path(options.weights), "dense", dt.SVD(), "dense")
+    dense = cell(Path(options.weights), "dense", "tucker")
     tuned = options.out / "dense" / DENSE_WEIGHTS
     print(f"{'run':24}  accuracy  parameters      MACs  untrained")
     print(f"{'dense':24}  {dense.accuracy:8.2%}  {dense.parameters:10,}  {dense.macs:10,}")
-    for method, decomposition in DECOMPOSITIONS.items():
-        for mode in ("deeptwist", "decomposed"):
-            if options.only and f"{mode}-{method}" not in options.only:
-                continue
-            done = cell(tuned, mode, decomposition, f"{mode}-{method}")
+    modes: tuple[Mode, ...] = ("deeptwist", "decomposed")
+    for method, mode in product(DECOMPOSITIONS, modes):
+        if not options.only or f"{mode}-{method}" in options.only:
+            done = cell(tuned, mode, method)
             print(
                 f"{done.name:24}  {done.accuracy:8.2%}  {done.parameters:10,}  {done.macs:10,}  "
                 f"{done.accuracy_untrained:8.2%}",

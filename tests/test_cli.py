@@ -90,6 +90,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["evaluate", "resnet20", "--data", "digits"], "--weights"),
         (["train", "resnet20", "--data", "/nowhere/at/all", "--out", "x"], "/nowhere/at/all"),
         (["train", "resnet20", "--data", "digits", "--ratio", "4", "--out", "/proc/x"], "/proc/x"),
+        (["train", "resnet20", "--ratio", "4", "--tune", "--out", "x"], "--plan plan.json"),
+        (["train", "resnet20", "--set", "interval", "--out", "x"], "KEY=VALUE"),
+        (["train", "resnet20", "--set", "optimiser.lr=1", "--out", "x"], "mean 'optimizer'?"),
+        (["train", "resnet20", "--set", "optimizer.ln=1", "--out", "x"], "mean 'optimizer.lr'?"),
+        (["train", "resnet20", "--set", "optimizer=1", "--out", "x"], "'optimizer' is 1"),
+        (["train", "resnet20", "--lr", "-1", "--out", "x"], "'optimizer.lr' is -1"),
+        (["train", "nowhere.yaml", "--out", "x"], "nowhere.yaml"),
         (["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"], "rounds 1"),
         (["report", "nowhere"], "nowhere"),
     ],
@@ -174,7 +181,7 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if line["event"] == "distortion"]
     assert steps == [5, 10, 15, 20, 22]
-    assert "holds a finished run" in refused(*words)
+    assert "holds a run" in refused(*words)
 
     evaluated = json.loads(
         run(

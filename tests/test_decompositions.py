@@ -105,11 +105,16 @@ def test_a_tile_as_large_as_the_matrix_is_the_plain_svd() -> None:
     assert difference(plain.reconstruct(), tiled.decompose(kernel).reconstruct()) < 1e-12
 
 
-def test_without_a_tile_it_is_64_rows_over_all_inputs() -> None:
-    kernel = torch.randn(1, 130, 3, 3, 3, dtype=torch.float64)
-    chosen = TiledSVD(rank=5).resolve(geometry_of(kernel), None)
-    assert chosen == TiledSVD(rank=5, tile=(64, 27))
-    assert chosen.is_aligned(geometry_of(kernel))
+@pytest.mark.parametrize(
+    ("channels", "cols"), [(3, 27), (130, 1170), (256, 1152), (384, 1152), (390, 1170)]
+)
+def test_without_a_tile_it_is_all_rows_over_equal_parts_of_the_inputs(
+    channels: int, cols: int
+) -> None:
+    convolution = Convolution.of(nn.Conv2d(channels, 40, 3))
+    chosen = TiledSVD(rank=5).resolve(convolution, None)
+    assert chosen == TiledSVD(rank=5, tile=(40, cols))
+    assert chosen.is_aligned(convolution)
 
 
 # --- layers against F.unfold

@@ -11,10 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan
+from deeptwist import (
+    CP,
+    SVD,
+    Decomposition,
+    DeepTwist,
+    DeepTwistError,
+    Plan,
+    SpatialSVD,
+    TiledSVD,
+    Tucker,
+    plan,
+)
 from deeptwist.convolution import Convolution
 from deeptwist.linalg import relative_error
 from deeptwist.models.resnet_cifar import resnet20
+from deeptwist.planning import PlannedLayer
 
 
 class Net(nn.Module):
@@ -223,6 +235,32 @@ def test_no_layer_grows_and_a_ratio_is_a_promise(
         assert planned.factored_weights * ratio <= planned.num_weights
         made = Plan((planned,), examples=2)
         assert made.macs < made.dense_macs
+
+
+@pytest.mark.parametrize("method", [SVD(), SpatialSVD(), TiledSVD(), CP(), Tucker()], ids=str)
+@pytest.mark.parametrize("multiple", [4, 16])
+def test_ranks_that_a_ratio_sets_are_rounded_down_to_multiples(
+    method: Decomposition, multiple: int
+) -> None:
+    free, rounded = (
+        plan(Net(), method, ratio=2, example_input=X, rank_multiple=m) for m in (1, multiple)
+    )
+    assert free.compressed
+    for before, after in zip(free.compressed, rounded.compressed, strict=True):
+        for rank, found in zip(ranks_of(before), ranks_of(after), strict=True):
+            assert found == (rank - rank % multiple if rank >= multiple else rank)
+
+
+def test_a_given_rank_is_not_rounded() -> None:
+    made = plan(Net(), SVD(rank=7), example_input=X, rank_multiple=4)
+    assert {ranks_of(layer) for layer in made.compressed} == {(7,)}
+    with pytest.raises(DeepTwistError, match="rank_multiple 0 is not a whole number from 1 on"):
+        plan(Net(), SVD(), ratio=2, example_input=X, rank_multiple=0)
+
+
+def ranks_of(layer: PlannedLayer) -> tuple[int, ...]:
+    rank: int | tuple[int, ...] = getattr(layer.decomposition, "rank")  # noqa: B009
+    return rank if isinstance(rank, tuple) else (rank,)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The training system on the embedded digits: what it counts, repeats, records and refuses."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +14,20 @@ from torch.nn import functional
 
 import deeptwist as dt
 from deeptwist.data import Dataset, Split, load_digits, normalize
-from deeptwist.distortion import DeepTwist, Distortion
 from deeptwist.training.evaluation import evaluate
-from deeptwist.training.job import run
-from deeptwist.training.loop import Epoch, Record, fit, steps_per_epoch
+from deeptwist.training.job import Job, prepare, run
+from deeptwist.training.loop import DistortedAt, Epoch, Record
+from deeptwist.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.training.records import read_run
-from deeptwist.training.settings import Mode, Settings
+from deeptwist.training.refinements import recalibrated
 
-SHORT = Settings(epochs=2, batch_size=128, lr=0.05, interval=4)
+SHORT = {
+    "model": "tests:network",
+    "interval": 4,
+    "schedule": {"epochs": 2},
+    "compression": {"decomposition": "svd", "ratio": 3, "include": ["3"]},
+    "records": {"images": 100},
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +48,20 @@ def network() -> nn.Module:
     )
 
 
-def plan_of(model: nn.Module) -> dt.Plan:
-    example = torch.zeros(2, 1, 8, 8)
-    return dt.plan(model, dt.SVD(), ratio=3, example_input=example, skip_first_conv=True)
+def job_of(data: Dataset, *changes: str, model: nn.Module | None = None, **values: Any) -> Job:
+    recipe = make_recipe({**SHORT, **values}, changes)
+    return prepare(recipe, data, name="a run", model=model or network())
+
+
+def state_of(run_folder: Path) -> dict[str, torch.Tensor]:
+    return dt.load(run_folder / "model", model=network).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- evaluation
 
 
 def test_evaluation_agrees_with_the_definition(digits: Dataset) -> None:
@@ -70,112 +89,313 @@ def test_evaluation_refuses_a_network_for_other_images_or_classes(
     assert "cannot run on images of digits" in error_of(evaluate, nn.Conv2d(3, 10, 3), *test)
 
 
-def test_training_learns_and_repeats_itself_bit_for_bit(digits: Dataset) -> None:
-    ends = []
-    for _ in range(2):
-        model = network()
-        fit(model, digits, replace(SHORT, epochs=5))
-        ends.append(model.state_dict())
-    assert evaluate(model, digits.test.images, digits.test.labels, digits).accuracy > 0.8
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+# --- the loop
 
 
-def test_another_seed_is_another_order_of_images(digits: Dataset) -> None:
-    ends = []
+def test_training_learns_and_repeats_itself_bit_for_bit(digits: Dataset, tmp_path: Path) -> None:
+    for name in "ab":
+        summary = run(job_of(digits, "schedule.epochs=5"), tmp_path / name)
+    assert summary.accuracy > 0.8
+    assert same(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
+
+
+def test_another_seed_is_another_order_of_images(digits: Dataset, tmp_path: Path) -> None:
     for seed in (0, 1):
-        model = network()
-        fit(model, digits, replace(SHORT, seed=seed))
-        ends.append(model[0].weight.detach())
-    assert not torch.equal(*ends)
+        run(job_of(digits, seed=seed), tmp_path / str(seed))
+    assert not same(state_of(tmp_path / "0"), state_of(tmp_path / "1"))
 
 
-def test_distortions_come_at_every_interval_and_are_recorded(digits: Dataset) -> None:
-    model = network()
-    twist = DeepTwist(model, plan_of(model), SHORT.interval)
+def test_distortions_come_at_every_interval_and_are_recorded(
+    digits: Dataset, tmp_path: Path
+) -> None:
     records: list[Record] = []
-    ticks = []
-    fit(
-        model, digits, SHORT, twist=twist, on_record=records.append, on_step=lambda: ticks.append(1)
-    )
-    distortions = [record for record in records if isinstance(record, Distortion)]
+    ticks: list[int] = []
+    job = job_of(digits)
+    run(job, tmp_path, on_record=records.append, on_step=lambda: ticks.append(1))
+    distortions = [record for record in records if isinstance(record, DistortedAt)]
     epochs = [record for record in records if isinstance(record, Epoch)]
-    assert steps_per_epoch(digits, SHORT) == 11
-    assert len(ticks) == twist.steps == 22
-    assert [record.step for record in distortions] == [4, 8, 12, 16, 20]
-    assert all(record.loss_increase is not None for record in distortions)
+    assert len(ticks) == job.steps == 22
+    assert [record.step for record in distortions] == [4, 8, 12, 16, 20, 22]
     assert [(record.epoch, record.step) for record in epochs] == [(1, 11), (2, 22)]
     assert epochs[-1].lr == pytest.approx(0)
+    for record in distortions:
+        before, after = (one.loss for one in record.train)
+        increase = (after - before) / before
+        assert record.distortion.loss_increase == pytest.approx(increase, abs=1e-6)
+        assert 0 < record.seconds < 5
+        assert len(record.test) == 2
+    # The network that follows the last distortion is the one that is deployed.
+    final = dt.load(tmp_path / "model", model=network)
+    fixed = digits.test.images[:100], digits.test.labels[:100], digits
+    assert evaluate(final, *fixed).loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
 
 
-def test_a_distortion_without_effect_changes_no_training(digits: Dataset) -> None:
+def test_records_can_be_left_out(digits: Dataset, tmp_path: Path) -> None:
+    run(job_of(digits, "records.images=0"), tmp_path / "without")
+    run(job_of(digits), tmp_path / "with")
+    assert same(state_of(tmp_path / "without"), state_of(tmp_path / "with"))
+    for line in read_run(tmp_path / "without").distortions:
+        assert line["train"] == line["test"] == []
+        assert line["loss_increase"] is None
+
+
+def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    run(job_of(digits), tmp_path)
+    found = read_run(tmp_path)
+    (first, *_), (epoch, *_) = found.distortions, found.epochs
+    assert first["step"] == 4
+    assert first["lr"] == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 4 / 22)))
+    assert epoch["images_per_second"] == pytest.approx(11 * 128 / epoch["seconds"])
+    assert first["weight_shift"] > 0
+    assert [*(tmp_path / "tensorboard").glob("events*")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"kind": "step", "epochs": 3, "milestones": [1, 2], "factor": 0.1}, [0.005, 0.0005, 5e-4]),
+        ({"epochs": 3}, [0.0375, 0.0125, 0]),
+    ],
+)
+def test_schedules(
+    schedule: dict[str, Any], expected: list[float], digits: Dataset, tmp_path: Path
+) -> None:
+    run(job_of(digits, mode="dense", schedule=schedule), tmp_path)
+    assert [epoch["lr"] for epoch in read_run(tmp_path).epochs] == pytest.approx(expected)
+
+
+def test_a_distortion_without_effect_changes_no_training(digits: Dataset, tmp_path: Path) -> None:
     """At full rank DeepTwist is dense training, up to rounding."""
     plain, twisted = network(), network()
-    fit(plain, digits, SHORT)
-    plan = plan_of(twisted)
-    full = tuple(
-        replace(
-            layer,
-            decomposition=dt.SVD(rank=min(layer.decomposition.lowered_shape(layer.convolution))),
-        )
-        if layer.decomposition and layer.convolution
-        else layer
-        for layer in plan.layers
+    run(job_of(digits, mode="dense", model=plain), tmp_path / "dense")
+    job = job_of(digits, model=twisted)
+    layers = tuple(
+        replace(layer, decomposition=dt.SVD(rank=24)) if layer.decomposition else layer
+        for layer in job.plan.layers
     )
-    fit(twisted, digits, SHORT, twist=DeepTwist(twisted, replace(plan, layers=full), 4))
+    run(replace(job, plan=replace(job.plan, layers=layers)), tmp_path / "twisted")
     for one, other in zip(plain.parameters(), twisted.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(
-    digits: Dataset, error_of: Callable[..., str]
+# --- the modes
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [line["step"] for line in read_run(folder).distortions]
+
+
+def test_modes_see_the_same_images_and_distort_when_they_say(
+    digits: Dataset, tmp_path: Path
 ) -> None:
-    message = error_of(fit, network(), digits, replace(SHORT, lr=1e9))
-    assert "at step" in message
-    assert "lower lr=" in message
+    first_losses = {}
+    for mode in ("dense", "deeptwist", "decomposed", "projection", "noise", "once"):
+        records: list[Record] = []
+        run(job_of(digits, mode=mode), tmp_path / mode, on_record=records.append)
+        first_losses[mode] = next(r.train_loss for r in records if isinstance(r, Epoch))
+    assert steps_of(tmp_path / "dense") == steps_of(tmp_path / "decomposed") == []
+    assert steps_of(tmp_path / "deeptwist") == steps_of(tmp_path / "noise") == [4, 8, 12, 16, 20, 22]
+    assert steps_of(tmp_path / "projection") == [*range(1, 23), 22]
+    assert steps_of(tmp_path / "once") == [22]
+    # Without distortions on the way, 'once' trains as 'dense' does; noise is not a distortion.
+    assert first_losses["once"] == first_losses["dense"]
+    assert len({first_losses[mode] for mode in ("dense", "deeptwist", "noise", "projection")}) == 4
 
 
-def test_a_batch_larger_than_the_data_is_refused(
-    digits: Dataset, error_of: Callable[..., str]
-) -> None:
-    few = replace(digits, train=Split(digits.train.images[:50], digits.train.labels[:50]))
-    assert "batch_size 128" in error_of(fit, network(), few, SHORT)
+def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Dataset) -> None:
+    from deeptwist.training.controls import RandomNoise
+
+    model = network()
+    made = job_of(digits, model=model).plan
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    noise = RandomNoise(model, made, 1, seed=3)
+    record = noise.step(lambda: 1.0)
+    exact = dt.DeepTwist(network(), made, 1).step()
+    assert record is not None
+    assert exact is not None
+    assert record.layer_shifts == pytest.approx(exact.layer_shifts, rel=1e-4)
+    planned = {layer.name: layer for layer in made.compressed}
+    for name, parameter in model.named_parameters():
+        layer = planned.get(name.removesuffix(".weight"))
+        moved = (parameter.detach() - before[name]).norm()
+        size = 0 if layer is None else record.layer_shifts[layer.name] * layer.num_weights
+        assert float(moved) == pytest.approx(size, rel=1e-4)
+        if layer is not None:  # not towards low rank
+            matrix = parameter.detach().flatten(1)
+            assert torch.linalg.matrix_rank(matrix) == min(matrix.shape)
+    assert torch.linalg.matrix_rank(noise.finish()[3][0].weight.flatten(1)) < 24
 
 
-@pytest.mark.parametrize("field", ["epochs", "batch_size", "interval", "lr"])
-def test_settings_that_make_no_sense_are_refused(field: str, error_of: Callable[..., str]) -> None:
-    assert field in error_of(replace, SHORT, **{field: -1})
-
-
-@pytest.mark.parametrize("mode", ["dense", "deeptwist", "decomposed"])
+@pytest.mark.parametrize("mode", ["dense", "deeptwist", "decomposed", "noise"])
 def test_a_run_leaves_a_model_that_gives_the_accuracy_it_claims(
     mode: Mode, digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
-    model = network()
-    plan = plan_of(model)
-    words = {"mode": mode, "plan": plan, "name": "a run", "model_name": "small"}
-    final, summary = run(model, digits, SHORT, tmp_path, **words)
+    job = job_of(digits, mode=mode)
+    summary = run(job, tmp_path)
     found = read_run(tmp_path)
     assert found.summary == summary
     assert len(found.epochs) == 2
     assert summary.steps == 22
+    assert summary.recipe == job.recipe.to_dict()
     if mode == "dense":
         assert found.plan is None
-        assert summary.parameters == summary.parameters_before == plan.dense_parameters
+        assert summary.parameters == summary.parameters_before == job.plan.dense_parameters
+        final = network()
+        from safetensors.torch import load_file
+
+        final.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     else:
-        assert found.plan == plan
-        assert summary.parameters == plan.parameters < plan.dense_parameters
-        assert summary.macs == plan.macs
+        assert found.plan == job.plan
+        assert summary.parameters == job.plan.parameters < job.plan.dense_parameters
+        assert summary.macs == job.plan.macs
         final = dt.load(tmp_path / "model", model=network)
     assert (
         evaluate(final, digits.test.images, digits.test.labels, digits).accuracy == summary.accuracy
     )
-    assert [line["step"] for line in found.distortions] == (
-        [4, 8, 12, 16, 20, 22] if mode == "deeptwist" else []
+    assert not [*tmp_path.glob("checkpoint*")]
+    assert "holds a run" in error_of(run, job_of(digits, mode=mode), tmp_path)
+
+
+# --- what the paper does not do
+
+
+def test_refinements_have_rows_and_weights_of_their_own(digits: Dataset, tmp_path: Path) -> None:
+    plain = run(job_of(digits), tmp_path / "plain")
+    summary = run(
+        job_of(digits, ema=0.5, recalibration=5, tail={"epochs": 2, "lr": 0.02}), tmp_path / "more"
     )
-    assert "holds a finished run" in error_of(run, model, digits, SHORT, tmp_path, **words)
+    assert (summary.accuracy, summary.loss) == (plain.accuracy, plain.loss)
+    assert [one.name for one in summary.refined] == ["recalibrated", "moving average", "tail"]
+    assert len({one.loss for one in summary.refined} | {summary.loss}) == 4
+    for one in summary.refined:
+        loaded = dt.load(tmp_path / "more" / one.path, model=network)
+        found = evaluate(loaded, digits.test.images, digits.test.labels, digits)
+        assert found.loss == pytest.approx(one.loss, rel=1e-6)
+        assert sum(p.numel() for p in loaded.parameters()) == summary.parameters
+
+
+def test_a_moving_average_is_projected_before_it_is_used(digits: Dataset, tmp_path: Path) -> None:
+    """With a decay near zero it is the last network, whose decomposition is the run's own."""
+    summary = run(job_of(digits, ema=1e-9), tmp_path)
+    (average,) = summary.refined
+    assert average.loss == pytest.approx(summary.loss, rel=1e-3)
+
+
+def test_the_best_is_chosen_on_images_held_out_and_on_distorted_weights(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    job = job_of(digits, "data.validation=200", "schedule.epochs=4", "optimizer.lr=0.3")
+    assert job.validation is not None
+    held_out = {image.numpy().tobytes() for image in job.validation.images}
+    assert len(job.validation.labels) == 200
+    assert len(job.data.train.labels) == len(digits.train.labels) - 200
+    assert sum(i.numpy().tobytes() in held_out for i in job.data.train.images) < 5  # twins aside
+    summary = run(job, tmp_path)
+    (best,) = summary.refined
+    assert best.name == "best on validation"
+    loaded = dt.load(tmp_path / best.path, model=network)
+    validation = job.validation.images, job.validation.labels, digits
+    final = dt.load(tmp_path / "model", model=network)
+    assert evaluate(loaded, *validation).accuracy >= evaluate(final, *validation).accuracy
+
+
+def test_more_held_out_than_there_are(digits: Dataset, error_of: Callable[..., str]) -> None:
+    assert "leaves nothing" in error_of(job_of, digits, "data.validation=5000")
+
+
+def test_recalibration_is_the_statistics_of_the_images(digits: Dataset) -> None:
+    model = network()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 2)
+    found = recalibrated(model, digits, 2, 64)
+    x = normalize(digits.train.images[:128], digits.mean, digits.std)
+    hidden = model[0](x).detach()
+    assert torch.allclose(found[1].running_mean, hidden.mean((0, 2, 3)), atol=1e-5)
+    assert not found[1].training
+    assert found[1].momentum == model[1].momentum
+    assert torch.equal(model[1].running_mean, torch.zeros(16))  # the source is left alone
+
+
+def test_label_smoothing_and_distillation_change_the_loss_as_defined(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    """One step of a dense run from known weights, against the closed form."""
+
+    def first_loss(name: str, **values: Any) -> float:
+        data = replace(
+            digits,
+            train=Split(digits.train.images[:128], digits.train.labels[:128]),
+            padding=0,
+            flip=False,
+        )
+        job = job_of(data, mode="dense", schedule={"epochs": 1}, **values)
+        records: list[Record] = []
+        run(job, tmp_path / name, on_record=records.append)
+        return next(r.train_loss for r in records if isinstance(r, Epoch))
+
+    x = normalize(digits.train.images[:128], digits.mean, digits.std)
+    labels = digits.train.labels[:128]
+    with torch.no_grad():
+        student, teacher = network().train()(x), network().eval()(x)
+    plain = functional.cross_entropy(student, labels)
+    assert first_loss("plain") == pytest.approx(float(plain), rel=1e-5)
+    smoothed = functional.cross_entropy(student, labels, label_smoothing=0.2)
+    assert first_loss("smooth", label_smoothing=0.2) == pytest.approx(float(smoothed), rel=1e-5)
+    soft = functional.softmax(teacher / 4, 1)
+    divergence = (soft * (soft.log() - functional.log_softmax(student / 4, 1))).sum(1).mean() * 16
+    taught = 0.7 * plain + 0.3 * divergence
+    found = first_loss("taught", distillation={"weight": 0.3, "temperature": 4})
+    assert found == pytest.approx(float(taught), rel=1e-4)
+
+
+def test_fixed_layers_are_decomposed_and_never_change(digits: Dataset, tmp_path: Path) -> None:
+    fixed = {"decomposition": "svd", "rank": 4, "include": ["6"]}
+    job = job_of(digits, fixed=fixed)
+    before = {n: t.clone() for n, t in job.model.state_dict().items() if n.startswith("6")}
+    assert [layer.name for layer in job.plan.compressed] == ["3"]
+    run(job, tmp_path)
+    after = state_of(tmp_path)
+    assert len(before) == 3
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+# --- what is refused
+
+
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
+    digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    job = job_of(digits, "optimizer.lr=1e9", "records.checkpoint_every=1")
+    message = error_of(run, job, tmp_path)
+    assert "at step" in message
+    assert "lower optimizer.lr=" in message
+    step = int(message.split("at step ")[1].split(":")[0])
+    kept = sorted(tmp_path.glob("checkpoint-*.pt"))
+    assert [int(path.stem.split("-")[1]) for path in kept][-1] == step - 1
+    state = torch.load(kept[-1], weights_only=True)
+    assert state["training"]["step"] == step - 1
+
+
+def test_a_batch_larger_than_the_data_is_refused(
+    digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    few = replace(digits, train=Split(digits.train.images[:50], digits.train.labels[:50]))
+    assert "batch_size 128" in error_of(run, job_of(few), tmp_path)
 
 
 def test_a_damaged_run_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
     assert "no finished run" in error_of(read_run, tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"name": "half"}))
     assert "damaged" in error_of(read_run, tmp_path)
+
+
+def test_networks_by_name_start_from_their_seed(digits: Dataset) -> None:
+    recipe = Recipe(model="resnet20", mode="dense")
+    one, other, another = (
+        prepare(replace(recipe, seed=seed), digits, name="x").model.state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert same(one, other)
+    assert not same(one, another)

@@ -9,32 +9,27 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from deeptwist.data import load_digits
-from deeptwist.decompositions import Decomposition, SpatialSVD, Tucker
 from deeptwist.errors import DeepTwistError
-from deeptwist.models import build_model, load_weights
-from deeptwist.planning import plan
 from deeptwist.report import write_report
-from deeptwist.training.job import run
+from deeptwist.training.job import prepare, run
 from deeptwist.training.loop import steps_per_epoch
-from deeptwist.training.records import DENSE_WEIGHTS, SUMMARY, Summary, read_run
-from deeptwist.training.settings import Mode, Settings
+from deeptwist.training.recipe import CompressionRecipe, Method, Mode, Recipe, ScheduleRecipe
+from deeptwist.training.records import DENSE_WEIGHTS, RECIPE, Summary, read_run
 
-_RATIO = 4
-_RUNS: tuple[tuple[str, Mode, Decomposition], ...] = (
-    ("dense", "dense", Tucker()),
-    ("tucker-deeptwist", "deeptwist", Tucker()),
-    ("tucker-conventional", "decomposed", Tucker()),
-    ("spatial-svd-deeptwist", "deeptwist", SpatialSVD()),
-    ("spatial-svd-conventional", "decomposed", SpatialSVD()),
+_BATCH = 128
+_RUNS: tuple[tuple[str, Mode, Method], ...] = (
+    ("dense", "dense", "tucker"),
+    ("tucker-deeptwist", "deeptwist", "tucker"),
+    ("tucker-conventional", "decomposed", "tucker"),
+    ("spatial-svd-deeptwist", "deeptwist", "spatial_svd"),
+    ("spatial-svd-conventional", "decomposed", "spatial_svd"),
 )
 
 
 def demo_steps(epochs: int) -> int:
     """Optimizer steps in the whole demo."""
-    return len(_RUNS) * epochs * steps_per_epoch(load_digits(), _settings(epochs, seed=0))
+    return len(_RUNS) * epochs * steps_per_epoch(load_digits(), _BATCH)
 
 
 def run_demo(
@@ -56,30 +51,22 @@ def run_demo(
     """
     _clear(out)
     data = load_digits()
-    torch.manual_seed(seed)
-    model = build_model("resnet20", in_channels=1)
-    example = torch.zeros(2, *data.train.images.shape[1:])
-    for name, mode, decomposition in _RUNS:
-        if mode != "dense":
-            load_weights(model, out / "dense" / DENSE_WEIGHTS)
-        run(
-            model,
-            data,
-            _settings(epochs, seed),
-            out / name,
+    for name, mode, method in _RUNS:
+        recipe = Recipe(
+            model="resnet20",
+            weights=None if mode == "dense" else str(out / "dense" / DENSE_WEIGHTS),
             mode=mode,
-            plan=plan(
-                model,
-                decomposition,
-                ratio=_RATIO,
-                example_input=example,
-                skip_first_conv=True,
-                linear=False,
+            interval=max(1, epochs),  # some ten distortions, as in the paper's schedules
+            batch_size=_BATCH,
+            seed=seed,
+            schedule=ScheduleRecipe(epochs=epochs),
+            compression=CompressionRecipe(
+                decomposition=method, ratio=4, skip_first_conv=True, linear=False
             ),
-            decomposition=str(decomposition),
-            ratio=_RATIO,
-            name=name,
-            model_name="resnet20",
+        )
+        run(
+            prepare(recipe, data, name=name),
+            out / name,
             latency_batch=256,  # 8×8 images: fewer would measure the calls, not the work
             on_step=on_step,
         )
@@ -88,15 +75,10 @@ def run_demo(
     return [run.summary for run in runs], report
 
 
-def _settings(epochs: int, seed: int) -> Settings:
-    # Some ten distortions in each run, whatever its length, as in the paper's schedules.
-    return Settings(epochs=epochs, batch_size=128, lr=0.05, interval=max(1, epochs), seed=seed)
-
-
 def _clear(out: Path) -> None:
     for name, *_ in _RUNS:
         folder = out / name
-        if (folder / SUMMARY).is_file() or (folder / "metrics.jsonl").is_file():
+        if (folder / RECIPE).is_file():
             shutil.rmtree(folder)
         elif folder.exists():
             raise DeepTwistError(f"{folder} is not an earlier demo: choose another --out")

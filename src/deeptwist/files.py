@@ -21,3 +21,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, replacing an old one only when it is complete."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file that survives a loss of power, replacing an old one only then."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

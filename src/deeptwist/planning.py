@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -307,6 +308,18 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
+def read_plan(path: Path) -> Plan:
+    """Reads a plan from a JSON file.
+
+    Raises:
+        DeepTwistError: if it cannot be read, or holds no plan.
+    """
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeepTwistError(f"cannot read plan {path}: {error}") from None
+
+
 def plan(
     model: nn.Module,
     decomposition: Decomposition,
@@ -316,6 +329,7 @@ def plan(
     skip_first_conv: bool = False,
     min_in_channels: int = 1,
     linear: bool = True,
+    rank_multiple: int = 1,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
@@ -333,6 +347,8 @@ def plan(
         skip_first_conv: keep the convolution that runs first, as the paper does.
         min_in_channels: keep layers with fewer input channels S (the paper: S ≥ 128).
         linear: whether linear layers are compressed too.
+        rank_multiple: ranks that a ratio sets are rounded down to a multiple of this, where they
+            are that large: 16 suits AVX-512 processors (``docs/speed.md``).
         include: patterns of the layers to compress.
         exclude: patterns of the layers to keep.
         overrides: pattern → another decomposition, another ratio, or none to keep the layer;
@@ -356,10 +372,12 @@ def plan(
             raise DeepTwistError(f"{chosen} has no rank: give it one, or give a ratio")
     if ratio is not None:
         check_ratio(ratio)
+    check_whole("rank_multiple", rank_multiple)
     convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
     first = min(convolutions, key=lambda layer: layer.turn, default=None)
     planned = tuple(
-        _plan_layer(layer, decomposition, ratio, rules, is_first=layer is first) for layer in layers
+        _plan_layer(layer, decomposition, ratio, rules, rank_multiple, is_first=layer is first)
+        for layer in layers
     )
     counted = sum(layer.num_weights for layer in layers)
     total = sum(p.numel() for p in model.parameters())
@@ -378,6 +396,7 @@ def _plan_layer(
     decomposition: Decomposition,
     ratio: float | None,
     rules: Rules,
+    rank_multiple: int,
     *,
     is_first: bool,
 ) -> PlannedLayer:
@@ -403,9 +422,10 @@ def _plan_layer(
         reason = rules.reason_to_keep(layer.names, layer.convolution, is_first=is_first)
     if reason is None and layer.convolution is not None:
         try:
-            planned = replace(
-                kept, reason=None, decomposition=decomposition.resolve(layer.convolution, ratio)
-            )
+            resolved = decomposition.resolve(layer.convolution, ratio)
+            if decomposition.needs_ratio:
+                resolved = resolved.with_rank_multiple(rank_multiple)
+            planned = replace(kept, reason=None, decomposition=resolved)
             _check_shrinks(planned)
             return replace(planned, relative_error=_error_today(layer, planned))
         except Unfit as error:

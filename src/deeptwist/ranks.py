@@ -32,6 +32,11 @@ def fraction_of(channels: int, fraction: float) -> int:
     return math.floor(Fraction(str(float(fraction))) * channels)
 
 
+def multiple_of(rank: int, multiple: int) -> int:
+    """The largest multiple up to a rank; the rank itself where it is smaller than one."""
+    return rank // multiple * multiple or rank
+
+
 def check_ratio(ratio: float) -> float:
     """A usable compression ratio.
 

@@ -11,10 +11,16 @@ from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.cli.console import print_table, progress_bar
-from deeptwist.cli.options import AsJson, BenchmarkOptions, Model, NetworkOptions, PlanOptions
+from deeptwist.cli.options import (
+    AsJson,
+    BenchmarkOptions,
+    Model,
+    NetworkOptions,
+    PlanOptions,
+    TrainOptions,
+)
 from deeptwist.cli.timings import print_layers, print_networks
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,8 +36,8 @@ app = App(
 
 `deeptwist demo` shows all of it in two minutes.""",
 )
-_NETWORK, _PLAN, _SETTINGS = NetworkOptions(), PlanOptions(), Settings()
-_BENCHMARK = BenchmarkOptions()
+_NETWORK, _PLAN = NetworkOptions(), PlanOptions()
+_BENCHMARK, _TRAIN = BenchmarkOptions(), TrainOptions()
 
 
 @app.command
@@ -131,67 +137,41 @@ def decompose(
 
 @app.command
 def train(
-    model: Model,
+    network: Annotated[str, Parameter(help="A recipe (.yaml), or a network as elsewhere.")],
     *,
-    data: str,
     out: Path,
-    mode: Literal["dense", "deeptwist", "decomposed"] = "deeptwist",
-    network: NetworkOptions = _NETWORK,
-    options: PlanOptions = _PLAN,
-    settings: Annotated[Settings, Parameter(name="*")] = _SETTINGS,
-    image_size: int | None = None,
+    options: TrainOptions = _TRAIN,
+    compression: PlanOptions = _PLAN,
+    resume: bool = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a network: as it is, under DeepTwist, or decomposed (conventional fine-tuning).
 
     ```
-    deeptwist train resnet32 --data cifar10 --mode dense --out runs/dense --epochs 20
+    deeptwist train recipes/resnet32-cifar10.yaml --data cifar10 --out runs/tucker
+    deeptwist train recipes/resnet32-cifar10.yaml --set optimizer.lr=0.05 --out runs/tucker --resume
+    deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/dense
     deeptwist train resnet32 --data cifar10 --weights runs/dense/weights.safetensors
       --decomposition tucker --ratio 4 --skip-first-conv --no-linear --out runs/tucker
+    torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10.yaml --out runs/tucker
     ```
 
     Args:
-        data: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
-        out: Folder of the run: metrics, plan, model and summary.
-        mode: See above.
-        image_size: Resize a folder's images to this height and width.
+        out: Folder of the run: recipe, metrics, checkpoints, plan, model and summary.
+        resume: Go on from the last checkpoint in the folder, if there is one.
     """
-    import torch
-
     from deeptwist.data import load_data
-    from deeptwist.decompositions import SVD
-    from deeptwist.planning import plan as make_plan
-    from deeptwist.training.job import run
-    from deeptwist.training.loop import steps_per_epoch
+    from deeptwist.training.job import prepare, run
 
-    dataset = load_data(data, image_size=image_size)
-    shape = tuple(dataset.train.images.shape[1:])
-    torch.manual_seed(settings.seed)  # of the initial weights, where no checkpoint is given
-    dense = network.build(model, num_classes=len(dataset.classes), in_channels=shape[0])
-    example = torch.zeros(2, *shape)
-    if mode == "dense":
-        chosen = make_plan(dense, SVD(rank=1), exclude=("*",), example_input=example)
-    else:
-        chosen = options.build(dense, example)
-    total = settings.epochs * steps_per_epoch(dataset, settings)
-    with progress_bar(f"{mode} {model}", total) as advance:
-        _, summary = run(
-            dense,
-            dataset,
-            settings,
-            out,
-            mode=mode,
-            plan=chosen,
-            decomposition=str(options.method()) if options.plan is None else str(options.plan),
-            ratio=options.ratio,
-            name=out.name,
-            model_name=model,
-            on_step=advance,
-        )
+    recipe = options.recipe(network, compression.changes())
+    data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+    job = prepare(recipe, data, name=out.name)
+    with progress_bar(f"{recipe.mode} {recipe.model}", job.steps) as advance:
+        summary = run(job, out, resume=resume, on_step=advance)
     if as_json:
         print(json.dumps(asdict(summary)))
     else:
-        _print_summaries(f"{model} on {dataset.name}", [summary])
+        _print_summaries(f"{recipe.model} on {data.name}", [summary])
 
 
 @app.command
@@ -438,5 +418,10 @@ def _print_summaries(title: str, summaries: "list[Summary]") -> None:
             "" if summary.latency is None else f"{summary.latency.speedup:.2f}×",
         ]
         for summary in summaries
+    ]
+    rows += [
+        [f"{summary.name}, {refined.name}", f"{refined.accuracy:.2%}", *[""] * 6]
+        for summary in summaries
+        for refined in summary.refined
     ]
     print_table(title, header, rows)

@@ -1,6 +1,7 @@
 """Options that several commands share; each group knows the call that it stands for."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from deeptwist.benchmark.networks import Setting
     from deeptwist.decompositions import Decomposition
     from deeptwist.planning import Plan
+    from deeptwist.training.recipe import Recipe
 
 MethodName = Literal["svd", "tiled-svd", "spatial-svd", "tucker", "cp"]
 Model = Annotated[
@@ -121,6 +123,7 @@ class PlanOptions:
         skip_first_conv: Keep the convolution that runs first.
         min_in_channels: Keep layers with fewer input channels.
         linear: Whether linear layers are compressed too.
+        rank_multiple: Round ranks that the ratio sets down to a multiple; 16 suits AVX-512.
         include: Compress only layers of this name, glob, or expression after re:.
         exclude: Keep layers of this name, glob, or expression after re:.
         min_speedup: Keep layers that are not this many times as fast factored, timed here.
@@ -137,6 +140,7 @@ class PlanOptions:
     skip_first_conv: bool = False
     min_in_channels: int = 1
     linear: Annotated[bool, Parameter(negative="--no-linear")] = True
+    rank_multiple: int = 1
     include: list[str] | None = None
     exclude: list[str] | None = None
     override: list[str] | None = None
@@ -153,9 +157,10 @@ class PlanOptions:
     def build(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
         """The plan for a network."""
         from deeptwist.benchmark.layers import compare_layers, keep_slow_layers
+        from deeptwist.planning import read_plan
         from deeptwist.tuning import tune
 
-        made = self._read() if self.plan is not None else self._make(network, example_input)
+        made = read_plan(self.plan) if self.plan is not None else self._make(network, example_input)
         if self.tune:
             made = tune(network, made)
         if self.min_speedup is not None:
@@ -163,14 +168,32 @@ class PlanOptions:
             made = keep_slow_layers(made, measured, self.min_speedup)
         return made
 
-    def _read(self) -> "Plan":
-        from deeptwist.planning import Plan
+    def changes(self) -> dict[str, object]:
+        """What differs from the defaults, as values of a recipe's compression.
 
-        assert self.plan is not None
-        try:
-            return Plan.from_json(self.plan.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DeepTwistError(f"cannot read plan {self.plan}: {error}") from None
+        Raises:
+            DeepTwistError: for what only a plan holds.
+        """
+        usual = PlanOptions()
+        given = {
+            name: value for name, value in asdict(self).items() if value != getattr(usual, name)
+        }
+        for name in ("override", "min_speedup", "tune"):
+            if name in given:
+                raise DeepTwistError(
+                    f"--{name.replace('_', '-')} is of plans: write one with 'deeptwist plan … "
+                    "--out plan.json' and train with --plan plan.json"
+                )
+        if self.decomposition != usual.decomposition:
+            given["decomposition"] = self.decomposition.replace("-", "_")
+        if self.tile is not None:
+            given["tile"] = parse_sizes(self.tile, "64x72")
+        if self.rank is not None:
+            ranks = parse_sizes(self.rank, "8, or 24x24 for Tucker")
+            given["rank"] = ranks if len(ranks) > 1 else ranks[0]
+        if self.plan is not None:
+            given["plan"] = str(self.plan)
+        return given
 
     def _make(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
         from deeptwist.planning import plan
@@ -183,7 +206,64 @@ class PlanOptions:
             skip_first_conv=self.skip_first_conv,
             min_in_channels=self.min_in_channels,
             linear=self.linear,
+            rank_multiple=self.rank_multiple,
             include=self.include or ("*",),
             exclude=self.exclude or (),
             overrides=dict(parse_override(text) for text in self.override or ()),
         )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What is changed of a recipe; --set reaches every field of it.
+
+    Attributes:
+        set: KEY=VALUE, such as optimizer.lr=0.05 or compression.ratio=4.
+        data: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
+        mode: How to train; noise, projection and once are the paper's controls.
+        weights: A checkpoint to start from.
+        epochs: Passes over the training split.
+        lr: The learning rate that the schedule starts from.
+        batch_size: Images in a step.
+        interval: S_D, optimizer steps between distortions.
+        seed: Of weights, order and augmentation.
+        precision: bf16-mixed is bf16 autocast.
+        image_size: Resize a folder's images to this height and width.
+    """
+
+    set: Several[str] = ()
+    data: str | None = None
+    mode: Literal["dense", "deeptwist", "decomposed", "projection", "noise", "once"] | None = None
+    weights: Path | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    interval: int | None = None
+    seed: int | None = None
+    precision: Literal["32-true", "bf16-mixed", "64-true"] | None = None
+    image_size: int | None = None
+
+    def recipe(self, network: str, compression: dict[str, object]) -> "Recipe":
+        """The recipe of a file, or of a network's name, with these changes.
+
+        Args:
+            network: the file or the name.
+            compression: changes of the recipe's compression.
+        """
+        from deeptwist.training.recipe import make_recipe, read_recipe
+
+        keys = {
+            "data": "data.source",
+            "image_size": "data.image_size",
+            "epochs": "schedule.epochs",
+            "lr": "optimizer.lr",
+        }
+        given = {name: value for name, value in asdict(self).items() if name != "set"}
+        values = {keys.get(n, n): value for n, value in given.items() if value is not None}
+        values |= {f"compression.{name}": value for name, value in compression.items()}
+        changes = [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+        changes += self.set
+        if network.endswith((".yaml", ".yml")):
+            return read_recipe(network, changes)
+        return make_recipe({"model": network}, changes)

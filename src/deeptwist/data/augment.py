@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor,
+    *,
+    padding: int,
+    flip: bool,
+    generator: torch.Generator,
+    share: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Crops each image at random from its zero-padded self and mirrors each with probability ½.
 
     This is the standard augmentation for CIFAR (He et al. 2015, section 4.2).
@@ -17,20 +24,25 @@ def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Genera
         padding: pixels of zeros on each side; all (2 · padding + 1)² crops are equally likely.
         flip: whether images are mirrored left to right.
         generator: on the CPU, whatever the device of the images.
+        share: (rank, world): the images are every world-th of a batch, from the rank-th on; each
+            gets what it would in the whole batch.
 
     Returns:
         uint8 (B, C, H, W), on the images' device.
     """
     count, _, height, width = images.shape
+    rank, world = share
     if padding:
-        offsets = torch.randint(2 * padding + 1, (2, count), generator=generator)
+        offsets = torch.randint(2 * padding + 1, (2, count * world), generator=generator)
+        offsets = offsets[:, rank::world]
         top, left = offsets.to(images.device)
         padded = F.pad(images, (padding,) * 4)
         # A view (B, C, 2·padding + 1, 2·padding + 1, H, W) of every crop; indexing copies one each.
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
         images = crops[torch.arange(count, device=images.device), :, top, left]
     if flip:
-        mirrored = torch.randint(2, (count, 1, 1, 1), generator=generator).to(images.device)
+        mirrored = torch.randint(2, (count * world, 1, 1, 1), generator=generator)
+        mirrored = mirrored[rank::world].to(images.device)
         images = torch.where(mirrored.bool(), images.flip(3), images)
     return images
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deeptwist.convolution import Convolution
 from deeptwist.errors import DeepTwistError, check_whole, unknown
-from deeptwist.ranks import check_ratio, largest_rank
+from deeptwist.ranks import check_ratio, largest_rank, multiple_of
 from deeptwist.subspace import Approximations
 
 CONVOLUTIONS = "convolutions"  # the executor of a layer that is one convolution after the other
@@ -99,6 +99,10 @@ class Decomposition(ABC):
     @abstractmethod
     def open(self) -> "Decomposition":
         """The same decomposition with its rank open, for a ratio to set."""
+
+    @abstractmethod
+    def with_rank_multiple(self, multiple: int) -> "Decomposition":
+        """Its ranks rounded down to multiples, where they are that large; it must be resolved."""
 
     @abstractmethod
     def resolve(self, convolution: Convolution, ratio: float | None) -> "Decomposition":
@@ -239,6 +243,9 @@ class OneRank(Decomposition):
 
     def open(self) -> Self:  # noqa: D102
         return replace(self, rank=None)
+
+    def with_rank_multiple(self, multiple: int) -> Self:  # noqa: D102
+        return replace(self, rank=multiple_of(self.known_rank, multiple))
 
     @property
     def known_rank(self) -> int:

@@ -24,7 +24,7 @@ from deeptwist.decompositions.base import (
 from deeptwist.decompositions.svd import SVD
 from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.linalg import leading_subspace
-from deeptwist.ranks import check_ratio, fraction_of, largest_rank
+from deeptwist.ranks import check_ratio, fraction_of, largest_rank, multiple_of
 from deeptwist.subspace import (
     STEPS,
     Approximations,
@@ -74,6 +74,10 @@ class Tucker(Decomposition):
 
     def open(self) -> Self:  # noqa: D102
         return replace(self, rank=None, fraction=None)
+
+    def with_rank_multiple(self, multiple: int) -> Self:  # noqa: D102
+        out, into = self.known_rank
+        return replace(self, rank=(multiple_of(out, multiple), multiple_of(into, multiple)))
 
     @property
     def known_rank(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Accuracy and loss on a split."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,3 +73,28 @@ def evaluate(
             multiclass_accuracy(logits, targets, num_classes=len(data.classes), average="micro")
         ),
     )
+
+
+class Probe:
+    """A model on the first images of both splits, not augmented, each time it is asked.
+
+    Attributes:
+        train: what was found on the training split, in order.
+        test: the same on the test split.
+        seconds: that it took in all.
+    """
+
+    def __init__(self, model: nn.Module, data: Dataset, images: int):
+        self._model, self._data, self._images = model, data, images
+        self.train: list[Evaluation] = []
+        self.test: list[Evaluation] = []
+        self.seconds = 0.0
+
+    def loss(self) -> float:
+        """The loss on the training split's first images; keeps all that was found."""
+        started = time.perf_counter()
+        for split, found in ((self._data.train, self.train), (self._data.test, self.test)):
+            some = split.images[: self._images], split.labels[: self._images]
+            found.append(evaluate(self._model, *some, self._data))
+        self.seconds += time.perf_counter() - started
+        return self.train[-1].loss

@@ -1,122 +1,201 @@
-"""The whole job: train in one of the modes, evaluate what is deployed, keep it with its records."""
+"""The whole job: train as a recipe says, evaluate what is deployed, keep it with its records."""
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist._version import __version__
 from deeptwist.artefact import WEIGHTS, save
-from deeptwist.benchmark.comparison import compare
-from deeptwist.data import Dataset, normalize
+from deeptwist.benchmark.comparison import Comparison, compare
+from deeptwist.data import Dataset, Split, normalize
+from deeptwist.decompositions import SVD
 from deeptwist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
 from deeptwist.factorization import decompose
 from deeptwist.files import replacing, write_text
 from deeptwist.machine import describe_machine
+from deeptwist.models import build_model, load_weights
 from deeptwist.planning import Plan
+from deeptwist.planning import plan as make_plan
 from deeptwist.training import records
-from deeptwist.training.evaluation import Evaluation, evaluate
-from deeptwist.training.loop import Epoch, Record, fit
-from deeptwist.training.records import Summary
-from deeptwist.training.settings import Mode, Settings
+from deeptwist.training.controls import RandomNoise
+from deeptwist.training.evaluation import evaluate
+from deeptwist.training.folder import Folder, claimed
+from deeptwist.training.loop import Record, Training, steps_per_epoch
+from deeptwist.training.recipe import Recipe, ScheduleRecipe
+from deeptwist.training.records import Refined, Summary, read_run
+from deeptwist.training.refinements import recalibrated
+
+_TAIL = "tail"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A recipe with the network, the plan and the images that it is run on.
+
+    Attributes:
+        recipe: see `Recipe`.
+        model: with the weights that training starts from; layers that the recipe fixes are
+            decomposed already.
+        plan: of the model.
+        data: without the images that the recipe holds out.
+        validation: those images; none where it holds out none.
+        name: of the run, as tables call it.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    plan: Plan
+    data: Dataset
+    validation: Split | None
+    name: str
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        tail = 0 if self.recipe.tail is None else self.recipe.tail.epochs
+        epochs = self.recipe.schedule.epochs + tail
+        return epochs * steps_per_epoch(self.data, self.recipe.batch_size)
+
+
+def prepare(recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None = None) -> Job:
+    """Builds and plans a recipe's network.
+
+    Args:
+        recipe: see `Recipe`.
+        data: see `deeptwist.data.load_data`.
+        name: of the run.
+        model: a network in place of the recipe's own; most modes change it in place.
+
+    Raises:
+        DeepTwistError: if there is no such network, its weights do not fit, it cannot be planned
+            so, or more images are held out than there are.
+    """
+    shape = data.train.images.shape[1:]
+    example = torch.zeros(2, *shape)
+    if model is None:
+        torch.manual_seed(recipe.seed)
+        channels = None if shape[0] == 3 else int(shape[0])  # 3 is what networks take by themselves
+        model = build_model(recipe.model, num_classes=len(data.classes), in_channels=channels)
+        if recipe.weights is not None:
+            load_weights(model, recipe.weights)
+    if recipe.fixed is not None:
+        model = _fixed(model, recipe.fixed.make_plan(model, example))
+    if recipe.mode == "dense":  # its plan says what it costs
+        plan = make_plan(model, SVD(rank=1), exclude=("*",), example_input=example)
+    else:
+        plan = recipe.compression.make_plan(model, example)
+    data, validation = _hold_out(data, recipe.data.validation)
+    return Job(recipe, model, plan, data, validation, name)
 
 
 def run(
-    model: nn.Module,
-    data: Dataset,
-    settings: Settings,
+    job: Job,
     folder: Path,
     *,
-    mode: Mode,
-    plan: Plan,
-    decomposition: str | None = None,
-    ratio: float | None = None,
-    name: str,
-    model_name: str,
+    resume: bool = False,
     latency_batch: int | None = 16,
     on_record: Callable[[Record], None] = lambda record: None,
     on_step: Callable[[], None] = lambda: None,
-) -> tuple[nn.Module, Summary]:
-    """Trains a model, evaluates what would be deployed, and writes the run's folder.
+) -> Summary:
+    """Trains, evaluates what would be deployed, and writes the run's folder.
 
-    Modes: ``"dense"`` trains the model as it is; ``"deeptwist"`` distorts it while it trains and
-    decomposes it at the end; ``"decomposed"`` decomposes it first and trains the factors, which
-    is conventional fine-tuning. All see the same images in the same order.
+    Under ``torchrun``, all processes train together; the first one writes.
 
     Args:
-        model: changed in place by the first two modes.
-        data: see `data.load_data`.
-        settings: see `Settings`.
-        folder: where the run is written; it must not hold a run yet.
-        mode: see above.
-        plan: of the model; a dense run reads only its costs.
-        decomposition: as asked for, for the record.
-        ratio: as asked for, for the record.
-        name: of the run, for the record.
-        model_name: for the record and the artefact.
+        job: its model is changed in place, where the mode does not decompose it first.
+        folder: where the run is written.
+        resume: go on from the last checkpoint in the folder, if there is one; a finished run is
+            read.
         latency_batch: images in the batch that latency is measured on; none to leave it out.
         on_record: called with every epoch's and every distortion's record.
-        on_step: called after every optimizer step.
-
-    Returns:
-        The model to deploy, and the run's summary.
+        on_step: called after every optimizer step, those before the checkpoint included.
 
     Raises:
-        DeepTwistError: if the folder holds a run, or training fails.
+        DeepTwistError: if the folder holds a run and `resume` is not given, or one of another
+            recipe; if another live process is using it; or if training fails.
     """
-    _claim(folder)
-    started = time.perf_counter()
-    metrics = folder / records.METRICS
-    steps = 0
+    if resume and (folder / records.SUMMARY).exists():
+        return read_run(folder).summary
+    fabric = _launched(job.recipe)
+    with claimed(folder, job.recipe, fabric, resume=resume):
+        summary = _run(fabric, job, folder, latency_batch, on_record, on_step)
+        if fabric.is_global_zero:
+            summary.write(folder)
+    return summary
 
-    def record(entry: Record) -> None:
-        nonlocal steps
-        steps = max(steps, entry.step)
-        event = "epoch" if isinstance(entry, Epoch) else "distortion"
-        records.append(metrics, event, asdict(entry))
-        on_record(entry)
 
-    test = data.test.images, data.test.labels, data
+def _run(
+    fabric: Fabric,
+    job: Job,
+    folder: Path,
+    latency_batch: int | None,
+    on_record: Callable[[Record], None],
+    on_step: Callable[[], None],
+) -> Summary:
+    recipe, plan, model = job.recipe, job.plan, job.model.to(fabric.device)
+    dense = recipe.mode == "dense"
+    test = job.data.test.images, job.data.test.labels, job.data
     before = evaluate(model, *test)
-    untrained: Evaluation | None = None
-    output_difference = None
-    if mode == "dense":
-        fit(model, data, settings, on_record=record, on_step=on_step)
-        final = model
-    else:
+    small = None if dense else decompose(model, plan)
+    untrained = None if small is None else evaluate(small, *test)
+    teacher = None if recipe.distillation is None else copy.deepcopy(model)
+    trained = small if small is not None and recipe.mode == "decomposed" else model
+    average = None
+    if recipe.ema is not None:
+        decay = get_ema_multi_avg_fn(recipe.ema)
+        average = AveragedModel(trained, multi_avg_fn=decay, use_buffers=True)
+    twist = None if dense or recipe.mode == "decomposed" else _twist(job)
+    training = Training(
+        fabric,
+        trained,
+        job.data,
+        recipe,
+        recipe.schedule,
+        recipe.optimizer.lr,
+        twist=twist,
+        teacher=teacher,
+        average=average,
+        validation=job.validation,
+    )
+    if fabric.is_global_zero and not dense:
         write_text(folder / records.PLAN, plan.to_json())
-        final = decompose(model, plan)
-        untrained = evaluate(final, *test)
-        if mode == "decomposed":
-            fit(final, data, settings, on_record=record, on_step=on_step)
-        else:
-            example = normalize(data.test.images[:8], data.mean, data.std)
-            example = example.to(next(model.parameters()).device)
-            twist = DeepTwist(model, plan, settings.interval, example_input=example)
-            fit(model, data, settings, twist=twist, on_record=record, on_step=on_step)
-            final = twist.finish()
-            record(twist.records[-1])
-            output_difference = twist.output_difference
+    main = Folder(folder, fabric)
+    hooks = main.train(training, on_record, on_step)
+    final = training.finish(hooks)
     after = evaluate(final, *test)
-    weights = _write_model(final, folder, mode, model_name)
-    latency = None
-    if mode != "dense" and latency_batch is not None:
-        x = normalize(data.test.images[:latency_batch], data.mean, data.std)
-        x = x.to(next(model.parameters()).device, memory_format=torch.channels_last)
-        latency = compare(model, final, x)
-    dense = mode == "dense"
-    summary = Summary(
-        name=name,
-        mode=mode,
-        model=model_name,
-        data=data.name,
-        decomposition=None if dense else decomposition,
-        ratio=None if dense else ratio,
+    weights = _write(fabric, final, folder / _file(dense, ""), recipe.model)
+    refined = []
+    for name, network in _variants(job, training, average, final):
+        refined.append(_refined(fabric, job, folder, name, network))
+    if recipe.tail is not None:
+        tailed = copy.deepcopy(final)
+        schedule = ScheduleRecipe(epochs=recipe.tail.epochs)
+        further = Training(
+            fabric, tailed, job.data, recipe, schedule, recipe.tail.lr, teacher=teacher
+        )
+        tail = Folder(folder / _TAIL, fabric)
+        tail.train(further, on_record, on_step)
+        refined.append(_refined(fabric, job, folder, _TAIL, tailed))
+        tail.close()
+    latency = None if dense else _latency(job, final, latency_batch)
+    main.close()
+    return Summary(
+        name=job.name,
+        mode=recipe.mode,
+        model=recipe.model,
+        data=job.data.name,
+        decomposition=None if dense else str(recipe.compression.method),
+        ratio=None if dense else recipe.compression.ratio,
         accuracy_before=before.accuracy,
         accuracy_untrained=None if untrained is None else untrained.accuracy,
         accuracy=after.accuracy,
@@ -126,34 +205,108 @@ def run(
         macs_before=plan.dense_macs,
         macs=plan.dense_macs if dense else plan.macs,
         bytes=weights.stat().st_size,
-        steps=steps,
-        seconds=time.perf_counter() - started,
-        output_difference=output_difference,
+        steps=training.steps,
+        seconds=main.seconds,
+        output_difference=None if twist is None else twist.output_difference,
         latency=latency,
         latency_batch=None if latency is None else latency_batch,
-        settings=asdict(settings),
+        refined=tuple(refined),
+        recipe=recipe.to_dict(),
+        processes=fabric.world_size,
         machine=describe_machine(),
         version=__version__,
     )
-    summary.write(folder)
-    return final, summary
 
 
-def _claim(folder: Path) -> None:
-    if (folder / records.SUMMARY).exists():
-        raise DeepTwistError(f"{folder} holds a finished run: choose another folder or remove it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / records.METRICS).write_text("", encoding="utf-8")
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
+def _launched(recipe: Recipe) -> Fabric:
+    """Fabric, with one process or with all those that ``torchrun`` started."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fabric = Fabric(
+        accelerator="auto",
+        devices=here,
+        num_nodes=processes // here,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=recipe.precision,
+    )
+    fabric.launch()
+    return fabric
 
 
-def _write_model(model: nn.Module, folder: Path, mode: Mode, model_name: str) -> Path:
-    if mode != "dense":
-        return save(model, folder / records.ARTEFACT, base_model=model_name) / WEIGHTS
-    path = folder / records.DENSE_WEIGHTS
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary)
-    return path
+def _fixed(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model with a plan's layers decomposed, and not to be trained."""
+    fixed = decompose(model, plan)
+    for layer in plan.compressed:
+        fixed.get_submodule(layer.name).requires_grad_(False)
+    return fixed
+
+
+def _hold_out(data: Dataset, count: int) -> tuple[Dataset, Split | None]:
+    if count == 0:
+        return data, None
+    images, labels = data.train.images, data.train.labels
+    if count >= len(labels):
+        raise DeepTwistError(f"data.validation={count} leaves nothing of {len(labels)} images")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, held_out = order[:-count].sort().values, order[-count:]
+    rest = Split(images[train], labels[train])
+    return replace(data, train=rest), Split(images[held_out], labels[held_out])
+
+
+def _twist(job: Job) -> DeepTwist:
+    recipe, data = job.recipe, job.data
+    example = normalize(data.test.images[:8], data.mean, data.std)
+    example = example.to(next(job.model.parameters()).device)
+    interval = {"projection": 1, "once": job.steps + 1}.get(recipe.mode, recipe.interval)
+    attach = partial(RandomNoise, seed=recipe.seed) if recipe.mode == "noise" else DeepTwist
+    return attach(job.model, job.plan, interval, tolerance=recipe.tolerance, example_input=example)
+
+
+def _variants(
+    job: Job, training: Training, average: AveragedModel | None, final: nn.Module
+) -> Iterator[tuple[str, nn.Module]]:
+    """The networks that come of a training besides its last one, in their deployed form."""
+
+    def deployed(model: nn.Module) -> nn.Module:
+        return decompose(model, job.plan) if training.distorts else model
+
+    if job.recipe.recalibration:
+        size = job.recipe.batch_size
+        yield "recalibrated", recalibrated(final, job.data, job.recipe.recalibration, size)
+    if average is not None:
+        yield "moving average", deployed(average.module)
+    if training.best is not None:
+        yield "best on validation", deployed(training.best_model())
+
+
+def _refined(fabric: Fabric, job: Job, folder: Path, name: str, network: nn.Module) -> Refined:
+    found = evaluate(network, job.data.test.images, job.data.test.labels, job.data)
+    path = folder / _file(job.recipe.mode == "dense", "-" + name.replace(" ", "-"))
+    _write(fabric, network, path, job.recipe.model)
+    return Refined(name, found.accuracy, found.loss, path.name)
+
+
+def _latency(job: Job, final: nn.Module, batch: int | None) -> Comparison | None:
+    if batch is None:
+        return None
+    x = normalize(job.data.test.images[:batch], job.data.mean, job.data.std)
+    device = next(final.parameters()).device
+    return compare(job.model, final, x.to(device, memory_format=torch.channels_last))
+
+
+def _file(dense: bool, suffix: str) -> str:
+    name = Path(records.DENSE_WEIGHTS if dense else records.ARTEFACT)
+    return f"{name.stem}{suffix}{name.suffix}"
+
+
+def _write(fabric: Fabric, model: nn.Module, path: Path, model_name: str) -> Path:
+    """Writes a network, its weights alone where it is dense; returns the path of the weights."""
+    if path.suffix:
+        if fabric.is_global_zero:
+            state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+            with replacing(path) as temporary:
+                save_file(state, temporary)
+    elif fabric.is_global_zero:
+        save(model, path, base_model=model_name)
+    fabric.barrier()
+    return path if path.suffix else path / WEIGHTS

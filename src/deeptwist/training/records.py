@@ -1,8 +1,8 @@
 """What a run leaves behind for a reader: one summary, and one line per epoch and distortion.
 
-A run's folder holds ``metrics.jsonl`` while it trains; then ``plan.json``, the model under
-``model/`` (``weights.safetensors`` for a dense one), and last of all ``run.json``, so that a
-folder with ``run.json`` is a finished run.
+A run's folder holds ``recipe.yaml``, ``plan.json`` and, while it trains, ``metrics.jsonl`` and the
+last checkpoints; then the model under ``model/`` (``weights.safetensors`` for a dense one), and
+last of all ``run.json``, so that a folder with ``run.json`` is a finished run.
 """
 
 import json
@@ -15,9 +15,29 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
 from deeptwist.planning import Plan
 from deeptwist.timing import Timing
+from deeptwist.training.loop import DistortedAt, Epoch, Record
 
-SUMMARY, METRICS, PLAN, ARTEFACT = "run.json", "metrics.jsonl", "plan.json", "model"
+SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
+ARTEFACT = "model"
 DENSE_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A network that comes of a run's by something that the paper does not do.
+
+    Attributes:
+        name: what was done: ``"recalibrated"``, ``"moving average"``, ``"best on validation"``
+            or ``"tail"``.
+        accuracy: as `Summary.accuracy`.
+        loss: as `Summary.loss`.
+        path: of its weights, in the run's folder.
+    """
+
+    name: str
+    accuracy: float
+    loss: float
+    path: str
 
 
 @dataclass(frozen=True)
@@ -26,7 +46,7 @@ class Summary:
 
     Attributes:
         name: of the run, as tables call it.
-        mode: ``"dense"``, ``"deeptwist"`` or ``"decomposed"``.
+        mode: see `training.recipe.Recipe`.
         model: the network's name.
         data: the data set's name.
         decomposition: as asked for; none for a dense run.
@@ -45,7 +65,9 @@ class Summary:
         output_difference: ‖y − y′‖ / ‖y‖ of the decomposed against the distorted network.
         latency: for one batch, dense and decomposed in turn.
         latency_batch: images in that batch.
-        settings: of the training.
+        refined: networks that come of this one by what the recipe asks for besides.
+        recipe: of the run, see `training.recipe.Recipe.to_dict`.
+        processes: that trained together.
         machine: in one line.
         version: of deeptwist.
     """
@@ -70,7 +92,9 @@ class Summary:
     output_difference: float | None
     latency: Comparison | None
     latency_batch: int | None
-    settings: dict[str, Any]
+    refined: tuple[Refined, ...]
+    recipe: dict[str, Any]
+    processes: int
     machine: str
     version: str
 
@@ -86,7 +110,8 @@ class Run:
     Attributes:
         summary: see `Summary`.
         epochs: one dictionary per epoch, see `training.loop.Epoch`.
-        distortions: one per distortion, see `distortion.Distortion`.
+        distortions: one per distortion, see `training.loop.DistortedAt`; what `Distortion` holds
+            is at the top.
         plan: none for a dense run.
     """
 
@@ -96,8 +121,12 @@ class Run:
     plan: Plan | None
 
 
-def append(path: Path, event: str, values: dict[str, Any]) -> None:
+def append(path: Path, record: Record) -> None:
     """Appends one line to ``metrics.jsonl``."""
+    values = asdict(record)
+    if isinstance(record, DistortedAt):
+        values |= values.pop("distortion")
+    event = "epoch" if isinstance(record, Epoch) else "distortion"
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": event, **values}) + "\n")
 
@@ -117,6 +146,7 @@ def read_run(folder: Path) -> Run:
             latency = values["latency"]
             sides = {side: Timing(**latency[side]) for side in ("dense", "decomposed")}
             values["latency"] = Comparison(speedup=latency["speedup"], **sides)
+        values["refined"] = tuple(Refined(**refined) for refined in values["refined"])
         summary = Summary(**values)
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]

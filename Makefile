@@ -1,0 +1,20 @@
+# Every figure in docs/, made anew; each benchmark names its machine. Nothing else should be running.
+PYTHON ?= python
+DATA ?= cifar10-jpeg
+WEIGHTS ?= ../shared/weights
+
+.PHONY: bench
+bench:
+	$(PYTHON) benchmarks/startup.py
+	$(PYTHON) benchmarks/layers.py
+	$(PYTHON) benchmarks/tiles.py
+	$(PYTHON) benchmarks/networks.py
+	$(PYTHON) benchmarks/distortion.py --weights-dir $(WEIGHTS)
+	$(PYTHON) benchmarks/training.py
+
+# These train, for an hour or more.
+.PHONY: bench-training
+bench-training:
+	$(PYTHON) benchmarks/trajectories.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
+	$(PYTHON) benchmarks/tolerance.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
+	$(PYTHON) examples/compress_resnet32.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors

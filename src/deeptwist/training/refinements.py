@@ -1,0 +1,38 @@
+"""What may follow the last distortion; none of it is the paper's, so each has a row of its own."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from deeptwist.data import Dataset, Split, batches, normalize
+
+
+@torch.no_grad()
+def recalibrated(model: nn.Module, data: Dataset, num_batches: int, batch_size: int) -> nn.Module:
+    """A copy whose batch norms hold the statistics of training images as they meet them now.
+
+    Args:
+        model: deployed; left as it is.
+        data: of whose training split the first images are seen, not augmented.
+        num_batches: seen.
+        batch_size: images in each.
+    """
+    model = copy.deepcopy(model)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [module.momentum for module in norms]
+    model.eval()
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # the plain mean over all that it sees
+        module.train()
+    device = next(model.parameters()).device
+    seen = slice(num_batches * batch_size)
+    some = Split(data.train.images[seen], data.train.labels[seen])
+    for images, _ in batches(some, batch_size, generator=None):
+        x = normalize(images.to(device), data.mean, data.std)
+        model(x.to(memory_format=torch.channels_last))
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.momentum = momentum
+    return model.eval()

@@ -1,0 +1,155 @@
+"""Recipes: what is written is what is run, and what cannot be is named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from deeptwist import SVD, TiledSVD, Tucker, plan
+from deeptwist.models import build_model
+from deeptwist.training.loop import steps_per_epoch
+from deeptwist.training.recipe import (
+    CompressionRecipe,
+    OptimizerRecipe,
+    Recipe,
+    ScheduleRecipe,
+    make_recipe,
+    read_recipe,
+)
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_plans_its_network(path: Path) -> None:
+    recipe = read_recipe(path)
+    with torch.device("meta"):
+        model = build_model(recipe.model)
+    size = 224 if "imagenet" in path.stem else 32
+    made = recipe.compression.make_plan(model, torch.empty(2, 3, size, size, device="meta"))
+    assert made.compressed
+    assert make_recipe(recipe.to_dict()) == recipe
+
+
+def test_the_paper_s_schedules() -> None:
+    """Section 4: what the paper states of each set-up."""
+    resnet, vgg, imagenet = (
+        read_recipe(RECIPES[0].with_name(name))
+        for name in (
+            "resnet32-cifar10-paper.yaml",
+            "vgg19-cifar10-paper.yaml",
+            "resnet34-imagenet-paper.yaml",
+        )
+    )
+    assert resnet.optimizer == OptimizerRecipe(
+        lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=False
+    )
+    assert resnet.schedule == ScheduleRecipe(
+        epochs=200, kind="step", milestones=(100, 150), factor=0.1
+    )
+    assert (resnet.batch_size, resnet.interval) == (128, 200)
+    assert vgg.schedule == ScheduleRecipe(
+        epochs=300, kind="step", milestones=(50, 100, 150, 200, 250), factor=0.5
+    )
+    assert (vgg.optimizer.lr, vgg.interval, vgg.compression.min_in_channels) == (0.01, 300, 128)
+    assert vgg.fixed is not None
+    assert imagenet.schedule == ScheduleRecipe(
+        epochs=80, kind="step", milestones=(20, 50), factor=0.1
+    )
+    assert imagenet.compression.method == TiledSVD(tile=(64, 64), rank=10)
+    assert (imagenet.optimizer.lr, imagenet.compression.min_in_channels) == (0.01, 128)
+
+
+def test_changes_come_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: resnet20\noptimizer: {lr: 1e-2, momentum: 0.5}\n")
+    recipe = read_recipe(path, ["optimizer.lr=1e-3", "compression.tile=[64, 72]", "tail.epochs=3"])
+    assert recipe.optimizer == OptimizerRecipe(lr=0.001, momentum=0.5)
+    assert recipe.compression.method == TiledSVD(tile=(64, 72))
+    assert recipe.tail is not None
+    assert recipe.tail.epochs == 3
+    assert read_recipe(path, ["tail=null"]).tail is None
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ("intervall=3", "did you mean 'interval'?"),
+        ("schedule.epoch=3", "did you mean 'schedule.epochs'?"),
+        ("tail.epoch=3", "did you mean 'tail.epochs'?"),
+        ("distillation.weigth=0.3", "did you mean 'distillation.weight'?"),
+        ("interval=0", "'interval' is 0: Input should be greater than or equal to 1"),
+        ("optimizer.lr=fast", "'optimizer.lr' is 'fast'"),
+        ("optimizer.lr=.nan", "'optimizer.lr' is nan"),
+        ("mode=deeptwits", "'mode' is 'deeptwits'"),
+        ("schedule.milestones=[3]", "a cosine has no milestones"),
+        ("compression.tile=64", "'compression.tile' is 64"),
+        ("model.name=x", "'model' is 'resnet20', not a section"),
+        ("=3", "write KEY=VALUE"),
+        ("seed", "write KEY=VALUE"),
+        ("seed={", "cannot read the value"),
+    ],
+)
+def test_what_a_recipe_cannot_hold_is_named(
+    change: str, answer: str, error_of: Callable[..., str]
+) -> None:
+    assert answer in error_of(make_recipe, {"model": "resnet20"}, [change])
+
+
+def test_a_tail_needs_distortions(error_of: Callable[..., str]) -> None:
+    for mode in ("dense", "decomposed"):
+        assert "a tail follows distortions" in error_of(
+            make_recipe, {"model": "resnet20", "mode": mode, "tail": {"epochs": 1}}
+        )
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    assert "lacks 'model'" in error_of(make_recipe, {})
+    path = tmp_path / "recipe.yaml"
+    for text, answer in (("- 3", "holds a list"), ("a: [", "no YAML"), ("\0", "no YAML")):
+        path.write_text(text)
+        assert answer in error_of(read_recipe, path)
+    path.write_bytes(b"\xff\xfe\xff")
+    assert "cannot read recipe" in error_of(read_recipe, path)
+    assert "cannot read recipe" in error_of(read_recipe, tmp_path / "nowhere.yaml")
+
+
+def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        {"model": "resnet20", "tail": {"epochs": 2}, "compression": {"rank": [3, 4], "plan": None}}
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert read_recipe(path) == recipe
+
+
+def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
+    model, x = build_model("resnet20"), torch.zeros(2, 3, 32, 32)
+    compression = CompressionRecipe(
+        decomposition="tucker", fraction=0.5, skip_first_conv=True, linear=False, exclude=("layer3*",)
+    )
+    made = plan(
+        model,
+        Tucker(fraction=0.5),
+        example_input=x,
+        skip_first_conv=True,
+        linear=False,
+        exclude=["layer3*"],
+    )
+    assert compression.make_plan(model, x) == made
+    path = tmp_path / "plan.json"
+    path.write_text(plan(model, SVD(rank=2), example_input=x).to_json())
+    from_file = CompressionRecipe(plan=str(path)).make_plan(model, x)
+    assert {layer.decomposition for layer in from_file.compressed} == {SVD(rank=2)}
+
+
+def test_a_default_recipe_fits_the_digits() -> None:
+    from deeptwist.data import load_digits
+
+    assert steps_per_epoch(load_digits(), Recipe(model="resnet20").batch_size) == 11

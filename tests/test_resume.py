@@ -1,0 +1,374 @@
+"""Runs that are cut: at any moment, at the worst ones, by full disks and by damaged files."""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import deeptwist as dt
+from deeptwist.data import load_digits
+from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
+from deeptwist.training.job import Job, prepare, run
+from deeptwist.training.recipe import make_recipe
+from deeptwist.training.records import read_run
+
+# Everything that has a state: distortions with their bases, batch norm, dropout, an average, a
+# best network, a tail.
+RECIPE: dict[str, Any] = {
+    "model": "tests:network",
+    "interval": 4,
+    "ema": 0.9,
+    "schedule": {"epochs": 2},
+    "compression": {"decomposition": "spatial_svd", "ratio": 2, "include": ["4", "7"]},
+    "data": {"validation": 100},
+    "tail": {"epochs": 1},
+    "records": {"images": 50, "checkpoint_every": 3},
+}
+Kill = tuple[str, float]  # what to count or wait for, and how much of it
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+def job(**values: Any) -> Job:
+    return prepare(make_recipe({**RECIPE, **values}), load_digits(), name="run", model=network())
+
+
+def train(folder: Path, kill: Kill | None = None) -> None:
+    """In a process of its own, which does not survive the moment it is told."""
+    torch.set_num_threads(1)
+    if kill is not None:
+        _arm(*kill)
+    run(job(), folder, resume=True, latency_batch=None)
+
+
+def _arm(moment: str, amount: float) -> None:
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    left = amount
+    if moment == "seconds":
+        signal.setitimer(signal.ITIMER_REAL, amount)  # nothing handles SIGALRM: the process ends
+    elif moment == "checkpoint":
+        flush = os.fsync
+
+        def fsync(file: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.truncate(file, os.fstat(file).st_size // 2)
+                die()
+            flush(file)
+
+        os.fsync = fsync  # type: ignore[assignment]
+    else:
+
+        def profile(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal left
+            if event == "c_call" and frame.f_code.co_filename.endswith("deeptwist/distortion.py"):
+                left -= 1
+                if left < 0:
+                    die()
+
+        sys.setprofile(profile)
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["deeptwist.training.job", "sklearn.datasets"])
+
+
+def start(folder: Path, kill: Kill | None = None) -> int:
+    process = CONTEXT.Process(target=train, args=(folder, kill))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights that a run left."""
+    return {
+        f"{path.parent.name}/{name}": tensor
+        for path in sorted(folder.glob("model*/model.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert start(folder) == 0
+    started = time.perf_counter()
+    assert start(folder / "again") == 0
+    return folder, time.perf_counter() - started
+
+
+def check_same(folder: Path, expected: Path) -> None:
+    found, wanted = tensors(folder), tensors(expected)
+    assert {name.split("/")[0] for name in wanted} == {
+        "model",
+        "model-best-on-validation",
+        "model-moving-average",
+        "model-tail",
+    }
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    one, other = read_run(folder), read_run(expected)
+    timed = {"seconds", "images_per_second"}
+    for kind in ("epochs", "distortions"):
+        mine, theirs = (
+            [{k: v for k, v in line.items() if k not in timed} for line in getattr(run, kind)]
+            for run in (one, other)
+        )
+        assert mine == theirs
+    assert one.summary.accuracy == other.summary.accuracy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
+def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    number: int, uninterrupted: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, seconds = uninterrupted
+    rng = random.Random(number)
+    moments: list[Kill] = [
+        ("seconds", rng.uniform(0.05, 0.95) * seconds),
+        ("checkpoint", rng.randrange(8)),
+        ("distortion", rng.randrange(400)),
+        ("seconds", rng.uniform(0.05, 0.95) * seconds),
+    ]
+    for kill in (moments[number % 4], moments[(number + 1) % 4]):  # it may happen twice
+        start(tmp_path, kill)
+    assert start(tmp_path) == 0
+    check_same(tmp_path, expected)
+
+
+def test_the_moments_are_hit(tmp_path: Path) -> None:
+    assert start(tmp_path / "a", ("checkpoint", 2)) == -signal.SIGKILL
+    assert [*(tmp_path / "a").glob(".checkpoint*.tmp")]  # half a file, which is no checkpoint
+    assert len([*(tmp_path / "a").glob("checkpoint*")]) == 2
+    assert start(tmp_path / "b", ("distortion", 10)) == -signal.SIGKILL
+    assert start(tmp_path / "c", ("seconds", 0.01)) == -signal.SIGALRM
+
+
+def test_a_finished_run_is_read_again_not_run(
+    uninterrupted: tuple[Path, float],
+) -> None:
+    folder, _ = uninterrupted
+    ticks: list[int] = []
+    summary = run(job(), folder, resume=True, on_step=lambda: ticks.append(1))
+    assert summary == read_run(folder).summary
+    assert not ticks
+
+
+# --- damaged and foreign files
+
+
+def cut(tmp_path: Path) -> Path:
+    """A run that died at its fourth checkpoint."""
+    folder = tmp_path / "cut"
+    assert start(folder, ("checkpoint", 4)) == -signal.SIGKILL
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle"])
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    damage: str,
+    tmp_path: Path,
+    uninterrupted: tuple[Path, float],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = cut(tmp_path)
+    before, last = sorted(folder.glob("checkpoint*"))
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    elif damage == "foreign":
+        torch.save({"step": 3}, last)
+    else:
+        torch.save(network(), last)
+    state = read_checkpoint(folder)
+    assert state is not None
+    assert state["training"]["step"] == int(before.stem.split("-")[1])
+    assert str(last) in caplog.text
+    assert start(folder) == 0
+    check_same(folder, uninterrupted[0])
+
+
+def test_no_checkpoint_that_can_be_read_is_an_error(
+    tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    write_checkpoint(tmp_path, 3, {})
+    (tmp_path / "checkpoint-000000003.pt").write_bytes(b"nothing")
+    assert "can be read: remove them" in error_of(read_checkpoint, tmp_path)
+
+
+def test_a_checkpoint_of_another_network_is_an_error(
+    tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    folder = cut(tmp_path)
+    other = nn.Sequential(nn.Flatten(), *[nn.Linear(64, 64) for _ in range(8)], nn.Linear(64, 10))
+    recipe = make_recipe(RECIPE)
+    stranger = Job(
+        recipe,
+        other,
+        dt.plan(other, dt.SVD(rank=1), example_input=torch.zeros(2, 1, 8, 8)),
+        load_digits(),
+        None,
+        "run",
+    )
+    assert "of another run" in error_of(run, stranger, folder, resume=True)
+
+
+def test_another_recipe_is_not_a_continuation(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    folder = cut(tmp_path)
+    assert "(interval differ)" in error_of(run, job(interval=5), folder, resume=True)
+    assert "--resume" in error_of(run, job(), folder)
+
+
+# --- other processes, full disks
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(
+    tmp_path: Path, error_of: Callable[..., str], uninterrupted: tuple[Path, float]
+) -> None:
+    refusals: list[str] = []
+
+    def meanwhile() -> None:
+        if not refusals:
+            refusals.append(error_of(run, job(), tmp_path, resume=True))
+
+    run(job(), tmp_path, on_step=meanwhile, latency_batch=None)
+    assert "in use by another process" in refusals[0]
+    check_same(tmp_path, uninterrupted[0])
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    factory = tmp_path / "mine.py"
+    factory.write_text(
+        textwrap.dedent("""
+            from torch import nn
+            def network():
+                return nn.Sequential(
+                    nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(),
+                    nn.Linear(512, 10),
+                )
+        """)
+    )
+    words = ["-m", "deeptwist", "train", "mine:network", "--ratio", "2", "--out", "run"]
+    words += ["--epochs", "1", "--set", "records.checkpoint_every=2"]
+
+    def started(limit: int) -> subprocess.CompletedProcess[str]:
+        def before() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        return subprocess.run(
+            [sys.executable, *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            preexec_fn=before,
+            check=False,
+        )
+
+    done = started(60_000)  # bytes in a file: less than a checkpoint's
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("deeptwist: cannot write 'run/checkpoint-")
+    assert not [*(tmp_path / "run").glob("*checkpoint*")]
+    words.append("--resume")
+    done = started(2**30)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+# --- several processes
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch import nn
+from deeptwist.data import load_digits
+from deeptwist.training.job import prepare, run
+from deeptwist.training.recipe import make_recipe
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+    nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10),
+).double()
+recipe = make_recipe({
+    "model": "script", "interval": 4, "schedule": {"epochs": 2}, "precision": "64-true",
+    "compression": {"decomposition": "svd", "ratio": 2, "include": ["2", "4"]},
+    "records": {"images": 50, "checkpoint_every": 5},
+})
+run(prepare(recipe, load_digits(), name="run", model=model), Path(sys.argv[1]), resume=True)
+if dist.is_initialized():
+    for name, tensor in model.state_dict().items():
+        every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, tensor)
+        assert all(torch.equal(tensor, other) for other in every), name
+    print("identical on", dist.get_world_size())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_stay_identical(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def started(out: str, *launcher: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(tmp_path / out)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    started("one")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert "identical on 2" in started("two", *torchrun)
+    one, two = (tensors(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.abs(), two[name].abs(), atol=1e-7), name
+    first, second = (read_run(tmp_path / name) for name in ("one", "two"))
+    assert second.summary.processes == 2
+    assert [epoch["train_loss"] for epoch in second.epochs] == pytest.approx(
+        [epoch["train_loss"] for epoch in first.epochs]
+    )
+    assert [line["weight_shift"] for line in second.distortions] == pytest.approx(
+        [line["weight_shift"] for line in first.distortions]
+    )
