@@ -45,6 +45,8 @@ HEAVY = {
     "torchvision",
     "timm",
     "lightning",
+    "transformers",
+    "accelerate",
     "typer",
     "rich",
     "matplotlib",

@@ -1,0 +1,57 @@
+"""DeepTwist in Lightning's Trainer."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from deeptwist.distortion import DeepTwist
+from deeptwist.extras import needs_extra
+from deeptwist.integrations.steps import after_each_step
+
+with needs_extra():
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class DeepTwistCallback(Callback):
+    """Distorts while a Trainer fits, and decomposes at the end.
+
+    Δw goes to the Trainer's loggers as ``weight_shift``, the state into its checkpoints: a fit
+    resumed with ``ckpt_path`` goes on bit for bit.
+
+    Attributes:
+        twist: ``DeepTwist(module.network, plan, interval=200)``, of the network that is fitted.
+        small: the decomposed network; none until the fit has ended.
+    """
+
+    def __init__(self, twist: DeepTwist):
+        self.twist = twist
+        self.small: nn.Module | None = None
+        self._listening = ExitStack()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        def step() -> None:
+            if self.twist.step():
+                self._log(trainer)
+
+        # Not by Lightning's `global_step`: it counts the steps that AMP skipped.
+        self._listening.enter_context(after_each_step(self.twist, trainer.optimizers, step))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._listening.close()
+        self.small = self.twist.finish()
+        self._log(trainer)
+
+    def on_exception(self, *_: Any) -> None:  # noqa: D102
+        self._listening.close()
+
+    def _log(self, trainer: Trainer) -> None:
+        metrics = {"weight_shift": self.twist.records[-1].weight_shift}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return self.twist.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self.twist.load_state_dict(state_dict)

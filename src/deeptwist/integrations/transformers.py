@@ -1,0 +1,59 @@
+"""DeepTwist in the Trainer of Hugging Face."""
+
+import io
+from base64 import b64decode, b64encode
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from deeptwist.distortion import DeepTwist
+from deeptwist.errors import DeepTwistError
+from deeptwist.extras import needs_extra
+from deeptwist.integrations.steps import after_each_step
+
+with needs_extra("transformers"):
+    from accelerate.utils import extract_model_from_parallel
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+
+class DeepTwistCallback(TrainerCallback, ExportableState):
+    """Distorts while a Trainer trains, and decomposes at the end.
+
+    Its state is in the ``trainer_state.json`` of every checkpoint: a run resumed with
+    ``resume_from_checkpoint`` goes on bit for bit.
+
+    Attributes:
+        twist: ``DeepTwist(model, plan, interval=200)``, of the trained model or of one inside it.
+        small: the decomposed model; none until training has ended.
+    """
+
+    def __init__(self, twist: DeepTwist):
+        self.twist = twist
+        self.small: nn.Module | None = None
+        self._listening = ExitStack()
+
+    def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:  # noqa: D102
+        if args.restore_callback_states_from_checkpoint:
+            raise DeepTwistError("restore_callback_states_from_checkpoint loses the twist: omit it")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **has: Any) -> None:  # noqa: D102
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        file = io.BytesIO(b64decode(saved["attributes"]["twist"]))
+        self.twist.load_state_dict(torch.load(file, weights_only=True))
+        # Not by `on_optimizer_step`: it comes for steps that AMP skipped, too.
+        handle = after_each_step(self.twist, [has["optimizer"].optimizer], self.twist.step)
+        self._listening.close()  # of a run that an exception ended
+        self._listening.enter_context(handle)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:  # noqa: D102
+        self._listening.close()
+        # AMP's forward is bound to the model itself: a copy would go on calling this one.
+        extract_model_from_parallel(self.twist.model, keep_fp32_wrapper=False)
+        self.small = self.twist.finish()
+
+    def state(self) -> dict[str, Any]:  # noqa: D102
+        torch.save(self.twist.state_dict(), file := io.BytesIO())
+        return {"args": {}, "attributes": {"twist": b64encode(file.getvalue()).decode()}}
