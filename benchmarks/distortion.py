@@ -11,6 +11,7 @@ weights' memory format and measures the shift.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -27,12 +28,11 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.convolution import kernel_of
-from deeptwist.linalg import truncated_svd
 from deeptwist.machine import describe_machine
 from deeptwist.memory import peak_memory
 from deeptwist.models import build_model, load_weights
 from deeptwist.planning import PlannedLayer
-from deeptwist.subspace import follow, start_of
+from deeptwist.subspace import follow
 
 TILE, RANK, INTERVAL, MOVE = 64, 8, 200, 0.02
 METHOD = dt.TiledSVD(tile=(TILE, TILE), rank=RANK)
@@ -293,38 +293,88 @@ def table(
         )
 
 
-def training_step(model_name: str, options: argparse.Namespace) -> float:
-    """Milliseconds of one optimizer step at batch 128."""
-    model = build_model(model_name).to(options.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
-    x = torch.randn(128, 3, 32, 32, device=options.device).to(memory_format=torch.channels_last)
-    y = torch.randint(10, (128,), device=options.device)
+def share(options: argparse.Namespace) -> None:
+    """Prints what part of training time distortions take, steps and distortions timed in turn."""
+    print(f"\n### Share of distortions in training time at S_D = {INTERVAL}, batch 128\n")
+    print("| network | step, ms | distortion, ms | share | weights |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for name in ("ResNet-32", "VGG19"):
+        if name not in options.only:
+            continue
+        weights = Weights(name, options)
+        twist = dt.DeepTwist(weights.model, weights.plan, INTERVAL)
+        model = build_model(NETWORKS[name][0])
+        model = model.to(options.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
+        x = torch.randn(128, 3, 32, 32, device=options.device)
+        x = x.to(memory_format=torch.channels_last)
+        y = torch.randint(10, (128,), device=options.device)
 
-    samples = []
-    for _ in range(4):
-        synchronize()
-        started = time.perf_counter()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize()
-        samples.append(1000 * (time.perf_counter() - started))
-    return statistics.median(samples[1:])
+        def step(model=model, optimizer=optimizer, x=x, y=y) -> None:
+            with torch.enable_grad():
+                nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def before(twist=twist, weights=weights) -> None:
+            twist.load_state_dict(weights.warm)
+            weights.put(weights.now)
+
+        ways = {
+            "step": Way(step, lambda: 0.0, traced=False),
+            "distortion": Way(twist.distort, lambda: 0.0, before, traced=False),
+        }
+        found = {way: ms for way, (ms, _, _) in measure(ways).items()}
+        part = found["distortion"] / (INTERVAL * found["step"])
+        print(
+            f"| {name} | {found['step']:,.0f} | {found['distortion']:,.2f} | {part:.3%} | "
+            f"{weights.origin} |",
+            flush=True,
+        )
 
 
 def linearity(options: argparse.Namespace) -> None:
-    """Prints the time of one call of ours for 72 to 4,608 tiles."""
+    """Prints the time of a distortion and of its approximations alone, for 72 to 4,608 tiles."""
     print(f"\n### Time by the number of {TILE}×{TILE} tiles, R = {RANK}, moved by {MOVE:.0%}\n")
-    print("| tiles | ms | µs for each |\n| ---: | ---: | ---: |")
-    for times in (1, 2, 4, 8, 16, 32, 64):
-        tiles = torch.randn(72 * times, TILE, TILE, device=options.device)
-        left, right = truncated_svd(tiles, RANK)
-        moved = left @ right
-        moved += MOVE * moved.norm() / moved.numel() ** 0.5 * torch.randn_like(moved)
-        start = start_of(left, right)
-        way = Way(lambda m=moved, s=start: follow(m, s, 1e-3), lambda: 0.0, rounds=9, traced=False)
-        ms = measure({"ours": way})["ours"][0]
-        print(f"| {len(tiles):,} | {ms:.2f} | {1000 * ms / len(tiles):.1f} |", flush=True)
+    print("| tiles | distortion, ms | µs a tile | the approximation alone, ms | µs a tile |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        # 144 tiles to a pair of layers; one layer for the first.
+        sides = [128, 256] if count == 1 else [128, *[256, 128] * (count // 2)]
+        convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sides)]
+        model = nn.Sequential(*convolutions)
+        model.to(options.device, memory_format=torch.channels_last)
+        x = torch.zeros(1, 128, 4, 4, device=options.device)
+        twist = dt.DeepTwist(model, dt.plan(model, METHOD, example_input=x), INTERVAL)
+        twist.distort()
+        warm, moved = twist.state_dict(), []
+        for layer in convolutions:
+            noise = torch.randn_like(layer.weight)
+            moved.append(layer.weight + MOVE * layer.weight.norm() / noise.norm() * noise)
+
+        def before(twist=twist, warm=warm, layers=convolutions, moved=moved) -> None:
+            twist.load_state_dict(warm)
+            for layer, weight in zip(layers, moved, strict=True):
+                layer.weight.copy_(weight)
+
+        tiles = torch.cat([METHOD.cut(weight.unsqueeze(0))[0][0] for weight in moved])
+        starts = torch.cat([bases for layer in warm["starts"].values() for ((bases,),) in [layer]])
+        ways = {
+            "whole": Way(twist.distort, lambda: 0.0, before, rounds=9, traced=False),
+            "alone": Way(
+                lambda tiles=tiles, starts=starts: follow(tiles, starts, 1e-3),
+                lambda: 0.0,
+                rounds=9,
+                traced=False,
+            ),
+        }
+        whole, alone = (ms for ms, _, _ in measure(ways).values())
+        each = 1000 / len(tiles)
+        print(
+            f"| {len(tiles):,} | {whole:.2f} | {whole * each:.1f} | {alone:.2f} | "
+            f"{alone * each:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -334,22 +384,24 @@ def main() -> None:
     parser.add_argument("--trajectories", default="runs/trajectories", type=Path)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--linearity", action="store_true", help="only time by number of tiles")
+    parser.add_argument("--share", action="store_true", help="only the share in training time")
     options = parser.parse_args()
     tensorly.set_backend("pytorch")
     torch.set_grad_enabled(False)
 
     print(f"{describe_machine()}")
-    shares = []
+    if options.linearity or options.share:
+        for wanted, part in ((options.linearity, linearity), (options.share, share)):
+            if wanted:
+                part(options)
+        return
     for name in options.only:
         weights = Weights(name, options)
         ways, optimum, count = svd_ways(weights)
         found = measure(ways)
         title = f"{name}: {count:,} tiles, R = {RANK}; weights {weights.origin}"
         table(title, found, optimum, "torch.linalg.svd, batched")
-        if name in ("ResNet-32", "VGG19"):
-            with torch.enable_grad():
-                step = training_step(NETWORKS[name][0], options)
-            shares.append((name, step, found[OURS_WARM][0]))
         # The two tensor methods on the largest kernel of the network.
         spatial = [layer for layer in weights.plan.compressed if layer.convolution.taps > 1]
         if not spatial:
@@ -364,11 +416,7 @@ def main() -> None:
             title = f"{name}, {layer.name} ({layer.convolution}), {method}; optimum: the best here"
             table(title, found, best, next(iter(found)))
     linearity(options)
-    if shares:
-        print(f"\n### Share of a distortion in training time at S_D = {INTERVAL}, batch 128\n")
-        print("| network | step, ms | distortion, ms | share |\n| --- | ---: | ---: | ---: |")
-        for name, step, ms in shares:
-            print(f"| {name} | {step:,.0f} | {ms:,.2f} | {100 * ms / (INTERVAL * step):.3f} % |")
+    share(options)
 
 
 if __name__ == "__main__":

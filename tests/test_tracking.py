@@ -14,7 +14,7 @@ from deeptwist import SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
 from deeptwist.linalg import truncated_svd
 from deeptwist.memory import peak_memory
 from deeptwist.subspace import by_cholesky, by_householder, excess, follow, power_step, start_of
-from deeptwist.tracking import track
+from deeptwist.tracking import Tracked, track
 
 TOLERANCE = 1e-3
 X = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -204,6 +204,16 @@ def nudge(model: nn.Module, share: float) -> None:
             weight.add_(share * weight.float().norm() / noise.float().norm() * noise)
 
 
+def approximations(tracked: Tracked) -> dict[str, Tensor]:
+    """The kernel that each layer's factors stand for."""
+    found: dict[str, list[Tensor]] = {}
+    for block, factors in tracked.factors:
+        kernels = factors.reconstruct().chunk(len(block.names))
+        for name, kernel in zip(block.names, kernels, strict=True):
+            found.setdefault(name, []).append(kernel)
+    return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
+
+
 def errors(before: nn.Module, after: nn.Module, names: list[str]) -> dict[str, float]:
     return {
         name: difference(before.get_submodule(name).weight, after.get_submodule(name).weight) ** 2
@@ -259,7 +269,7 @@ def test_exact_throughout_by_a_tolerance_of_zero() -> None:
     twist = DeepTwist(model, plan(model, SVD(), ratio=1.6, example_input=X), 1, tolerance=0)
     for _ in range(3):
         nudge(model, 0.05)
-        expected = track(model, twist.plan, {}, 0).factors["0"].reconstruct()
+        expected = approximations(track(model, twist.plan, {}, 0))["0"]
         assert twist.step().iterations == 0
         assert torch.equal(read(model[0])[1], expected)
     assert twist.state_dict()["starts"] == {}
@@ -279,7 +289,7 @@ def test_the_last_distortion_is_exact() -> None:
         nudge(model, 0.05)
         twist.step()
     nudge(model, 0.05)
-    expected = track(model, twist.plan, {}, 0).factors["2"].reconstruct()
+    expected = approximations(track(model, twist.plan, {}, 0))["2"]
     twist.finish()
     assert twist.records[-1].iterations == 0
     assert torch.equal(read(model[2])[1], expected)
@@ -294,7 +304,7 @@ def test_a_fallback_is_in_the_record(method: Decomposition) -> None:
     assert twist.records[-1].fallbacks == {}
     nudge(model, 1e-4)
     nn.init.normal_(model[0].weight)
-    expected = track(model, twist.plan, {}, 0).factors["0"].reconstruct()
+    expected = approximations(track(model, twist.plan, {}, 0))["0"]
     record = twist.step()
     assert record.fallbacks["0"] > 0
     assert difference(expected, read(model[0])[1]) < 1e-3
@@ -324,15 +334,51 @@ def test_stacks_of_any_size_come_to_the_same(
     made = plan(model, method, ratio=1.6, example_input=X)
     starts = track(model, made, {}, TOLERANCE).starts
     nudge(model, 0.02)
-    together = track(model, made, starts, TOLERANCE).factors
-    monkeypatch.setattr(deeptwist.tracking, "_STACK", {"cpu": 1})
-    for name, factors in track(model, made, starts, TOLERANCE).factors.items():
-        assert difference(together[name].reconstruct(), factors.reconstruct()) < 0.02
+    together = approximations(track(model, made, starts, TOLERANCE))
+    monkeypatch.setattr(deeptwist.tracking, "_AT_ONCE", {"cpu": 1})
+    apart = approximations(track(model, made, starts, TOLERANCE))
+    assert list(apart) == list(together)
+    for name, kernel in together.items():
+        assert difference(kernel, apart[name]) < 0.02
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "method", [SVD(), TiledSVD(tile=(6, 30)), TiledSVD(tile=(4, 18)), Tucker()], ids=str
+)
+def test_alike_layers_side_by_side_and_large_ones_in_parts_are_the_same_distortion(
+    method: Decomposition, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a tolerance of 1 each takes one step, whatever it shares a stack with."""
+    model = network().to(memory_format=memory_format)
+    twist = DeepTwist(model, plan(model, method, ratio=1.6, example_input=X), 1, tolerance=1)
+    twist.step()
+    nudge(model, 0.02)
+    found = []
+    for limit in (1, 2000, 2**20):
+        monkeypatch.setattr(deeptwist.tracking, "_AT_ONCE", {"cpu": limit})
+        twin = copy.deepcopy(model)
+        again = DeepTwist(twin, twist.plan, 1, tolerance=1)
+        again.load_state_dict(twist.state_dict())
+        blocks = track(twin, twist.plan, again._starts, 1).factors
+        record = again.step()
+        found.append((len(blocks), twin, record, again.state_dict()["starts"]))
+    counts, models, records, starts = zip(*found, strict=True)
+    assert counts[0] >= counts[1] >= counts[2]
+    assert counts[2] == 4  # the two grouped convolutions are one block
+    assert counts[0] >= 5 + 3 * (isinstance(method, TiledSVD))
+    for other, record, start in zip(models[1:], records[1:], starts[1:], strict=True):
+        for a, b in zip(models[0].parameters(), other.parameters(), strict=True):
+            assert difference(a, b) < 1e-5
+        assert record.layer_shifts == pytest.approx(records[0].layer_shifts, rel=1e-4)
+        for name, parts in start.items():
+            for (first, *_), (second, *_) in zip(starts[0][name], parts, strict=True):
+                assert torch.allclose(first, second, atol=1e-4)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the factors: a stack of bounded size, a few times over, however deep it is."""
-    monkeypatch.setattr(deeptwist.tracking, "_STACK", {"cpu": 2**15})
+    monkeypatch.setattr(deeptwist.tracking, "_AT_ONCE", {"cpu": 2**15})
 
     def needed(depth: int) -> tuple[int, int]:
         model = nn.Sequential(*[nn.Conv2d(32, 32, 3, padding=1) for _ in range(depth)])

@@ -3,21 +3,30 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.convolution import computing_dtype, weight_of
+from deeptwist.convolution import computing_dtype
 from deeptwist.decompositions import Decomposition, Factors
 from deeptwist.errors import DeepTwistError, check_whole, first_line
-from deeptwist.factorization import Dense, numbers, planned_module, relative_difference, swap
+from deeptwist.factorization import numbers, planned_module, relative_difference, swap
 from deeptwist.inspection import evaluating
-from deeptwist.planning import Plan, PlannedLayer
+from deeptwist.planning import Plan
 from deeptwist.sharing import broadcast, deal, processes, rank, together
-from deeptwist.tracking import Starts, Tracked, check_starts, costs, shapes_of, track
+from deeptwist.tracking import (
+    Block,
+    Starts,
+    Tracked,
+    Weights,
+    check_starts,
+    costs,
+    shapes_of,
+    track,
+)
 
 T = TypeVar("T")
 
@@ -51,62 +60,61 @@ class Distortion:
 
 
 @torch.no_grad()
-def check_range(model: nn.Module, plan: Plan, tracked: Tracked) -> None:
+def check_range(tracked: Tracked) -> None:
     """Checks that every weight's type can hold its approximation.
 
     Raises:
         DeepTwistError: if one cannot, naming the layer.
     """
-    for layer, weight in _weights(model, plan, tracked):
+    for block, factors in tracked.factors:
         # No number of an approximation, nor of a sum on the way to it, is much above ‖W‖: only
         # near the end of the type can one lie beyond it.
-        if tracked.norms[layer.name] < torch.finfo(weight.dtype).max / _MARGIN:
+        weights = block.of(tracked.weights)
+        limit = torch.finfo(weights[0].dtype).max / _MARGIN
+        if all(tracked.norms[name] < limit for name in block.names):
             continue
-        approximation = _reconstruction(layer, tracked.factors[layer.name], weight)
-        if not approximation.isfinite().all():
-            raise DeepTwistError(f"layer {layer.name!r} has an approximation beyond {weight.dtype}")
+        for name, found in zip(block.names, _approximations(block, factors, weights), strict=True):
+            if not found.isfinite().all():
+                raise DeepTwistError(f"layer {name!r} has an approximation beyond {found.dtype}")
 
 
 @torch.no_grad()
-def write(model: nn.Module, plan: Plan, tracked: Tracked) -> dict[str, float]:
+def write(tracked: Tracked) -> dict[str, float]:
     """Writes every reconstruction over its weight, in place; returns ‖W − W′‖_F of each layer.
 
     The Parameter stays the same object in the same memory format, and the optimizer's state is
     left alone.
     """
-    names, shifts = [], []
-    for layer, weight in _weights(model, plan, tracked):
-        approximation = _reconstruction(layer, tracked.factors[layer.name], weight)
-        dtype = computing_dtype(weight.dtype)
-        low, high = _SQUARABLE
-        shifts.append(
-            torch.linalg.vector_norm(
-                weight.to(dtype) - approximation.to(dtype),
-                dtype=dtype if low < tracked.norms[layer.name] < high else torch.float64,
-            )
+    names: list[str] = []
+    norms: list[Tensor] = []
+    low, high = _SQUARABLE
+    for block, factors in tracked.factors:
+        weights = block.of(tracked.weights)
+        approximations = _approximations(block, factors, weights)
+        squarable = all(low < tracked.norms[name] < high for name in block.names)
+        dtype = computing_dtype(weights[0].dtype) if squarable else torch.float64
+        shifts = torch._foreach_sub(
+            [weight.to(dtype) for weight in weights], [found.to(dtype) for found in approximations]
         )
-        names.append(layer.name)
-        weight.copy_(approximation)
-    return dict(zip(names, numbers(shifts), strict=True))
+        names += block.names
+        norms += torch._foreach_norm(shifts)
+        torch._foreach_copy_(weights, approximations)
+    found = dict.fromkeys(names, 0.0)
+    for name, norm in zip(names, numbers(norms), strict=True):
+        found[name] = math.hypot(found[name], norm)
+    return found
 
 
-def _weights(
-    model: nn.Module, plan: Plan, tracked: Tracked
-) -> Iterator[tuple[PlannedLayer, Tensor]]:
-    """The layers that were factored, with their weights."""
-    for layer in plan.compressed:
-        if layer.name in tracked.factors:
-            yield layer, cast(Dense, model.get_submodule(layer.name)).weight
-
-
-def _reconstruction(layer: PlannedLayer, factors: Factors, weight: Tensor) -> Tensor:
-    assert layer.convolution is not None
-    with torch.autocast(weight.device.type, enabled=False):
-        approximation = weight_of(factors.reconstruct(), layer.convolution).to(weight.dtype)
-    approximation = approximation.reshape(weight.shape)
-    # In the weight's memory format at once: to meet it in another would cost more each time.
-    same = approximation.stride() == weight.stride()
-    return approximation if same else torch.empty_like(weight).copy_(approximation)
+def _approximations(block: Block, factors: Factors, weights: list[Tensor]) -> list[Tensor]:
+    """What is to be written over each of a block's weights, in its type and memory format."""
+    with torch.autocast(weights[0].device.type, enabled=False):
+        found = block.split(factors.reconstruct())
+    # To meet it in another format would cost more each time.
+    approximations = [torch.empty_like(weight) for weight in weights]
+    torch._foreach_copy_(
+        approximations, [x.reshape(w.shape) for x, w in zip(found, weights, strict=True)]
+    )
+    return approximations
 
 
 class DeepTwist:
@@ -192,22 +200,24 @@ class DeepTwist:
         last: bool = False,
     ) -> dict[str, list[Tensor]]:
         """One distortion, of which each process does its share; the layers' kernels if `last`."""
-        mine = deal(costs(self.plan), processes())[rank()]
+        shared = processes() > 1
+        mine = deal(costs(self.plan), processes())[rank()] if shared else None
 
         def find() -> tuple[Tracked, Starts]:
             tracked = track(self.model, self.plan, starts, tolerance, mine)
-            check_range(self.model, self.plan, tracked)
-            parts: Starts = {n: list(tracked.starts[n]) if self.tolerance else [] for n in mine}
+            check_range(tracked)
+            parts = {n: [*some] if self.tolerance else [] for n, some in tracked.starts.items()}
             if last:
-                for name in mine:
-                    parts[name].append(tuple(tracked.factors[name].kernels()))
+                for block, factors in tracked.factors:  # exact: each is one layer
+                    parts[block.names[0]].append(tuple(factors.kernels()))
             return tracked, parts
 
         (tracked, parts), tidings = together(find, lambda found: self._tidings(*found))
         _check_alike(tidings)
         before = _mean(loss)
-        _, shifts = together(lambda: write(self.model, self.plan, tracked), _as_it_is)
-        parts = self._exchange(parts, tidings)
+        _, shifts = together(lambda: write(tracked), _as_it_is)
+        if shared:
+            parts = self._exchange(tracked.weights, parts, tidings)
         kernels = {name: list(some.pop()) for name, some in parts.items()} if last else {}
         self._starts = parts if self.tolerance else {}
         self.records.append(self._record(tidings, shifts, before, _mean(loss)))
@@ -216,7 +226,7 @@ class DeepTwist:
     def _tidings(self, tracked: Tracked, parts: Starts) -> "_Tidings":
         orders = {}
         for name in parts:
-            strides = self._weight(name).stride()
+            strides = tracked.weights[name].stride()
             orders[name] = tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
         return _Tidings(
             steps=self.steps,
@@ -228,13 +238,13 @@ class DeepTwist:
             shapes={name: shapes_of(some) for name, some in parts.items()},
         )
 
-    def _exchange(self, own: Starts, tidings: "list[_Tidings]") -> Starts:
-        """Everyone's parts, by layer; everyone's weights are written into those of the model."""
+    def _exchange(self, weights: Weights, own: Starts, tidings: "list[_Tidings]") -> Starts:
+        """Everyone's parts, by layer; everyone's weights are written over those here."""
         found: Starts = {}
         for source, theirs in enumerate(tidings):
             tensors = []
             for name, order in theirs.orders.items():
-                weight = self._weight(name)
+                weight = weights[name]
                 mine = source == rank()
                 found[name] = own[name] if mine else _empty(theirs.shapes[name], weight)
                 # As the numbers lie in memory, so that they are sent without being put in order.
@@ -253,7 +263,7 @@ class DeepTwist:
         moved = {name: shift for theirs in shifts for name, shift in theirs.items()}
         fallbacks = {name: n for theirs in tidings for name, n in theirs.fallbacks.items()}
         sizes = {layer.name: layer.num_weights for layer in self.plan.compressed}
-        whole = sum(moved[name] ** 2 for name in sizes) ** 0.5
+        whole = math.hypot(*(moved[name] for name in sizes))
         return Distortion(
             step=self.steps,
             weight_shift=whole / sum(sizes.values()),
@@ -263,9 +273,6 @@ class DeepTwist:
             iterations=max(theirs.iterations for theirs in tidings),
             fallbacks={name: fallbacks[name] for name in sizes if name in fallbacks},
         )
-
-    def _weight(self, name: str) -> Tensor:
-        return cast(Dense, self.model.get_submodule(name)).weight.detach()
 
     def finish(self, loss: Callable[[], Tensor | float] | None = None) -> nn.Module:
         """A last distortion, then the decomposed model, checked against the distorted one.

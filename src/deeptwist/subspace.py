@@ -13,7 +13,7 @@ from torch import Tensor
 from deeptwist.linalg import truncated_svd
 
 STEPS = 8  # by then an exact factorisation would have cost no more
-_NUMBERS = 2**19  # handled at once on a processor, so that a step finds them in its cache
+_NUMBERS = 5 * 2**17  # handled at once on a processor, so that a step finds them in its cache
 _SAFE = 1e-20, 1e30  # the range of ‖W‖² in which fp32 squares neither under- nor overflow
 _PIVOT = 0.1  # of Cholesky, at least: the basis is then orthonormal to r·ε/0.01
 _CAUTION = 2  # an estimate is taken for this many times as much

@@ -1,7 +1,7 @@
 """The factors of a whole network, followed from one distortion to the next."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -9,18 +9,60 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.convolution import computing_dtype, kernel_of
+from deeptwist.convolution import Convolution, computing_dtype, kernel_of, weight_of
 from deeptwist.decompositions import Decomposition, Factors
+from deeptwist.decompositions.matrix import MatrixDecomposition
 from deeptwist.errors import DeepTwistError
 from deeptwist.factorization import Dense, check_finite, factorize, norms, planned_module
 from deeptwist.planning import Plan, PlannedLayer
 from deeptwist.subspace import Approximations
 
-# Numbers stacked at once; a layer that holds more is taken alone.
-_STACK = {"cpu": 2**20}
-_STACK_ELSEWHERE = 2**26
+# Numbers handled at once, so that what is computed from them is found in a processor's cache; a
+# layer that holds more, and cannot be divided, is taken alone.
+_AT_ONCE = {"cpu": 5 * 2**17}
+_AT_ONCE_ELSEWHERE = 2**26
 
+Weights = Mapping[str, Tensor]  # by layer
 Starts = dict[str, list[tuple[Tensor, ...]]]  # by layer, for each batch of `Decomposition.cut`
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is gathered, factored and written at once: some layers that are alike, or part of one.
+
+    Attributes:
+        names: the layers.
+        decomposition: of each.
+        convolution: one that has the kernels of all layers for its groups.
+        rows: the output channels that are meant, where a single layer is divided; else none.
+    """
+
+    names: tuple[str, ...]
+    decomposition: Decomposition
+    convolution: Convolution
+    rows: range | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its kernel (g, o, i, *k)."""
+        groups, out, *rest = self.convolution.kernel_shape
+        return (groups, out if self.rows is None else len(self.rows), *rest)
+
+    def of(self, weights: Weights) -> list[Tensor]:
+        """Its layers' weights, or the part of one that is meant, of those of a network."""
+        found = [weights[name] for name in self.names]
+        return found if self.rows is None else [found[0][self.rows.start : self.rows.stop]]
+
+    def kernel(self, weights: Weights) -> Tensor:
+        """Its kernel (g, o, i, *k), of the weights of a network."""
+        weight = _cat(self.of(weights))
+        if self.convolution.transposed:
+            return kernel_of(weight, self.convolution)
+        return weight.reshape(self.shape)
+
+    def split(self, kernel: Tensor) -> Sequence[Tensor]:
+        """A kernel of its shape as one weight, or part of a weight, for each of its layers."""
+        return weight_of(kernel, self.convolution).chunk(len(self.names))
 
 
 @dataclass(frozen=True)
@@ -28,14 +70,16 @@ class Tracked:
     """The factors of compressed layers, and how they were found.
 
     Attributes:
-        factors: by layer.
-        starts: what the next ones may be found from.
+        weights: of every compressed layer, in the model's memory.
+        factors: of every block that was factored.
+        starts: what the next ones may be found from, by layer.
         norms: ‖W‖_F of every compressed layer; infinite where its square is beyond fp32.
         iterations: the most steps that any matrix or tensor took; 0 where all is exact.
         fallbacks: by layer, how many of its matrices or tensors had to be factored exactly.
     """
 
-    factors: dict[str, Factors]
+    weights: Weights
+    factors: list[tuple[Block, Factors]]
     starts: Starts
     norms: dict[str, float]
     iterations: int = 0
@@ -44,9 +88,10 @@ class Tracked:
 
 @dataclass(frozen=True)
 class _Share:
-    """A layer's share of a stack: one batch of its `Decomposition.cut`."""
+    """A block's share of a stack: the batch of this number of its `Decomposition.cut`."""
 
-    layer: PlannedLayer
+    block: Block
+    place: int  # of the block among all
     number: int
     count: int
 
@@ -87,30 +132,45 @@ def track(
         plan = replace(plan, layers=tuple(x for x in plan.compressed if x.name in names))
     if exact:
         factors = factorize(model, plan)
-        return Tracked(factors, {name: f.starts() for name, f in factors.items()}, sizes)
-    mine = [layer.name for layer in plan.compressed]
-    found: dict[str, dict[int, tuple[Tensor, ...]]] = {name: {} for name in mine}
-    following: dict[str, dict[int, tuple[Tensor, ...]]] = {name: {} for name in mine}
-    iterations, fallbacks = 0, dict.fromkeys(mine, 0)
-    for shares in _stacks(plan, weights):
-        approximations = _follow(shares, weights, starts, tolerance)
+        found = []
+        for layer in plan.compressed:
+            assert layer.convolution is not None
+            block = Block((layer.name,), _decomposition(layer), layer.convolution)
+            found.append((block, factors[layer.name]))
+        return Tracked(weights, found, {name: f.starts() for name, f in factors.items()}, sizes)
+    return _followed(weights, _blocks(plan, weights), starts, tolerance, sizes)
+
+
+@torch.no_grad()
+def _followed(
+    weights: Weights, blocks: list[Block], starts: Starts, tolerance: float, sizes: dict[str, float]
+) -> Tracked:
+    found: list[dict[int, tuple[Tensor, ...]]] = [{} for _ in blocks]
+    following: dict[str, dict[int, list[tuple[Tensor, ...]]]] = {}
+    iterations, fallbacks = 0, dict.fromkeys(sizes, 0)
+    for stack in _stacks(blocks, weights):
+        approximations = _follow(stack, weights, starts, tolerance)
         iterations = max(iterations, approximations.steps)
         begin = 0
-        for share in shares:
-            name, part = share.layer.name, slice(begin, begin + share.count)
-            found[name][share.number] = tuple(x[part] for x in approximations.factors)
-            following[name][share.number] = tuple(x[part] for x in approximations.start)
-            fallbacks[name] += sum(part.start <= n < part.stop for n in approximations.exact)
-            begin = part.stop
+        for share in stack:
+            mine = slice(begin, begin + share.count)
+            found[share.place][share.number] = tuple(x[mine] for x in approximations.factors)
+            for name in share.block.names:
+                mine = slice(begin, begin + share.count // len(share.block.names))
+                pieces = following.setdefault(name, {}).setdefault(share.number, [])
+                pieces.append(tuple(x[mine] for x in approximations.start))
+                fallbacks[name] += sum(mine.start <= n < mine.stop for n in approximations.exact)
+                begin = mine.stop
     return Tracked(
+        weights,
+        [
+            (block, block.decomposition.factors([parts[n] for n in sorted(parts)], block.shape))
+            for block, parts in zip(blocks, found, strict=True)
+        ],
         {
-            layer.name: _decomposition(layer).factors(
-                _in_order(found[layer.name]), layer.convolution.kernel_shape
-            )
-            for layer in plan.compressed
-            if layer.convolution is not None
+            name: [tuple(map(_cat, zip(*parts[n], strict=True))) for n in sorted(parts)]
+            for name, parts in following.items()
         },
-        {name: _in_order(parts) for name, parts in following.items()},
         sizes,
         iterations,
         {name: count for name, count in fallbacks.items() if count},
@@ -129,21 +189,63 @@ def costs(plan: Plan) -> dict[str, float]:
     return found
 
 
-def _stacks(plan: Plan, weights: dict[str, Tensor]) -> Iterator[list[_Share]]:
-    """The shares of every stack."""
-    alike: dict[tuple[Any, ...], list[tuple[_Share, int]]] = {}
+def _blocks(plan: Plan, weights: Weights) -> list[Block]:
+    """Alike layers side by side and large ones in parts, so that each block is of bounded size."""
+    alike: dict[tuple[Decomposition, Convolution, torch.dtype, torch.device], list[str]] = {}
     for layer in plan.compressed:
         assert layer.convolution is not None
-        weight, decomposition = weights[layer.name], _decomposition(layer)
-        cuts = _cuts(decomposition, layer.convolution.kernel_shape)
-        for number, ((count, *shape), rank) in enumerate(cuts):
-            kind = type(decomposition).follow
-            key = kind, tuple(shape), rank, computing_dtype(weight.dtype), weight.device
-            share = _Share(layer, number, count)
+        weight = weights[layer.name]
+        key = _decomposition(layer), layer.convolution, weight.dtype, weight.device
+        alike.setdefault(key, []).append(layer.name)
+    blocks = []
+    for (decomposition, convolution, _, device), names in alike.items():
+        limit = _at_once(device)
+        count = max(1, limit // convolution.num_weights)
+        for some in (names[n : n + count] for n in range(0, len(names), count)):
+            together = _side_by_side(convolution, len(some))
+            blocks += [
+                Block(tuple(some), decomposition, together, rows)
+                for rows in _rows(decomposition, together, limit)
+            ]
+    return blocks
+
+
+def _rows(decomposition: Decomposition, convolution: Convolution, limit: int) -> list[range | None]:
+    """The parts of its rows in which a kernel can be cut, to at most `limit` numbers if it can."""
+    groups, out, *rest = convolution.kernel_shape
+    if convolution.num_weights <= limit or groups > 1 or convolution.transposed:
+        return [None]
+    apart = out
+    if isinstance(decomposition, MatrixDecomposition):
+        apart = decomposition.rows_apart(convolution.kernel_shape)
+    rows = max(apart, limit // math.prod(rest) // apart * apart)
+    return [range(n, min(n + rows, out)) for n in range(0, out, rows)] if rows < out else [None]
+
+
+@lru_cache(maxsize=1024)
+def _side_by_side(convolution: Convolution, count: int) -> Convolution:
+    return replace(
+        convolution,
+        groups=count * convolution.groups,
+        in_channels=count * convolution.in_channels,
+        out_channels=count * convolution.out_channels,
+    )
+
+
+def _stacks(blocks: list[Block], weights: Weights) -> Iterator[list[_Share]]:
+    """The shares of every stack."""
+    alike: dict[tuple[Any, ...], list[tuple[_Share, int]]] = {}
+    for place, block in enumerate(blocks):
+        weight = weights[block.names[0]]
+        kind = type(block.decomposition).follow
+        dtype = computing_dtype(weight.dtype)
+        for number, ((count, *shape), rank) in enumerate(_cuts(block.decomposition, block.shape)):
+            key = kind, tuple(shape), rank, dtype, weight.device
+            share = _Share(block, place, number, count)
             alike.setdefault(key, []).append((share, count * math.prod(shape)))
     for (*_, device), shares in alike.items():
         stack: list[_Share] = []
-        room = limit = _STACK.get(device.type, _STACK_ELSEWHERE)
+        room = limit = _at_once(device)
         for share, numbers in shares:
             if stack and numbers > room:
                 yield stack
@@ -153,22 +255,30 @@ def _stacks(plan: Plan, weights: dict[str, Tensor]) -> Iterator[list[_Share]]:
         yield stack
 
 
-@torch.no_grad()
 def _follow(
-    shares: list[_Share], weights: dict[str, Tensor], starts: Starts, tolerance: float
+    stack: list[_Share], weights: Weights, starts: Starts, tolerance: float
 ) -> Approximations:
-    batches, sources = [], []
-    for share in shares:
-        layer = share.layer
-        assert layer.convolution is not None
-        kernel = kernel_of(weights[layer.name], layer.convolution)
-        batches.append(_decomposition(layer).cut(kernel)[share.number][0])
-        sources.append(starts[layer.name][share.number])
-    parts = _cat(batches)
+    parts = _cat([s.block.decomposition.cut(s.block.kernel(weights))[s.number][0] for s in stack])
     parts = parts.to(computing_dtype(parts.dtype))
-    start = tuple(_cat(tensors).to(parts) for tensors in zip(*sources, strict=True))
+    given = [bases for share in stack for bases in _bases(share, starts)]
+    start = tuple(_cat(tensors).to(parts) for tensors in zip(*given, strict=True))
     with torch.autocast(parts.device.type, enabled=False):
-        return _decomposition(shares[0].layer).follow(parts, start, tolerance)
+        return stack[0].block.decomposition.follow(parts, start, tolerance)
+
+
+def _bases(share: _Share, starts: Starts) -> list[tuple[Tensor, ...]]:
+    """What a share starts from: all that its layers have, or a part of what its layer has."""
+    block = share.block
+    given = [starts[name][share.number] for name in block.names]
+    if block.rows is None:
+        return given
+    count = len(given[0][0])
+    begin = count * block.rows.start // block.convolution.out_channels
+    return [tuple(bases[begin : begin + share.count] for bases in given[0])]
+
+
+def _at_once(device: torch.device) -> int:
+    return _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
 
 
 @lru_cache(maxsize=1024)
@@ -180,10 +290,6 @@ def _cuts(decomposition: Decomposition, shape: tuple[int, ...]) -> list[tuple[to
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _in_order(parts: dict[int, tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    return [parts[number] for number in sorted(parts)]
 
 
 def _decomposition(layer: PlannedLayer) -> Decomposition:

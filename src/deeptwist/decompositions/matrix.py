@@ -26,6 +26,10 @@ class MatrixDecomposition(OneRank):
     def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The inverse of `cut`, for a kernel of this shape."""
 
+    def rows_apart(self, shape: Sequence[int]) -> int:
+        """In parts of how many output channels a kernel of this shape can be cut, to no effect."""
+        return shape[1]
+
     @abstractmethod
     def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:
         """The kernels in `levels` that the factors of the matrices are."""

@@ -132,6 +132,10 @@ class TiledSVD(MatrixDecomposition):
         grid = self._grid_over(shape)
         return unlower(grid.assemble(_patches(grid, matrices, shape[0])), shape)
 
+    def rows_apart(self, shape: Sequence[int]) -> int:  # noqa: D102
+        height = self._grid_over(shape).rows[0].length
+        return height if shape[1] % height == 0 else shape[1]
+
     def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
         grid, size = self._grid_over(shape), shape[3:]
         taps = math.prod(size)
