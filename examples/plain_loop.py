@@ -56,13 +56,13 @@ def main() -> None:
     data = load_digits()
     model = build_network()
     example = torch.zeros(2, 1, 8, 8)
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=4, example_input=example, skip_first_conv=True)
+    plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example, skip_first_conv=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     train(model, data)
     dense, untrained = (accuracy(n, data) for n in (model, dt.decompose(model, plan)))
 
-    twist = dt.DeepTwist(model, plan, interval=10)
+    twist = dt.DeepTwist(model, plan, interval=5)
     train(model, data, twist)
     small = twist.finish()
 
