@@ -2,7 +2,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,16 +15,22 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.benchmark.comparison import Comparison
+from deeptwist.distortion import Distortion
 from deeptwist.errors import DeepTwistError
 from deeptwist.report import wording, write_report
 from deeptwist.report.cases import cases_of, verdict
+from deeptwist.report.drawing import Plot
 from deeptwist.report.looks import looks_of
 from deeptwist.report.plots import plots_of
+from deeptwist.report.settings import settings
 from deeptwist.timing import Timing
 from deeptwist.training import records
-from deeptwist.training.records import Run, Summary, read_run
-from deeptwist.training.settings import Settings
+from deeptwist.training.evaluation import Evaluation
+from deeptwist.training.loop import DistortedAt, Epoch
+from deeptwist.training.recipe import make_recipe
+from deeptwist.training.records import Refined, Run, Summary, read_run
 
+LINE = re.compile(r'<path d="(M [^"]*)" clip-path="[^"]*" style="([^"]*)"')
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; $x$ \x07"
 
 
@@ -43,6 +49,15 @@ def small_plan(decomposition: dt.Decomposition) -> dt.Plan:
     )
 
 
+def make_recipe_values(*changes: str) -> dict[str, Any]:
+    return make_recipe({"model": "resnet20"}, changes).to_dict()
+
+
+REFINED = (
+    Refined("recalibrated", 0.87, 0.41, "model-recalibrated"),
+    Refined("tail", 0.95, 0.2, "model-tail"),
+)
+STEPS = ("schedule.kind=step", "schedule.milestones=[2, 4]")
 PLANS = {"tucker": small_plan(dt.Tucker()), "spatial_svd": small_plan(dt.SpatialSVD())}
 
 
@@ -72,7 +87,9 @@ def make_run(
         output_difference=3e-7 if mode == "deeptwist" else None,
         latency=None if decomposition is None else latency,
         latency_batch=None if decomposition is None else 16,
-        settings=asdict(Settings()),
+        refined=(),
+        recipe=make_recipe_values(f"mode={mode}"),
+        processes=1,
         machine="a machine",
         version="0.1.0",
     )
@@ -83,8 +100,9 @@ def make_run(
             "step": 390 * epoch,
             "train_loss": 1 / epoch,
             "test": {"loss": 1 / epoch, "accuracy": 0.7 + 0.02 * epoch},
-            "lr": 0.05,
+            "lr": 0.05 / epoch,
             "seconds": 1.0,
+            "images_per_second": 1000.0 + epoch,
         }
         for epoch in range(1, 7)
     ]
@@ -95,11 +113,22 @@ def make_run(
             "weight_shift": 1e-4 / 3**turn,
             "layer_shifts": {},
             "loss_increase": 2.0 / turn**2 if turn < 8 else None,
+            "lr": 0.05,
+            "seconds": 0.02 * turn,
+            "train": moments(1 / turn, 3 / turn),
+            "test": moments(1 / turn, 3 / turn, 0.7 + turn / 50, 0.5 + turn**2 / 300),
+            "iterations": 1,
+            "fallbacks": {},
         }
         for turn in range(1, 9)
     ]
-    run = Run(summary, epochs, distortions if mode == "deeptwist" else [], plan)
+    run = Run(summary, epochs, [] if mode in ("dense", "decomposed") else distortions, plan)
     return replace(run, summary=replace(summary, **changes))
+
+
+def moments(before: float, after: float, *accuracies: float) -> list[dict[str, float]]:
+    found = zip((before, after), accuracies or (0.5, 0.25), strict=True)
+    return [{"loss": loss, "accuracy": accuracy} for loss, accuracy in found]
 
 
 def pair(decomposition: str, **changes: Any) -> list[Run]:
@@ -206,12 +235,13 @@ def test_the_page_has_its_parts_in_order(whole: Page) -> None:
     assert [text.split(":")[0] for text in whole.texts["h2"]] == [
         "Results",
         "Plots",
+        "Training",
         "Layers",
         "Settings",
         "How to read this page",
     ]
     assert verdict(cases_of(RUNS)[0]) in whole.texts["p"][0]
-    assert len(whole.texts["figcaption"]) == len(whole.drawings) == 7
+    assert len(whole.texts["figcaption"]) == len(whole.drawings) == 9
     assert all(len(caption) > 40 for caption in whole.texts["figcaption"])
 
 
@@ -262,7 +292,8 @@ def test_hostile_names_are_only_names(page: Callable[..., Page]) -> None:
     assert not [key for _, attributes in found.elements for key in attributes if key[:2] == "on"]
     assert found.texts["h1"] == [HOSTILE]
     assert [row["run"] for row in found.rows()] == [HOSTILE, HOSTILE]
-    assert {text.strip() for text in found.texts["li"]} == {HOSTILE.strip()}
+    names = {text.strip() for text in found.texts["li"]}
+    assert names - {"just before", "just after"} == {HOSTILE.strip()}
 
 
 def test_a_name_that_is_no_text_does_no_harm(page: Callable[..., Page]) -> None:
@@ -276,8 +307,10 @@ def test_what_is_imported() -> None:
     code = (
         "import sys, deeptwist\n"
         "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
+        "import deeptwist.training.records\n"
+        "before = set(sys.modules)\n"
         "import deeptwist.report\n"
-        "assert not {'lightning', 'torchmetrics', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "assert not {'matplotlib.pyplot'} & (set(sys.modules) - before)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -388,6 +421,35 @@ def test_the_verdict(runs: list[Run], sentence: str) -> None:
 # --- plots
 
 
+@dataclass(frozen=True)
+class Polyline:
+    """A line of a drawing, in its coordinates: y grows downwards."""
+
+    points: tuple[tuple[float, float], ...]
+    color: str
+    dashed: bool
+
+
+def polylines(plot: Plot) -> list[Polyline]:
+    """The runs' lines, and marks across all of the height."""
+    found = []
+    for path, look in re.findall(
+        r'<path d="(M [^"]*)" clip-path="[^"]*" style="([^"]*)"', plot.svg
+    ):
+        color = re.search(r"stroke: var\(--([\w-]+)\)", look)
+        assert color is not None
+        if color[1] != "grid":
+            numbers = [float(number) for number in re.findall(r"[\d.]+", path)]
+            points = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+            found.append(Polyline(points, color[1], "dasharray" in look))
+    return found
+
+
+def plot_called(title: str, runs: list[Run]) -> Plot:
+    (plot,) = (p for p in plots_of(cases_of(runs)[0], "plot") if p.title.startswith(title))
+    return plot
+
+
 def titles(runs: list[Run]) -> list[str]:
     return [plot.title.split(":")[0] for plot in plots_of(cases_of(runs)[0], "plot")]
 
@@ -425,7 +487,8 @@ def test_every_run_is_in_the_keys(page: Callable[..., Page]) -> None:
 def test_values_that_no_axis_can_show() -> None:
     run = without_curves(make_run("a", "deeptwist", "tucker"))
     odd = [
-        {"step": step, "weight_shift": shift, "loss_increase": increase}
+        {**make_run("", "deeptwist").distortions[0], "train": [], "test": []}
+        | {"step": step, "weight_shift": shift, "loss_increase": increase}
         for step, shift, increase in [(1, 0.0, float("inf")), (2, 1e-9, float("nan")), (3, 1, -9.0)]
     ]
     assert len(titles([replace(run, distortions=odd)])) == 3
@@ -438,9 +501,17 @@ def test_many_runs_and_long_ones(page: Callable[..., Page]) -> None:
         for ratio in range(2, 9)
         for mode in ("deeptwist", "decomposed")
     ]
-    long = [{**runs[0].distortions[0], "step": step} for step in range(2000)]
+    long = [
+        {**runs[0].distortions[0], "step": step, "weight_shift": 2.0 + step % 7}
+        for step in range(2000)
+    ]
     runs[0] = replace(runs[0], distortions=long)
     found = page(*runs)
+    shift = plot_called("How far", runs[:1])
+    (line,) = polylines(shift)
+    assert 300 < len(set(line.points)) <= 400
+    assert "Of more than 400 distortions, evenly spaced ones are drawn." in shift.caption
+    assert "evenly spaced" not in plot_called("How far", RUNS).caption
     assert [row["run"] for row in found.rows()] == [run.summary.name for run in runs]
     assert len(found.html) < 500_000
 
@@ -460,6 +531,150 @@ def test_looks_differ_and_pairs_share_colour_and_marker() -> None:
             assert deeptwist.dashes != conventional.dashes
 
 
+def test_a_control_looks_like_no_other_run() -> None:
+    modes = ("deeptwist", "decomposed", "projection", "noise", "once")
+    looks = dict(zip(modes, looks_of([make_run(m, m, "tucker") for m in modes]), strict=True))
+    assert looks["deeptwist"].color == looks["decomposed"].color
+    assert len({look.color for look in looks.values()}) == 4
+    assert not any(looks[control].filled for control in modes[2:])
+
+
+def test_runs_that_differ_in_a_setting_alone_look_different() -> None:
+    looks = looks_of([make_run(f"{n}", "deeptwist", "tucker") for n in range(3)])
+    assert len({look.color for look in looks}) == 3
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["Training loss before and after each distortion", "Test accuracy before and after each"],
+)
+def test_before_is_a_line_and_after_a_dashed_one(title: str) -> None:
+    plot = plot_called(title, RUNS[:3])
+    (before,) = (line for line in polylines(plot) if not line.dashed)
+    (after,) = (line for line in polylines(plot) if line.dashed)
+    assert before.color == after.color == "series-0"
+    assert len(before.points) == len(after.points) == 8
+    better = -1 if "accuracy" in title else 1  # which is upwards in a drawing of accuracies
+    for (x, y), (other_x, other_y) in zip(before.points, after.points, strict=True):
+        assert x == other_x
+        assert better * y > better * other_y
+    assert [name for name, _ in plot.key] == ["deeptwist-tucker", "just before", "just after"]
+    assert "first 512 images" in plot.caption
+
+
+def test_before_and_after_need_images() -> None:
+    run = make_run("a", "deeptwist", "tucker")
+    unseen = [distortion | {"train": [], "test": []} for distortion in run.distortions]
+    assert not any("before" in title for title in titles([replace(run, distortions=unseen)]))
+
+
+def test_losses_far_apart_have_a_logarithmic_axis() -> None:
+    run = make_run("a", "deeptwist", "tucker")
+    title = "Training loss before and after"
+    assert "logarithmic" not in plot_called(title, [run]).caption
+    far = [d | {"train": moments(0.01, 10.0)} for d in run.distortions]
+    assert "logarithmic" in plot_called(title, [replace(run, distortions=far)]).caption
+    zero = [d | {"train": moments(0.0, 10.0)} for d in run.distortions]
+    assert "logarithmic" not in plot_called(title, [replace(run, distortions=zero)]).caption
+
+
+@pytest.mark.parametrize("title", ["Training loss before", "Test accuracy b", "What", "How far"])
+def test_drops_of_the_learning_rate_are_marked(title: str) -> None:
+    run = make_run("a", "deeptwist", "tucker", recipe=make_recipe_values(*STEPS))
+    plot = plot_called(title, [run])
+    marks = [line.points for line in polylines(plot) if line.color == "muted" and line.dashed]
+    xs = [x for (x, y), (other_x, _) in marks if x == other_x]
+    (line,) = (line for line in polylines(plot) if line.color == "series-0" and not line.dashed)
+    first, last = line.points[0][0], line.points[-1][0]
+    drawn = 200, 1600 if title != "What" else 1400  # the last ΔL/L is not known
+    per_step = (last - first) / (drawn[1] - drawn[0])
+    expected = [first + per_step * (step - 200) for step in (780, 1560) if step < drawn[1]]
+    assert xs == pytest.approx(expected, abs=0.05)
+    assert "the learning rate drops" in plot.caption
+    smooth = plot_called(title, [make_run("a", "deeptwist", "tucker")])
+    assert "the learning rate drops" not in smooth.caption
+
+
+def test_a_distortion_is_drawn_once() -> None:
+    run = make_run("a", "deeptwist", "tucker")
+    again = [*run.distortions, run.distortions[-1] | {"weight_shift": 1e-12}]
+    (line,) = polylines(plot_called("How far", [run]))
+    (repeated,) = polylines(plot_called("How far", [replace(run, distortions=again)]))
+    assert repeated == line
+
+
+# --- what comes of a run besides
+
+
+def test_refinements_are_rows_of_their_own(page: Callable[..., Page]) -> None:
+    recipe = make_recipe_values("recalibration=4", "tail.epochs=2")
+    plain = make_run("a", "deeptwist", "tucker")
+    run = make_run("a", "deeptwist", "tucker", refined=REFINED, recipe=recipe)
+    assert verdict(cases_of([run])[0]) == verdict(cases_of([plain])[0])
+    found = page(run)
+    _, own, *rows = found.tables[0]
+    assert own[4] == "86.41"
+    described = "batch norm's statistics taken anew on 4 training batches"
+    assert rows == [
+        ["recalibrated", described, "87.00", "−1.90", ""],
+        ["tail", "2 more epochs, of the factors", "95.00", "+6.10", ""],
+    ]
+    assert len([cell for cell in found.all("th") if "data-under" in cell]) == 2
+    assert "recalibrated, tail" in found.texts["dt"]
+    assert not [cell for cell in page(plain).all("th") if "data-under" in cell]
+
+
+def test_refinements_stand_beside_their_run() -> None:
+    plot = plot_called("Accuracy against", [make_run("a", "deeptwist", "tucker", refined=REFINED)])
+    assert [name for name, _ in plot.key] == ["a", "recalibrated", "tail"]
+    marks = re.findall(r'x="([\d.-]+)" y="([\d.-]+)" style="[^"]*series-0[^"]*"', plot.svg)
+    run, recalibrated, tail = sorted((float(x), float(y)) for x, y in marks)
+    assert run[0] < recalibrated[0] - 8 < tail[0] - 8
+    assert 0 < tail[1] < recalibrated[1] < run[1] < 216
+    assert [look.line for _, look in plot.key] == [True, False, False]
+    assert "in the table" not in plot_called("Accuracy against", RUNS).caption
+
+
+def test_controls_are_named_and_are_no_rivals(page: Callable[..., Page]) -> None:
+    runs = [
+        make_run(mode, mode, "tucker", accuracy=accuracy)
+        for mode, accuracy in (
+            ("deeptwist", 0.9),
+            ("decomposed", 0.8),
+            ("projection", 0.85),
+            ("noise", 0.84),
+            ("once", 0.83),
+        )
+    ]
+    assert "conventional fine-tuning at the same ratio has 80.0" in verdict(cases_of(runs)[0])
+    found = page(*map(without_curves, runs))
+    names = [row["mode"] for row in found.rows()]
+    assert names == [
+        "DeepTwist",
+        "conventional fine-tuning",
+        "control: projection at every step",
+        "control: random noise",
+        "control: decomposed once, at the end",
+    ]
+    assert set(names) <= set(found.texts["dt"])
+    caption = plot_called("Accuracy against", runs).caption
+    assert "DeepTwist (filled), conventional fine-tuning (hollow) or a control" in caption
+
+
+def test_training_says_how_fast(whole: Page) -> None:
+    rows = whole.rows(1)
+    assert [row["run"] for row in rows] == [run.summary.name for run in RUNS]
+    assert rows[1] == {
+        "run": "deeptwist-tucker",
+        "images per second": "1,004",
+        "learning rate": "0.05\xa0→\xa00.0083",
+        "distortions": "8",
+        "one takes, ms": "90.0",
+        "of the training time, %": "10.7",  # 0.72 s of 6.72
+    }
+    assert rows[2]["distortions"] == rows[2]["one takes, ms"] == "–"
+
+
 # --- layers and settings
 
 
@@ -468,7 +683,7 @@ def test_each_distinct_plan_has_one_table(whole: Page) -> None:
     assert whole.texts["summary"][0].strip() == (
         "Tucker, ratio 4×: deeptwist-tucker and decomposed-tucker"
     )
-    heading, first, second, linear, total = whole.tables[1]
+    heading, first, second, linear, total = whole.tables[2]
     plan = PLANS["tucker"]
     layer = plan.layers[1]
     assert heading[0] == "layer"
@@ -500,13 +715,58 @@ def test_settings_are_said_once_or_run_by_run(whole: Page, page: Callable[..., P
     assert (shared["machine"], shared["deeptwist"]) == ("a machine", "0.1.0")
     assert (shared["network"], shared["data"]) == ("resnet20", "digits")
 
-    seeds = [make_run(f"seed {n}", settings=asdict(Settings(seed=n)) | {"n": n}) for n in (1, 2)]
-    seeds.append(make_run("older", settings={"seed": 3}))
+    seeds = [
+        make_run(f"seed {n}", recipe=make_recipe_values(f"seed={n}") | {"n": n}) for n in (1, 2)
+    ]
+    seeds.append(make_run("other", recipe={"seed": 3}))
     found = page(*map(without_curves, seeds))
     assert "seed" not in found.texts["dt"]
     rows = found.rows(-1)
     assert [row["seed"] for row in rows] == ["1", "2", "3"]
     assert [row["n"] for row in rows] == ["1", "2", "–"]
+
+
+def settings_of(mode: str = "deeptwist", *changes: str, processes: int = 1) -> dict[str, str]:
+    recipe = make_recipe_values(f"mode={mode}", *changes)
+    run = make_run("a", mode, "tucker", recipe=recipe, processes=processes)
+    return dict(settings([run]).shared)
+
+
+def test_settings_are_named_and_defaults_that_say_nothing_left_out() -> None:
+    plain = settings_of()
+    assert not [name for name in plain if "." in name or "_" in name.replace("S_D", "")]
+    assert plain["interval S_D, steps between distortions"] == "200"
+    assert plain["learning rate falls"] == "by a cosine to zero"
+    assert plain["first convolution kept"] == "no"
+    silent = {"validation images held out", "label smoothing", "processes", "layers included"}
+    assert not silent & set(plain)
+
+    loud = settings_of(
+        "deeptwist",
+        "data.validation=100",
+        "label_smoothing=0.1",
+        "compression.include=[conv*, fc]",
+        "tail.epochs=1",
+        "fixed.min_in_channels=128",
+        *STEPS,
+        processes=2,
+    )
+    assert {name: loud[name] for name in silent} == {
+        "validation images held out": "100",
+        "label smoothing": "0.1",
+        "processes": "2",
+        "layers included": "conv*, fc",
+    }
+    assert (loud["tail, epochs"], loud["tail, learning rate at the start"]) == ("1", "0.01")
+    assert loud["fixed layers: fewest input channels compressed"] == "128"
+    assert loud["learning rate falls"] == "×0.1 after epochs 2 and 4"
+
+
+def test_settings_of_other_modes_are_left_out() -> None:
+    interval = "interval S_D, steps between distortions"
+    assert interval in settings_of("noise")
+    assert not any(interval in settings_of(mode) for mode in ("dense", "decomposed", "once"))
+    assert "first convolution kept" not in settings_of("dense")
 
 
 # --- wording
@@ -533,11 +793,22 @@ def test_numbers_are_said_plainly() -> None:
 
 
 def test_these_runs_are_what_a_folder_holds(tmp_path: Path) -> None:
-    run = make_run("a", "deeptwist", "tucker")
+    run = make_run("a", "deeptwist", "tucker", refined=REFINED)
     assert run.plan is not None
     run.summary.write(tmp_path)
     (tmp_path / records.PLAN).write_text(run.plan.to_json(), encoding="utf-8")
-    for line in [*run.epochs, *run.distortions]:
-        values = {key: value for key, value in line.items() if key != "event"}
-        records.append(tmp_path / records.METRICS, line["event"], values)
+    for epoch in run.epochs:
+        values = without(epoch, "event") | {"test": Evaluation(**epoch["test"])}
+        records.append(tmp_path / records.METRICS, Epoch(**values))
+    for line in run.distortions:
+        beside = {key: line[key] for key in ("lr", "seconds")} | {
+            split: tuple(Evaluation(**found) for found in line[split])
+            for split in ("train", "test")
+        }
+        distortion = Distortion(**without(line, "event", "train", "test", *beside))
+        records.append(tmp_path / records.METRICS, DistortedAt(distortion, **beside))
     assert read_run(tmp_path) == run
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deeptwist.report.wording import fewer, method_name, mode_name, percent
+from deeptwist.report.wording import METHOD_MODES, fewer, method_name, mode_name, percent
 from deeptwist.training.records import Run, Summary
 
 
@@ -93,11 +93,12 @@ def verdict(case: Case) -> str:
 
 
 def _rival(case: Case, best: Summary) -> Summary | None:
-    """The best run of the other mode that had the same decomposition, ratio and steps."""
+    """The best run, controls aside, of another mode and the same decomposition, ratio, steps."""
     rivals = [
         run.summary
         for run in case.compressed
-        if run.summary.mode != best.mode
+        if run.summary.mode in METHOD_MODES
+        and run.summary.mode != best.mode
         and (run.summary.decomposition, run.summary.ratio, run.summary.steps)
         == (best.decomposition, best.ratio, best.steps)
     ]

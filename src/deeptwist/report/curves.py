@@ -1,12 +1,13 @@
 """Runs as lines and markers on axes, each in its look."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from deeptwist.report.looks import MUTED, Look
 from deeptwist.training.records import Run
@@ -69,6 +70,25 @@ def draw_ratios(axes: Axes, lines: Iterable[Line]) -> None:
         x, y = zip(*sorted((*line.x, *line.y) for line in curve), strict=True)
         style = _linestyle(curve[0].look)
         axes.plot(x, y, color=MUTED, linewidth=0.9, linestyle=style, zorder=1.5)
+
+
+def draw_refined(axes: Axes, lines: Iterable[Line], looks: Mapping[str, Look]) -> None:
+    """Draws what comes of each run at its right, one column for each refinement."""
+    for line in lines:
+        for refined in line.run.summary.refined:
+            column = list(looks).index(refined.name)
+            aside = ScaledTranslation((11 + 8 * column) / 72, 0, axes.figure.dpi_scale_trans)
+            point = (line.x[-1], refined.accuracy * 100)
+            axes.plot(
+                *point,
+                color=line.look.color,
+                marker=looks[refined.name].marker.code,
+                markeredgewidth=1.4,
+                transform=axes.transData + aside,
+                clip_on=False,
+            )
+            axes.update_datalim([point])  # which matplotlib does not under such a transform
+            axes.autoscale_view()
 
 
 def _draw(axes: Axes, line: Line, **options: Any) -> None:

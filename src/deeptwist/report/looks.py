@@ -1,8 +1,10 @@
 """Which run gets which colour, dash and marker: the same in every plot of a case."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from deeptwist.report.wording import METHOD_MODES
 from deeptwist.training.records import Run
 
 # matplotlib wants a colour now, the page decides on it later (light, dark, print): these stand in
@@ -16,7 +18,7 @@ VARIABLES = {
     CARD: "var(--card)",
     **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES)},
 }
-DOTS, _DASHES = (1.0, 1.6), (4.0, 2.0)
+DOTS, DASHES, _DASHES_AND_DOTS = (1.0, 1.6), (4.0, 2.0), (4.0, 1.6, 1.0, 1.6)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ _MARKERS = (
 )
 
 
+_STROKES = (
+    Marker("+", "M-4 0h8M0-4v8"),
+    Marker("x", "M-3.4-3.4l6.8 6.8M3.4-3.4l-6.8 6.8"),
+    Marker("1", "M0 0v4.4M0 0l-4-2.4M0 0l4-2.4"),
+    Marker("2", "M0 0v-4.4M0 0l-4 2.4M0 0l4 2.4"),
+)
+
+
 @dataclass(frozen=True)
 class Look:
     """How a run is drawn.
@@ -49,12 +59,14 @@ class Look:
         marker: see `Marker`.
         filled: whether the marker is.
         dashes: of the line, on and off in turn; empty for a solid one.
+        line: whether there is one.
     """
 
     color: str
     marker: Marker
     filled: bool
     dashes: tuple[float, ...]
+    line: bool = True
 
     @property
     def variable(self) -> str:
@@ -71,24 +83,43 @@ def looks_of(runs: Sequence[Run]) -> list[Look]:
     """One look per run.
 
     DeepTwist and conventional fine-tuning of the same decomposition and ratio share colour and
-    marker; the line and the marker's inside tell them apart. With six colours and seven markers,
-    42 pairs look different.
+    marker; the line and the marker's inside tell them apart. A control has its own. With six
+    colours and seven markers, 42 pairs or controls look different.
     """
-    numbers: dict[tuple[str | None, float | None], int] = {}
+    numbers: dict[tuple[str | None, float | None, str, int], int] = {}
+    repeats: Counter[tuple[str | None, float | None, str]] = Counter()
     looks = []
     for run in runs:
-        if run.summary.mode == "dense":
+        summary = run.summary
+        if summary.mode == "dense":
             looks.append(Look(MUTED, _MARKERS[0], filled=True, dashes=DOTS))
             continue
-        pair = run.summary.decomposition, run.summary.ratio
+        alike = summary.decomposition, summary.ratio, summary.mode
+        control = "" if summary.mode in METHOD_MODES else summary.mode
+        pair = summary.decomposition, summary.ratio, control, repeats[alike]
+        repeats[alike] += 1
         number = numbers.setdefault(pair, len(numbers))
-        deeptwist = run.summary.mode == "deeptwist"
+        deeptwist = summary.mode == "deeptwist"
+        dashes = _DASHES_AND_DOTS if control else () if deeptwist else DASHES
         looks.append(
             Look(
                 color=_SERIES[number % len(_SERIES)],
                 marker=_MARKERS[number % len(_MARKERS)],
                 filled=deeptwist,
-                dashes=() if deeptwist else _DASHES,
+                dashes=dashes,
             )
         )
     return looks
+
+
+def refined_looks(names: Iterable[str]) -> dict[str, Look]:
+    """For each refinement a marker of strokes; its colour is that of the run that it came of."""
+    return {
+        name: Look(MUTED, _STROKES[number % len(_STROKES)], filled=False, dashes=(), line=False)
+        for number, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def before_and_after(look: Look) -> tuple[Look, Look]:
+    """A run's look just before a distortion, and just after it."""
+    return replace(look, filled=True, dashes=()), replace(look, filled=False, dashes=DASHES)

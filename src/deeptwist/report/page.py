@@ -1,16 +1,31 @@
 """The page: everything is put in words, tables and drawings first, the template only lays out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
-from deeptwist.report import tables
 from deeptwist.report.cases import cases_of, verdict
+from deeptwist.report.drawing import Plot
 from deeptwist.report.plots import plots_of
+from deeptwist.report.results import results, training
+from deeptwist.report.settings import settings
+from deeptwist.report.tables import Table, plans
 from deeptwist.training.records import Run
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page says of a case."""
+
+    name: str
+    verdict: str
+    results: Table
+    training: Table | None
+    plots: list[Plot]
 
 
 def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
@@ -41,12 +56,19 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
     page = environment.get_template("template.html.j2").render(
         title=title,
         parts=[
-            (case.name, verdict(case), tables.results(case), plots_of(case, f"plot{number}"))
+            Part(
+                case.name,
+                verdict(case),
+                results(case),
+                training(case),
+                plots_of(case, f"plot{number}"),
+            )
             for number, case in enumerate(cases)
         ],
-        plans=tables.plans(ordered),
-        settings=tables.settings(ordered),
+        plans=plans(ordered),
+        settings=settings(ordered),
         modes={run.summary.mode for run in runs},
+        refined={refined.name for run in runs for refined in run.summary.refined},
     )
     try:
         # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.

@@ -1,48 +1,21 @@
 """The plots of a case; each is left out where there is nothing to show."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter
 
 from deeptwist.benchmark.comparison import Comparison
 from deeptwist.report.cases import Case
-from deeptwist.report.curves import Line, draw_lines, draw_markers, draw_ratios, lines_of
-from deeptwist.report.looks import DOTS, INK, MUTED, Look, looks_of
+from deeptwist.report.curves import draw_lines, draw_markers, draw_ratios, draw_refined, lines_of
+from deeptwist.report.distortions import distortion_plots
+from deeptwist.report.drawing import Drawn, Plot, label, plot
+from deeptwist.report.looks import DOTS, INK, MUTED, Look, looks_of, refined_looks
 from deeptwist.report.svg import render
-from deeptwist.report.wording import (
-    listed,
-    milliseconds,
-    percent,
-    power_of_ten,
-    printable,
-    speed,
-)
+from deeptwist.report.wording import METHOD_MODES, listed, milliseconds, percent, printable, speed
 from deeptwist.training.records import Run, Summary
 
-_LINEAR_UP_TO = 0.5  # a ΔL/L beyond it would flatten all others on a linear axis
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot with its words.
-
-    Attributes:
-        title: what is plotted.
-        caption: what one sees, and how the axes are counted.
-        svg: the drawing.
-        key: the runs in it by name, with their looks; empty where the drawing names them.
-    """
-
-    title: str
-    caption: str
-    svg: Markup
-    key: tuple[tuple[str, Look], ...] = ()
-
-
-Drawn = Sequence[tuple[Run, Look]]
+_REFINED = " At a run's right, in its colour: the networks under it in the table."
 
 
 def plots_of(case: Case, prefix: str) -> list[Plot]:
@@ -57,8 +30,7 @@ def plots_of(case: Case, prefix: str) -> list[Plot]:
         _accuracy_against_compression(case, drawn, f"{prefix}-compression"),
         _test_accuracy(drawn, f"{prefix}-accuracy"),
         _train_loss(drawn, f"{prefix}-loss"),
-        _loss_increase(drawn, f"{prefix}-increase"),
-        _weight_shift(drawn, f"{prefix}-shift"),
+        *distortion_plots(drawn, prefix),
         _latency(drawn, f"{prefix}-latency"),
         _relative_errors(drawn, f"{prefix}-errors"),
     )
@@ -71,6 +43,9 @@ def _accuracy_against_compression(case: Case, drawn: Drawn, name: str) -> Plot |
         return None
     compressed = [(run, look) for run, look in drawn if run.summary.mode != "dense"]
     lines = lines_of(compressed, lambda run: [_compression_and_accuracy(run.summary)])
+    refined = refined_looks(
+        refined.name for run in case.compressed for refined in run.summary.refined
+    )
 
     def paint(axes: Axes) -> None:
         axes.axhline(dense * 100, color=MUTED, linestyle=(0, DOTS))
@@ -84,6 +59,7 @@ def _accuracy_against_compression(case: Case, drawn: Drawn, name: str) -> Plot |
         )
         draw_ratios(axes, lines)
         draw_markers(axes, lines)
+        draw_refined(axes, lines, refined)
         axes.margins(y=0.12)
         across = [x for line in lines for x in line.x]
         axes.set_xlim(0.8 * min(across), 1.12 * max(across))
@@ -91,15 +67,17 @@ def _accuracy_against_compression(case: Case, drawn: Drawn, name: str) -> Plot |
         axes.set_xlabel("dense ÷ decomposed parameters")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
 
-    return _plot(
+    return plot(
         "Accuracy against compression",
         f"Each marker is one run with {_modes(case.compressed)}, at the accuracy of the network "
         "that it would deploy: further right is smaller, higher is better. The dotted line is the "
         f"dense network, {percent(dense)}. Across: parameters of the whole dense network ÷ "
-        "those of the decomposed one. The accuracy axis need not begin at zero.",
+        "those of the decomposed one. The accuracy axis need not begin at zero."
+        + (_REFINED if refined else ""),
         lines,
         paint,
         name,
+        also=refined.items(),
     )
 
 
@@ -108,17 +86,17 @@ def _test_accuracy(drawn: Drawn, name: str) -> Plot | None:
         drawn, lambda run: [(e["epoch"], 100 * e["test"]["accuracy"]) for e in run.epochs]
     )
     caption = "One line a run: the share of test images that are recognised after each epoch."
-    if any(run.summary.mode == "deeptwist" for run, _ in drawn):
+    if any(run.distortions for run, _ in drawn):
         caption += (
-            " In DeepTwist mode these are the weights as training left them, some steps after the "
-            "last distortion; what is deployed is decomposed once more, and its accuracy is in the "
-            "table above."
+            " Where weights are distorted, these are the weights as training left them, some steps "
+            "after the last distortion; what is deployed is decomposed once more, and its accuracy "
+            "is in the table above."
         )
 
     def paint(axes: Axes) -> None:
         draw_lines(axes, lines, x="epoch", y="test accuracy, %")
 
-    return _plot("Test accuracy while training", caption, lines, paint, name)
+    return plot("Test accuracy while training", caption, lines, paint, name)
 
 
 def _train_loss(drawn: Drawn, name: str) -> Plot | None:
@@ -127,61 +105,10 @@ def _train_loss(drawn: Drawn, name: str) -> Plot | None:
     def paint(axes: Axes) -> None:
         draw_lines(axes, lines, x="epoch", y="cross-entropy")
 
-    return _plot(
+    return plot(
         "Training loss",
         "One line a run: the mean cross-entropy over the epoch's images, augmented, each taken "
         "before the step that learns from it.",
-        lines,
-        paint,
-        name,
-    )
-
-
-def _loss_increase(drawn: Drawn, name: str) -> Plot | None:
-    lines = lines_of(drawn, lambda run: [(d["step"], d["loss_increase"]) for d in run.distortions])
-    furthest = max((abs(y) for line in lines for y in line.y), default=0.0)
-    linear = furthest <= _LINEAR_UP_TO
-
-    def paint(axes: Axes) -> None:
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-        if not linear:
-            axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        draw_lines(axes, lines, x="optimizer step", y="ΔL/L")
-
-    return _plot(
-        "What a distortion costs: ΔL/L",
-        "At each distortion, how much the training loss on a fixed batch rises, as a share of the "
-        "loss just before (1 is a doubling; Figure 4 of the paper). Near zero, the weights have "
-        "come to where low rank costs nothing."
-        + ("" if linear else " The upright axis is linear up to ±0.1 and logarithmic beyond."),
-        lines,
-        paint,
-        name,
-    )
-
-
-def _weight_shift(drawn: Drawn, name: str) -> Plot | None:
-    lines = lines_of(
-        drawn,
-        lambda run: [(d["step"], d["weight_shift"]) for d in run.distortions if d["weight_shift"]],
-    )
-
-    def paint(axes: Axes) -> None:
-        axes.set_yscale("log")
-        heights = [y for line in lines for y in line.y]
-        few_decades = max(heights) < 50 * min(heights)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        draw_lines(axes, lines, x="optimizer step", y="Δw")
-
-    return _plot(
-        "How far a distortion moves the weights: Δw",
-        "At each distortion, the last one at the end of training included, the distance from the "
-        "weights to their low-rank approximation: Δw = ‖W − W′‖ ÷ N over all N compressed weights "
-        "(Figure 4 of the paper). Falling, the weights stay closer to low rank in between. "
-        "The upright axis is logarithmic.",
         lines,
         paint,
         name,
@@ -219,7 +146,7 @@ def _latency(drawn: Drawn, name: str) -> Plot | None:
         render(
             paint,
             name=name,
-            label=_label(title, [summary.name for summary, _, _ in timed]),
+            label=label(title, [summary.name for summary, _, _ in timed]),
             height=0.75 + 0.56 * len(timed),
         ),
     )
@@ -261,7 +188,7 @@ def _relative_errors(drawn: Drawn, name: str) -> Plot | None:
         draw_lines(axes, lines, x="layer, as numbered in its table below", y="‖W − W′‖ ÷ ‖W‖")
         axes.set_ylim(0, 1.08 * max(y for line in lines for y in line.y) or 1)
 
-    return _plot(
+    return plot(
         "Relative error of each layer",
         "How much of each layer's weights its approximation misses before any training: 0 is "
         "exact, 1 is all of it. Layers that are kept have no point. Runs with the same plan share "
@@ -272,27 +199,15 @@ def _relative_errors(drawn: Drawn, name: str) -> Plot | None:
     )
 
 
-def _plot(
-    title: str, caption: str, lines: Sequence[Line], paint: Callable[[Axes], None], name: str
-) -> Plot | None:
-    if not lines:
-        return None
-    svg = render(paint, name=name, label=_label(title, [line.name for line in lines]))
-    return Plot(title, caption, svg, tuple((line.name, line.look) for line in lines))
-
-
-def _label(title: str, names: Sequence[str]) -> str:
-    return f"{title}; runs: {listed([printable(name, 48) for name in names])}"
-
-
 def _compression_and_accuracy(summary: Summary) -> tuple[float, float]:
     return summary.parameters_before / summary.parameters, summary.accuracy * 100
 
 
 def _modes(runs: Sequence[Run]) -> str:
-    words = {
-        "deeptwist": "DeepTwist (filled)",
-        "decomposed": "conventional fine-tuning (hollow)",
-    }
     present = {run.summary.mode for run in runs}
-    return listed([word for mode, word in words.items() if mode in present], "or")
+    words = {
+        "DeepTwist (filled)": "deeptwist" in present,
+        "conventional fine-tuning (hollow)": "decomposed" in present,
+        "a control (hollow, in a colour of its own)": not present <= set(METHOD_MODES),
+    }
+    return listed([word for word, there in words.items() if there], "or")

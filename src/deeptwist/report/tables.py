@@ -1,26 +1,10 @@
-"""The tables: results, every layer of a plan, and what the runs were set to."""
+"""What a table is made of, and the table of every layer of a plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
 
 from deeptwist.planning import Plan, PlannedLayer
-from deeptwist.report.cases import Case
-from deeptwist.report.wording import (
-    NBSP,
-    NONE,
-    decomposition_name,
-    fewer,
-    file_size,
-    listed,
-    milliseconds,
-    mode_name,
-    percent,
-    points,
-    speed,
-)
-from deeptwist.timing import Timing
+from deeptwist.report.wording import NONE, decomposition_name, fewer, listed
 from deeptwist.training.records import Run, Summary
 
 
@@ -34,12 +18,21 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, with a smaller second line and a tooltip where they are not empty."""
+    """What stands in a cell.
+
+    Attributes:
+        text: the first line.
+        note: a smaller second line, if any.
+        tooltip: more on it, if any.
+        span: columns that it takes.
+        under: whether the row that it begins belongs to the one above it.
+    """
 
     text: str
     note: str = ""
     tooltip: str = ""
     span: int = 1
+    under: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,29 +62,6 @@ class PlanTable:
     table: Table
 
 
-@dataclass(frozen=True)
-class SettingsTable:
-    """What all runs share, and a table of what they do not."""
-
-    shared: tuple[tuple[str, str], ...]
-    differing: Table | None
-
-
-_RESULTS = (
-    Column("run", words=True),
-    Column("mode", words=True),
-    Column("decomposition", words=True),
-    Column("ratio asked"),
-    Column("accuracy, %"),
-    Column("change, points"),
-    Column("decomposed, untrained, %"),
-    Column("parameters"),
-    Column("MACs"),
-    Column("file"),
-    Column("latency, ms"),
-    Column("steps"),
-    Column("minutes"),
-)
 _LAYERS = (
     Column("layer", words=True),
     Column("no."),
@@ -104,73 +74,6 @@ _LAYERS = (
     Column("after"),
     Column("relative error"),
 )
-_SETTINGS = {
-    "batch_size": "batch size",
-    "lr": "learning rate at the start",
-    "weight_decay": "weight decay",
-    "interval": "interval S_D, steps between distortions",
-    "version": "deeptwist",
-}
-
-
-def results(case: Case) -> Table:
-    """One row per run, with a rule between decompositions."""
-    groups = groupby(case.runs, key=lambda run: run.summary.decomposition)
-    return Table(
-        f"Results: {case.name}",
-        "On the test images after the last epoch, with the network that would be deployed. "
-        "Change: against the dense network that the run started from.",
-        _RESULTS,
-        tuple(tuple(_result(run.summary) for run in group) for _, group in groups),
-    )
-
-
-def _result(summary: Summary) -> tuple[Cell, ...]:
-    dense = summary.mode == "dense"
-    untrained, difference = summary.accuracy_untrained, summary.output_difference
-    about = f"test loss {summary.loss:.3f}"
-    if difference is not None:
-        about += f"; decomposed and distorted outputs differ by {difference:.1e}, relatively"
-    return (
-        Cell(summary.name),
-        Cell(mode_name(summary)),
-        Cell(decomposition_name(summary)),
-        Cell(NONE if summary.ratio is None else f"{summary.ratio:g}×"),
-        Cell(f"{summary.accuracy * 100:.2f}", tooltip=about),
-        Cell(
-            points(summary.accuracy - summary.accuracy_before),
-            tooltip=f"it started from {percent(summary.accuracy_before)}",
-        ),
-        Cell(NONE if untrained is None else f"{untrained * 100:.2f}"),
-        _count(summary.parameters_before, summary.parameters, dense),
-        _count(summary.macs_before, summary.macs, dense),
-        Cell(file_size(summary.bytes), tooltip=f"{summary.bytes:,} bytes"),
-        _latency(summary),
-        Cell(f"{summary.steps:,}"),
-        Cell(f"{summary.seconds / 60:.1f}", tooltip=f"{summary.seconds:,.0f} seconds"),
-    )
-
-
-def _count(before: int, after: int, dense: bool) -> Cell:
-    return Cell(f"{after:,}", "" if dense else fewer(before, after), f"{before:,} → {after:,}")
-
-
-def _latency(summary: Summary) -> Cell:
-    latency = summary.latency
-    if latency is None:
-        return Cell(NONE)
-    sides = ("dense", latency.dense), ("decomposed", latency.decomposed)
-    return Cell(
-        f"{milliseconds(latency.dense.median)}{NBSP}→{NBSP}{milliseconds(latency.decomposed.median)}",
-        speed(latency.speedup),
-        "; ".join(f"{side}: {_quartiles(timing)}" for side, timing in sides)
-        + f" for a batch of {summary.latency_batch}",
-    )
-
-
-def _quartiles(timing: Timing) -> str:
-    lower, median, upper = map(milliseconds, (timing.lower, timing.median, timing.upper))
-    return f"median {median} ms, quartiles {lower} to {upper}"
 
 
 def plans(runs: Sequence[Run]) -> list[PlanTable]:
@@ -236,37 +139,3 @@ def _layer(plan: Plan, layer: PlannedLayer, number: int) -> tuple[Cell, ...]:
         Cell(f"{plan.layer_macs(layer, factored=True):,}"),
         Cell(NONE if error is None else f"{error:.3f}"),
     )
-
-
-def settings(runs: Sequence[Run]) -> SettingsTable:
-    """Settings, machine and version: once where all runs share them, else run by run."""
-    values = [_settings(run.summary) for run in runs]
-    keys = list(dict.fromkeys(key for value in values for key in value))
-    differing = [key for key in keys if len({value.get(key, NONE) for value in values}) > 1]
-    rows = tuple(
-        (Cell(run.summary.name), *(Cell(value.get(key, NONE)) for key in differing))
-        for run, value in zip(runs, values, strict=True)
-    )
-    columns = (Column("run", words=True), *(Column(key, words=True) for key in differing))
-    differences = Table("Settings", "What the runs differ in.", columns, (rows,))
-    return SettingsTable(
-        shared=tuple((key, values[0].get(key, NONE)) for key in keys if key not in differing),
-        differing=differences if differing else None,
-    )
-
-
-def _settings(summary: Summary) -> dict[str, str]:
-    everything = {
-        "network": summary.model,
-        "data": summary.data,
-        **summary.settings,
-        "machine": summary.machine,
-        "version": summary.version,
-    }
-    return {_SETTINGS.get(key, key): _plain(value) for key, value in everything.items()}
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,15 @@ from deeptwist.training.records import Summary
 
 NBSP = "\N{NO-BREAK SPACE}"
 NONE = "–"
-_MODES = {"dense": "dense", "deeptwist": "DeepTwist", "decomposed": "conventional fine-tuning"}
+METHOD_MODES = ("deeptwist", "decomposed")
+_MODES = {
+    "dense": "dense",
+    "deeptwist": "DeepTwist",
+    "decomposed": "conventional fine-tuning",
+    "projection": "control: projection at every step",
+    "noise": "control: random noise",
+    "once": "control: decomposed once, at the end",
+}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -32,6 +40,21 @@ def method_name(summary: Summary) -> str:
     if summary.decomposition is None:
         return mode_name(summary)
     return f"{mode_name(summary)}, {decomposition_name(summary)}"
+
+
+def refinement(summary: Summary, name: str) -> str:
+    """What was done besides to a run's network, from what its recipe says of it."""
+    recipe = summary.recipe
+    epochs = (recipe.get("tail") or {}).get("epochs")
+    images = recipe.get("data", {}).get("validation")
+    said = {
+        "recalibrated": f"batch norm's statistics taken anew on {recipe.get('recalibration')} "
+        "training batches",
+        "moving average": f"of the weights while training, decay {recipe.get('ema')}",
+        "best on validation": f"chosen while training on {images} images held out",
+        "tail": f"{epochs} more epoch{'' if epochs == 1 else 's'}, of the factors",
+    }
+    return said.get(name, "")
 
 
 def percent(share: float) -> str:
