@@ -23,8 +23,9 @@ from deeptwist.machine import describe_machine
 from deeptwist.models import build_model
 from deeptwist.timing import median_ratio
 from deeptwist.training.evaluation import Probe
-from deeptwist.training.loop import DistortedAt, Hooks, Record, Training
+from deeptwist.training.loop import Hooks, Training
 from deeptwist.training.recipe import make_recipe
+from deeptwist.training.records import DistortedAt, Record
 
 MODEL, BATCH, INTERVAL, IMAGES = "resnet32", 128, 200, 512
 TILES = {"decomposition": "tiled_svd", "tile": [64, 64], "ratio": 4, "skip_first_conv": True}

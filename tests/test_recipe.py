@@ -132,7 +132,11 @@ def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
 def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
     model, x = build_model("resnet20"), torch.zeros(2, 3, 32, 32)
     compression = CompressionRecipe(
-        decomposition="tucker", fraction=0.5, skip_first_conv=True, linear=False, exclude=("layer3*",)
+        decomposition="tucker",
+        fraction=0.5,
+        skip_first_conv=True,
+        linear=False,
+        exclude=("layer3*",),
     )
     made = plan(
         model,

@@ -25,10 +25,16 @@ from deeptwist.report.plots import plots_of
 from deeptwist.report.settings import settings
 from deeptwist.timing import Timing
 from deeptwist.training import records
-from deeptwist.training.evaluation import Evaluation
-from deeptwist.training.loop import DistortedAt, Epoch
 from deeptwist.training.recipe import make_recipe
-from deeptwist.training.records import Refined, Run, Summary, read_run
+from deeptwist.training.records import (
+    DistortedAt,
+    Epoch,
+    Evaluation,
+    Refined,
+    Run,
+    Summary,
+    read_run,
+)
 
 LINE = re.compile(r'<path d="(M [^"]*)" clip-path="[^"]*" style="([^"]*)"')
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; $x$ \x07"

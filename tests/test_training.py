@@ -16,9 +16,8 @@ import deeptwist as dt
 from deeptwist.data import Dataset, Split, load_digits, normalize
 from deeptwist.training.evaluation import evaluate
 from deeptwist.training.job import Job, prepare, run
-from deeptwist.training.loop import DistortedAt, Epoch, Record
 from deeptwist.training.recipe import Mode, Recipe, make_recipe
-from deeptwist.training.records import read_run
+from deeptwist.training.records import DistortedAt, Epoch, Record, read_run
 from deeptwist.training.refinements import recalibrated
 
 SHORT = {
@@ -196,7 +195,9 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
         run(job_of(digits, mode=mode), tmp_path / mode, on_record=records.append)
         first_losses[mode] = next(r.train_loss for r in records if isinstance(r, Epoch))
     assert steps_of(tmp_path / "dense") == steps_of(tmp_path / "decomposed") == []
-    assert steps_of(tmp_path / "deeptwist") == steps_of(tmp_path / "noise") == [4, 8, 12, 16, 20, 22]
+    assert (
+        steps_of(tmp_path / "deeptwist") == steps_of(tmp_path / "noise") == [4, 8, 12, 16, 20, 22]
+    )
     assert steps_of(tmp_path / "projection") == [*range(1, 23), 22]
     assert steps_of(tmp_path / "once") == [22]
     # Without distortions on the way, 'once' trains as 'dense' does; noise is not a distortion.

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,22 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from deeptwist.data import Dataset, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection import evaluating
+from deeptwist.training.records import Evaluation
 
 _BATCH = 500
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The mean cross-entropy, and the share of images whose first guess is right (0 to 1)."""
+def as_input(images: Tensor, model: nn.Module, data: Dataset) -> Tensor:
+    """Stored pixels as what a model takes: normalised, of its type, on its device, channels_last.
 
-    loss: float
-    accuracy: float
+    Args:
+        images: uint8 (B, C, H, W).
+        model: whose first parameter says which type and device.
+        data: says how pixels are normalised.
+    """
+    first = next(model.parameters())
+    x = normalize(images.to(first.device), data.mean, data.std)
+    return x.to(first.dtype, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -46,13 +51,10 @@ def evaluate(
         DeepTwistError: if the model cannot run on the images, or its outputs are not one logit
             per class.
     """
-    device = next(model.parameters()).device
     outputs = []
     with evaluating(model):
         for some, _ in batches(Split(images, labels), _BATCH, generator=None):
-            x = normalize(some.to(device), data.mean, data.std).to(
-                memory_format=torch.channels_last
-            )
+            x = as_input(some, model, data)
             try:
                 outputs.append(model(x).float())
             except RuntimeError as error:
@@ -61,7 +63,7 @@ def evaluate(
                     f"{tuple(x.shape[1:])}: {first_line(error)}"
                 ) from error
             on_batch()
-    logits, targets = torch.cat(outputs), labels.to(device)
+    logits, targets = torch.cat(outputs), labels.to(outputs[0].device)
     if logits.shape != (len(labels), len(data.classes)):
         raise DeepTwistError(
             f"the model gives outputs of shape {tuple(logits.shape[1:])}, "

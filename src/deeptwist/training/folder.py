@@ -14,8 +14,9 @@ from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import write_text
 from deeptwist.training import records
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
-from deeptwist.training.loop import Epoch, Hooks, Record, Training
+from deeptwist.training.loop import Hooks, Training
 from deeptwist.training.recipe import Recipe
+from deeptwist.training.records import Epoch, Record
 
 _LOCK, _BOARD = ".lock", "tensorboard"
 
@@ -125,12 +126,14 @@ def claimed(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) -> Iter
         raise DeepTwistError(f"{path} is in use by another process: wait for it") from None
     except OSError as error:
         raise DeepTwistError(f"cannot write {path}: {error.strerror}") from None
-    with lock:
+    try:
         _check(path, recipe, resume=resume)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_text(path / records.RECIPE, text)
         fabric.barrier()
         yield
+    finally:
+        lock.release()
 
 
 def _check(path: Path, recipe: Recipe, *, resume: bool) -> None:

@@ -1,6 +1,7 @@
 """The whole job: train as a recipe says, evaluate what is deployed, keep it with its records."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deeptwist._version import __version__
 from deeptwist.artefact import WEIGHTS, save
 from deeptwist.benchmark.comparison import Comparison, compare
-from deeptwist.data import Dataset, Split, normalize
+from deeptwist.data import Dataset, Split
 from deeptwist.decompositions import SVD
 from deeptwist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
@@ -28,11 +29,11 @@ from deeptwist.planning import Plan
 from deeptwist.planning import plan as make_plan
 from deeptwist.training import records
 from deeptwist.training.controls import RandomNoise
-from deeptwist.training.evaluation import evaluate
+from deeptwist.training.evaluation import as_input, evaluate
 from deeptwist.training.folder import Folder, claimed
-from deeptwist.training.loop import Record, Training, steps_per_epoch
+from deeptwist.training.loop import Training, steps_per_epoch
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
-from deeptwist.training.records import Refined, Summary, read_run
+from deeptwist.training.records import Record, Refined, Summary, read_run
 from deeptwist.training.refinements import recalibrated
 
 _TAIL = "tail"
@@ -81,13 +82,13 @@ def prepare(recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None
             so, or more images are held out than there are.
     """
     shape = data.train.images.shape[1:]
-    example = torch.zeros(2, *shape)
     if model is None:
         torch.manual_seed(recipe.seed)
         channels = None if shape[0] == 3 else int(shape[0])  # 3 is what networks take by themselves
         model = build_model(recipe.model, num_classes=len(data.classes), in_channels=channels)
         if recipe.weights is not None:
             load_weights(model, recipe.weights)
+    example = torch.zeros(2, *shape).to(next(model.parameters()))
     if recipe.fixed is not None:
         model = _fixed(model, recipe.fixed.make_plan(model, example))
     if recipe.mode == "dense":  # its plan says what it costs
@@ -222,6 +223,7 @@ def _launched(recipe: Recipe) -> Fabric:
     """Fabric, with one process or with all those that ``torchrun`` started."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it tells of its precision
     fabric = Fabric(
         accelerator="auto",
         devices=here,
@@ -255,8 +257,7 @@ def _hold_out(data: Dataset, count: int) -> tuple[Dataset, Split | None]:
 
 def _twist(job: Job) -> DeepTwist:
     recipe, data = job.recipe, job.data
-    example = normalize(data.test.images[:8], data.mean, data.std)
-    example = example.to(next(job.model.parameters()).device)
+    example = as_input(data.test.images[:8], job.model, data)
     interval = {"projection": 1, "once": job.steps + 1}.get(recipe.mode, recipe.interval)
     attach = partial(RandomNoise, seed=recipe.seed) if recipe.mode == "noise" else DeepTwist
     return attach(job.model, job.plan, interval, tolerance=recipe.tolerance, example_input=example)
@@ -289,9 +290,7 @@ def _refined(fabric: Fabric, job: Job, folder: Path, name: str, network: nn.Modu
 def _latency(job: Job, final: nn.Module, batch: int | None) -> Comparison | None:
     if batch is None:
         return None
-    x = normalize(job.data.test.images[:batch], job.data.mean, job.data.std)
-    device = next(final.parameters()).device
-    return compare(job.model, final, x.to(device, memory_format=torch.channels_last))
+    return compare(job.model, final, as_input(job.data.test.images[:batch], final, job.data))
 
 
 def _file(dense: bool, suffix: str) -> str:

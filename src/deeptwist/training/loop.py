@@ -20,67 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from deeptwist.data import Dataset, Split, augment, normalize
-from deeptwist.distortion import DeepTwist, Distortion
+from deeptwist.data import Dataset, Split, augment
+from deeptwist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.evaluation import Evaluation, Probe, evaluate
+from deeptwist.training.evaluation import Probe, as_input, evaluate
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
+from deeptwist.training.records import DistortedAt, Epoch, Record
 
 T = TypeVar("T")
 
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one pass over the training split came to.
-
-    Attributes:
-        epoch: from 1.
-        step: optimizer steps so far.
-        train_loss: mean over the epoch's images, augmented, before each step.
-        test: on the test split with the weights as training left them, so in DeepTwist mode
-            not on low-rank ones.
-        lr: the learning rate at the end.
-        seconds: of training alone, distortions not counted.
-        images_per_second: trained on in that time.
-    """
-
-    epoch: int
-    step: int
-    train_loss: float
-    test: Evaluation
-    lr: float
-    seconds: float
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class DistortedAt:
-    """A distortion during training, with the network just before and just after it.
-
-    Attributes:
-        distortion: what it changed.
-        lr: the learning rate.
-        seconds: of the distortion alone.
-        train: before and after, on the training split's first images, not augmented; empty where
-            none are recorded.
-        test: the same on the test split.
-    """
-
-    distortion: Distortion
-    lr: float
-    seconds: float
-    train: tuple[Evaluation, ...] = ()
-    test: tuple[Evaluation, ...] = ()
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps before it."""
-        return self.distortion.step
-
-
-Record = Epoch | DistortedAt
 
 
 @dataclass(frozen=True)
@@ -276,7 +225,7 @@ class Training:
             generator=_generator(self._recipe.seed, _AUGMENTATION, self.step),
             share=(self._fabric.global_rank, self._fabric.world_size),
         )
-        x = normalize(images, self._data.mean, self._data.std).to(memory_format=torch.channels_last)
+        x = as_input(images, self._model, self._data)
         logits = self._wrapped(x)
         loss = functional.cross_entropy(
             logits, labels.to(x.device), label_smoothing=self._recipe.label_smoothing

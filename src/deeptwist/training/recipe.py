@@ -260,7 +260,9 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise DeepTwistError(f"cannot read recipe '{path}': {error}") from None
     except yaml.YAMLError as error:
-        raise DeepTwistError(f"recipe '{path}' is no YAML: {' '.join(str(error).split())}") from None
+        raise DeepTwistError(
+            f"recipe '{path}' is no YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise DeepTwistError(f"recipe '{path}' holds a {type(values).__name__}, not keys: values")
     return make_recipe(values, changes)

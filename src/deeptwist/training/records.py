@@ -11,15 +11,75 @@ from pathlib import Path
 from typing import Any
 
 from deeptwist.benchmark.comparison import Comparison
+from deeptwist.distortion import Distortion
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
 from deeptwist.planning import Plan
 from deeptwist.timing import Timing
-from deeptwist.training.loop import DistortedAt, Epoch, Record
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
 ARTEFACT = "model"
 DENSE_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean cross-entropy, and the share of images whose first guess is right (0 to 1)."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training split came to.
+
+    Attributes:
+        epoch: from 1.
+        step: optimizer steps so far.
+        train_loss: mean over the epoch's images, augmented, before each step.
+        test: on the test split with the weights as training left them, so in DeepTwist mode
+            not on low-rank ones.
+        lr: the learning rate at the end.
+        seconds: of training alone, distortions not counted.
+        images_per_second: trained on in that time.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    test: Evaluation
+    lr: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class DistortedAt:
+    """A distortion during training, with the network just before and just after it.
+
+    Attributes:
+        distortion: what it changed.
+        lr: the learning rate.
+        seconds: of the distortion alone.
+        train: before and after, on the training split's first images, not augmented; empty where
+            none are recorded.
+        test: the same on the test split.
+    """
+
+    distortion: Distortion
+    lr: float
+    seconds: float
+    train: tuple[Evaluation, ...] = ()
+    test: tuple[Evaluation, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps before it."""
+        return self.distortion.step
+
+
+Record = Epoch | DistortedAt
 
 
 @dataclass(frozen=True)
@@ -109,8 +169,8 @@ class Run:
 
     Attributes:
         summary: see `Summary`.
-        epochs: one dictionary per epoch, see `training.loop.Epoch`.
-        distortions: one per distortion, see `training.loop.DistortedAt`; what `Distortion` holds
+        epochs: one dictionary per epoch, see `Epoch`.
+        distortions: one per distortion, see `DistortedAt`; what `Distortion` holds
             is at the top.
         plan: none for a dense run.
     """

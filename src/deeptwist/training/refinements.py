@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deeptwist.data import Dataset, Split, batches, normalize
+from deeptwist.data import Dataset, Split, batches
+from deeptwist.training.evaluation import as_input
 
 
 @torch.no_grad()
@@ -27,12 +28,10 @@ def recalibrated(model: nn.Module, data: Dataset, num_batches: int, batch_size: 
         module.reset_running_stats()
         module.momentum = None  # the plain mean over all that it sees
         module.train()
-    device = next(model.parameters()).device
     seen = slice(num_batches * batch_size)
     some = Split(data.train.images[seen], data.train.labels[seen])
     for images, _ in batches(some, batch_size, generator=None):
-        x = normalize(images.to(device), data.mean, data.std)
-        model(x.to(memory_format=torch.channels_last))
+        model(as_input(images, model, data))
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum
     return model.eval()
