@@ -106,6 +106,19 @@ def test_augmentation_follows_its_generator() -> None:
     assert torch.equal(torch.random.get_rng_state(), global_state)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_of_a_batch_are_augmented_as_in_the_whole(world: int) -> None:
+    images = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8)
+
+    def augmented(some: Tensor, share: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return augment(some, padding=2, flip=True, generator=generator, share=share)
+
+    whole = augmented(images, (0, 1))
+    for rank in range(world):
+        assert torch.equal(augmented(images[rank::world], (rank, world)), whole[rank::world])
+
+
 def test_normalize_against_its_formula() -> None:
     images = random_images(4, 3, 5, 5)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

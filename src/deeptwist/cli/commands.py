@@ -1,6 +1,7 @@
 """The commands: words to calls. Heavy imports wait inside, so that help answers at once."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -168,6 +169,8 @@ def train(
     job = prepare(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", job.steps) as advance:
         summary = run(job, out, resume=resume, on_step=advance)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process speaks for all
+        return
     if as_json:
         print(json.dumps(asdict(summary)))
     else:

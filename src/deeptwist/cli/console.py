@@ -1,5 +1,6 @@
 """What a person sees: tables on standard output, progress on standard error."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error, if that is a terminal; gives the call that moves it."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one bar a torchrun
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,1 +1,1 @@
-"""The training system: settings, the loop, evaluation, and the whole job with its records."""
+"""The training system: recipes, the loop, evaluation, and the whole job with its records."""

@@ -129,10 +129,7 @@ def run(
         return read_run(folder).summary
     fabric = _launched(job.recipe)
     with claimed(folder, job.recipe, fabric, resume=resume):
-        summary = _run(fabric, job, folder, latency_batch, on_record, on_step)
-        if fabric.is_global_zero:
-            summary.write(folder)
-    return summary
+        return _run(fabric, job, folder, latency_batch, on_record, on_step)
 
 
 def _run(
@@ -189,13 +186,12 @@ def _run(
         refined.append(_refined(fabric, job, folder, _TAIL, tailed))
         tail.close()
     latency = None if dense else _latency(job, final, latency_batch)
-    main.close()
-    return Summary(
+    summary = Summary(
         name=job.name,
         mode=recipe.mode,
         model=recipe.model,
         data=job.data.name,
-        decomposition=None if dense else str(recipe.compression.method),
+        decomposition=None if dense else recipe.compression.label,
         ratio=None if dense else recipe.compression.ratio,
         accuracy_before=before.accuracy,
         accuracy_untrained=None if untrained is None else untrained.accuracy,
@@ -204,7 +200,7 @@ def _run(
         parameters_before=plan.dense_parameters,
         parameters=sum(parameter.numel() for parameter in final.parameters()),
         macs_before=plan.dense_macs,
-        macs=plan.dense_macs if dense else plan.macs,
+        macs=plan.macs,
         bytes=weights.stat().st_size,
         steps=training.steps,
         seconds=main.seconds,
@@ -217,6 +213,10 @@ def _run(
         machine=describe_machine(),
         version=__version__,
     )
+    if fabric.is_global_zero:
+        summary.write(folder)
+    main.close()
+    return summary
 
 
 def _launched(recipe: Recipe) -> Fabric:

@@ -122,6 +122,11 @@ class CompressionRecipe:
         given = {name: value for name, value in own.items() if value is not None}
         return from_dict({"method": self.decomposition, **given})
 
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return str(self.method) if self.plan is None else f"plan {self.plan}"
+
     def make_plan(self, model: nn.Module, example_input: torch.Tensor) -> Plan:
         """The plan that this makes for a model; see `deeptwist.plan`."""
         if self.plan is not None:
