@@ -35,7 +35,7 @@ FLOORS = [
     {"models", "data"},
     {"training", "integrations"},
     {"report"},
-    {"demo"},
+    {"demo", "reproduce"},
     {"cli"},
     {"__main__"},
 ]

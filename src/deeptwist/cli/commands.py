@@ -18,6 +18,7 @@ from deeptwist.cli.options import (
     Model,
     NetworkOptions,
     PlanOptions,
+    Several,
     TrainOptions,
 )
 from deeptwist.cli.timings import print_layers, print_networks
@@ -393,6 +394,65 @@ def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist
     with _writing(out):
         write_report(found, out, title=title)
     print(out)
+
+
+@app.command
+def reproduce(
+    experiment: str | None = None,
+    *,
+    list_: Annotated[bool, Parameter("--list")] = False,
+    profile: Literal["paper", "short", "smoke"] = "short",
+    data: str | None = None,
+    weights: Path | None = None,
+    out: Path = Path("results"),
+    runs: Path = Path("runs/reproduce"),
+    seeds: Several[int] = (0,),
+    only: Several[str] = (),
+    draw_only: bool = False,
+) -> None:
+    """Run an experiment of the paper; write its table and figures beside the paper's numbers.
+
+    ```
+    deeptwist reproduce --list
+    deeptwist reproduce fig5
+    deeptwist reproduce fig2 --data cifar10-jpeg --weights resnet32-cifar10.safetensors
+    deeptwist reproduce fig2 … --only '* 4×*' --seeds 0 1 2
+    ```
+
+    Args:
+        experiment: One that --list names.
+        list_: Show all experiments.
+        profile: The paper's schedule, a short one, or a smoke test.
+        data: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
+        weights: A checkpoint of the network to start from.
+        out: Folder of the results.
+        runs: Folder of the runs, which experiments share; finished ones are read.
+        seeds: Train each cell once with each.
+        only: Train only cells of these names or globs.
+        draw_only: Train nothing; draw what is finished.
+    """
+    from deeptwist.reproduce.experiments import EXPERIMENTS, experiment_of
+    from deeptwist.reproduce.job import Request
+    from deeptwist.reproduce.job import reproduce as run_experiment
+
+    if list_:
+        for one in EXPERIMENTS.values():
+            cells = len(one.cells_of("short"))
+            print(f"{one.name:9} {one.place:18} {cells:2} cells  {one.claim}")
+        return
+    if experiment is None:
+        raise DeepTwistError("name an experiment: 'deeptwist reproduce --list' shows them")
+    request = Request(
+        profile=profile,
+        data=data,
+        weights=weights,
+        out=out,
+        runs=runs,
+        seeds=seeds,
+        only=only,
+        draw_only=draw_only,
+    )
+    print(run_experiment(experiment_of(experiment), request, progress=progress_bar))
 
 
 @contextmanager

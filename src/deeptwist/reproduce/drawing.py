@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from deeptwist.report.looks import CARD, DASHES, DOTS, INK, MUTED, VARIABLES
 from deeptwist.report.svg import render
+from deeptwist.report.wording import power_of_ten
 from deeptwist.reproduce.findings import Figure
 
 COLORS = tuple(color for color, name in VARIABLES.items() if "series" in name)
@@ -83,6 +84,8 @@ def chart(
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if log_y:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         axes.set_title(y)
         axes.set_xlabel(x)
         axes.legend(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deeptwist.reproduce.cells import Cell
 from deeptwist.reproduce.findings import Findings, Finished
-from deeptwist.reproduce.profiles import Network, Setting
+from deeptwist.reproduce.profiles import Network, ProfileName, Setting, setting_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Experiment:
         name: on the command line.
         place: in the paper.
         claim: what is to be checked.
-        network: that is trained; none where nothing is.
+        network: that cells train.
         cells: the trainings, in the order of what matters most.
         show: tables and figures of those that are finished.
     """
@@ -24,6 +24,10 @@ class Experiment:
     name: str
     place: str
     claim: str
-    network: Network | None
+    network: Network
     cells: Callable[[Setting], Sequence[Cell]]
     show: Callable[[Finished, Setting], Findings]
+
+    def cells_of(self, profile: ProfileName) -> Sequence[Cell]:
+        """The cells in a profile."""
+        return self.cells(setting_of(profile, self.network))

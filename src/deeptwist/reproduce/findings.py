@@ -26,7 +26,8 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown, the first column to the left, the others to the right."""
         rule = [":--", *["--:"] * (len(self.header) - 1)]
-        lines = [self.header, rule, *self.rows]
+        lines = [[word.replace("|", "\\|") for word in line] for line in (self.header, *self.rows)]
+        lines.insert(1, rule)
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

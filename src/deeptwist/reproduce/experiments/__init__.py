@@ -16,9 +16,21 @@ from deeptwist.reproduce.experiments import (
     tail,
 )
 
-EXPERIMENTS = {
-    module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (fig2, fig3, fig4, fig5, table1, fig6, table2, fig7, interval, noise, tail)
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        fig2.EXPERIMENT,
+        fig3.EXPERIMENT,
+        fig4.EXPERIMENT,
+        fig5.EXPERIMENT,
+        table1.EXPERIMENT,
+        fig6.EXPERIMENT,
+        table2.EXPERIMENT,
+        fig7.EXPERIMENT,
+        interval.EXPERIMENT,
+        noise.EXPERIMENT,
+        tail.EXPERIMENT,
+    )
 }
 
 

@@ -99,6 +99,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
         x="compression ratio of every layer",
         y="test accuracy, %",
         level=None if start is None else ("before compression", start),
+        log_x=True,
     )
     higher = [above(one, other) for one, other in zip(learnt, tuned, strict=True)]
     return Findings(

@@ -87,7 +87,19 @@ def loss_over_epochs(run: Run | None) -> tuple[tuple[float, float], ...]:
 
 def accuracy_over_epochs(run: Run | None) -> tuple[tuple[float, float], ...]:
     """(epoch, test accuracy in percent) of a run."""
-    return tuple((one["epoch"], 100 * one["test"]["accuracy"]) for one in (run.epochs if run else ()))
+    return tuple(
+        (one["epoch"], 100 * one["test"]["accuracy"]) for one in (run.epochs if run else ())
+    )
+
+
+def distortions_of(run: Run | None) -> list[dict[str, Any]]:
+    """A run's distortions, without one that follows another at once and so changes nothing."""
+    found = [] if run is None else run.distortions
+    return [
+        one
+        for one, before in zip(found, [None, *found], strict=False)
+        if before is None or one["step"] > before["step"]
+    ]
 
 
 def epoch_of(run: Run, distortion: dict[str, Any]) -> float:
@@ -99,7 +111,7 @@ def _around(run: Run | None, moment: int) -> tuple[tuple[float, float], ...]:
     """(epoch, test accuracy in percent) just before (0) or just after (1) each distortion."""
     return tuple(
         (epoch_of(run, one), 100 * one["test"][moment]["accuracy"])
-        for one in (run.distortions if run else ())
+        for one in distortions_of(run)
         if run is not None and one["test"]
     )
 

@@ -13,7 +13,7 @@ from deeptwist.reproduce.cells import Cell
 from deeptwist.reproduce.drawing import Curve, chart
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.experiments.fig2 import deeptwist, pair
-from deeptwist.reproduce.experiments.fig3 import epoch_of
+from deeptwist.reproduce.experiments.fig3 import distortions_of, epoch_of
 from deeptwist.reproduce.findings import Findings, Finished, Table, above, count_note
 from deeptwist.reproduce.profiles import Setting
 
@@ -28,7 +28,7 @@ def cells(setting: Setting) -> list[Cell]:
 def show(finished: Finished, setting: Setting) -> Findings:
     """Δw and ΔL/L over the epochs, and their means over stretches of the training."""
     run = finished.first(deeptwist(setting.middle))
-    distortions = [] if run is None else run.distortions
+    distortions = distortions_of(run)
     shifts, losses = (
         tuple(
             (epoch_of(run, one), float(one[key]))
@@ -38,7 +38,14 @@ def show(finished: Finished, setting: Setting) -> Findings:
         for key in ("weight_shift", "loss_increase")
     )
     figures = (
-        chart("shift", "Δw", [Curve("Δw", shifts, 0)], x="epoch", y="Δw = ‖W − W′‖ ÷ N"),
+        chart(
+            "shift",
+            "Δw",
+            [Curve("Δw", shifts, 0)],
+            x="epoch",
+            y="Δw = ‖W − W′‖ ÷ N",
+            log_y=True,
+        ),
         chart("increase", "ΔL/L", [Curve("ΔL/L", losses, 1)], x="epoch", y="ΔL/L"),
     )
     rows = tuple(

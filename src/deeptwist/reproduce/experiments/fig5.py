@@ -7,6 +7,7 @@ approximation of rank R, with R chosen so that all sizes of tiles hold the same 
 
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def approximated(matrix: Tensor, tile: int, ratio: int = RATIO) -> Tensor:
 def distribution(weights: Tensor) -> Distribution:
     """Variance, shares and density of weights."""
     sizes = weights.abs()
-    edges = torch.linspace(-_REACH, _REACH, _BINS + 1)
+    edges = torch.linspace(-_REACH, _REACH, _BINS + 1, dtype=torch.float64)
     counts = torch.histc(weights, _BINS, -_REACH, _REACH)
     width = 2 * _REACH / _BINS
     centres = (edges[:-1] + width / 2).tolist()
@@ -73,8 +74,7 @@ def distribution(weights: Tensor) -> Distribution:
 def show(finished: Finished, setting: Setting) -> Findings:
     """The distribution for each size of tiles."""
     found = {
-        tile: [distribution(approximated(gaussian(seed), tile)) for seed in SEEDS]
-        for tile in TILES
+        tile: [distribution(approximated(gaussian(seed), tile)) for seed in SEEDS] for tile in TILES
     }
     original = [distribution(gaussian(seed)) for seed in SEEDS]
     rows = [("none", "–", "1", *_means(original))]
@@ -114,7 +114,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
     rising = all(
         getattr(found[fine][seed], what) > getattr(found[coarse][seed], what)
         for what in ("small", "large", "variance")
-        for coarse, fine in zip(TILES, TILES[1:], strict=False)
+        for coarse, fine in pairwise(TILES)
         for seed in range(len(SEEDS))
     )
     return Findings(
@@ -128,8 +128,8 @@ def show(finished: Finished, setting: Setting) -> Findings:
         ),
         tuple(drawn for drawn in (figure, tails) if drawn is not None),
         (
-            "With every halving of the tiles there are more weights near zero, more large ones "
-            f"and more variance: {'holds for every seed' if rising else 'does not hold'}.",
+            "The smaller the tiles, the more weights near zero, the more large ones and the more "
+            f"variance: {'holds for every seed' if rising else 'does not hold'}.",
             "The paper prints no numbers of this figure.",
         ),
     )
@@ -153,7 +153,7 @@ EXPERIMENT = Experiment(
     place="Figure 5",
     claim="At the same ratio, more tiles leave more weights near zero and more large ones, and "
     "the variance rises.",
-    network=None,
+    network="resnet32",
     cells=cells,
     show=show,
 )

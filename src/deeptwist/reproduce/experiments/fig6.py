@@ -68,6 +68,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
         x="compression ratio of every layer",
         y="test accuracy, %",
         level=None if start is None else ("before compression", start),
+        log_x=True,
     )
     rows = tuple(
         (str(point), *(finished.shown(cell(point)) for _, cell, *_ in CURVES)) for point in points

@@ -1,0 +1,243 @@
+"""Runs an experiment's cells, those that are not finished, and writes what they came to."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deeptwist._version import __version__
+from deeptwist.data import Dataset, load_data
+from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.files import write_text
+from deeptwist.machine import describe_machine
+from deeptwist.reproduce.cells import Cell, Workplace, title
+from deeptwist.reproduce.experiment import Experiment
+from deeptwist.reproduce.findings import Findings, Finished
+from deeptwist.reproduce.profiles import ProfileName, Setting, check_given, setting_of
+from deeptwist.training.job import prepare, run
+from deeptwist.training.recipe import Recipe
+from deeptwist.training.records import SUMMARY, Run, read_run
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of an experiment.
+
+    Attributes:
+        profile: see `profiles`.
+        data: see `training.recipe.DataRecipe.source`; the profile's own if not given.
+        weights: a checkpoint of the network to start from.
+        out: folder of the results.
+        runs: folder of the runs, which experiments share.
+        seeds: each cell is trained once with each.
+        only: globs of the names of the cells to train; all if empty.
+        draw_only: whether nothing is to be trained.
+    """
+
+    profile: ProfileName = "short"
+    data: str | None = None
+    weights: Path | None = None
+    out: Path = Path("results")
+    runs: Path = Path("runs/reproduce")
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] = ()
+    draw_only: bool = False
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A cell with a seed."""
+
+    cell: Cell
+    seed: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return replace(self.cell.recipe, seed=self.seed)
+
+
+@contextmanager
+def _silent(label: str, total: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
+def reproduce(experiment: Experiment, request: Request, *, progress: Progress = _silent) -> Path:
+    """Trains an experiment's cells, reads those that are finished, and writes its result.
+
+    A cell that fails leaves the others alone. What is finished is written even where the rest is
+    interrupted.
+
+    Args:
+        experiment: see `experiments.EXPERIMENTS`.
+        request: see `Request`.
+        progress: opened for each training with its name and its number of steps; gives what is
+            called after every step.
+
+    Returns:
+        The page of the result.
+
+    Raises:
+        DeepTwistError: if something is missing, or cells failed; their reasons are in the result.
+    """
+    setting = setting_of(request.profile, experiment.network)
+    turns = [_Turn(cell, seed) for seed in request.seeds for cell in experiment.cells(setting)]
+    wanted = _wanted(turns, request.only)
+    if turns:
+        check_given(setting, request.data, request.weights)
+    place = Workplace(
+        request.runs / setting.profile,
+        request.data or setting.recipe.data.source,
+        request.weights,
+        setting.start,
+    )
+    failures: dict[_Turn, str] = {}
+    try:
+        for turn in [] if request.draw_only else wanted:
+            try:
+                _train(turn.recipe, place, progress)
+            except DeepTwistError as error:
+                failures[turn] = str(error)
+    finally:
+        page = _write(experiment, setting, request, turns, place, failures)
+    if failures:
+        turn, reason = next(iter(failures.items()))
+        raise DeepTwistError(
+            f"{len(failures)} of {len(wanted)} cells of {experiment.name} failed, "
+            f"{turn.cell.name!r} first ({reason}); the others are in {page}"
+        )
+    return page
+
+
+def _wanted(turns: Sequence[_Turn], only: Sequence[str]) -> list[_Turn]:
+    names = [turn.cell.name for turn in turns]
+    for pattern in only:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise unknown("cell", pattern, names)
+    return [
+        turn
+        for turn in turns
+        if not only or any(fnmatch(turn.cell.name, pattern) for pattern in only)
+    ]
+
+
+def _train(recipe: Recipe, place: Workplace, progress: Progress) -> None:
+    """Trains a cell that is not finished, and before it the dense network that it starts from."""
+    folder = place.folder(recipe)
+    if (folder / SUMMARY).exists():
+        return
+    if place.start is not None and recipe != place.start:
+        _train(place.start, place, progress)
+    bound = place.bound(recipe)
+    name = title(recipe)
+    job = prepare(bound, _data(bound.data.source, bound.data.image_size), name=name)
+    with progress(name, job.steps) as advance:
+        run(job, folder, resume=True, latency_batch=None, on_step=advance)
+
+
+@cache  # cells share their images
+def _data(source: str, image_size: int | None) -> Dataset:
+    return load_data(source, image_size=image_size)
+
+
+def _read(turns: Sequence[_Turn], place: Workplace) -> dict[_Turn, Run]:
+    folders = {turn: place.folder(turn.recipe) for turn in turns}
+    return {
+        turn: read_run(folder) for turn, folder in folders.items() if (folder / SUMMARY).exists()
+    }
+
+
+def _write(
+    experiment: Experiment,
+    setting: Setting,
+    request: Request,
+    turns: Sequence[_Turn],
+    place: Workplace,
+    failures: dict[_Turn, str],
+) -> Path:
+    """Writes the page, its figures and the record of all cells; returns the page's path."""
+    read = _read(turns, place)
+    by_name: dict[str, list[Run]] = {}
+    for turn, found in read.items():
+        by_name.setdefault(turn.cell.name, []).append(found)
+    findings = experiment.show(Finished(by_name), setting)
+    folder = request.out / experiment.name
+    label = setting.profile if turns else "exact"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for figure in findings.figures:
+            write_text(folder / f"{label}-{figure.name}.svg", figure.svg)
+        record = {
+            "experiment": experiment.name,
+            "place": experiment.place,
+            "claim": experiment.claim,
+            "profile": label,
+            "machine": describe_machine(),
+            "version": __version__,
+            "cells": [_cell_record(turn, place, read, failures) for turn in turns],
+            "tables": [asdict(table) for table in findings.tables],
+            "notes": findings.notes,
+        }
+        write_text(folder / f"{label}.json", json.dumps(record, indent=1, ensure_ascii=False))
+        page = folder / f"{label}.md"
+        state = _state(setting, request, turns, place, read, failures)
+        write_text(page, _page(experiment, findings, label, state))
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
+    return page
+
+
+def _cell_record(
+    turn: _Turn, place: Workplace, read: dict[_Turn, Run], failures: dict[_Turn, str]
+) -> dict[str, Any]:
+    """A cell as the record tells of it."""
+    known = {"name": turn.cell.name, "seed": turn.seed, "run": place.folder(turn.recipe).name}
+    if turn not in read:
+        recipe = place.bound(turn.recipe).to_dict()
+        return {**known, "state": "not run", "failure": failures.get(turn), "recipe": recipe}
+    summary = asdict(read[turn].summary)
+    return {**known, "state": "finished", **{k: v for k, v in summary.items() if k not in known}}
+
+
+def _state(
+    setting: Setting,
+    request: Request,
+    turns: Sequence[_Turn],
+    place: Workplace,
+    read: dict[_Turn, Run],
+    failures: dict[_Turn, str],
+) -> list[str]:
+    """On what, how, how far and where an experiment was run."""
+    if not turns:
+        return [f"Nothing is trained. deeptwist {__version__}, {describe_machine()}."]
+    seeds = ", ".join(map(str, request.seeds))
+    lines = [
+        f"Profile `{setting.profile}`, {setting.words}; {Path(place.data).name}, seed {seeds}. "
+        f"{len(read)} of {len(turns)} cells have been run."
+    ]
+    made = {f"deeptwist {run.summary.version}, {run.summary.machine}" for run in read.values()}
+    lines += [f"Run with {one}." for one in sorted(made)]
+    missing = [turn for turn in turns if turn not in read]
+    if missing:
+        names = [
+            turn.cell.name + (f" ({failures[turn]})" if turn in failures else "")
+            for turn in missing
+        ]
+        lines.append(f"Not run: {'; '.join(names)}.")
+    return lines
+
+
+def _page(experiment: Experiment, findings: Findings, label: str, state: Sequence[str]) -> str:
+    parts = [f"# {experiment.place} (`{experiment.name}`)", experiment.claim, *state]
+    for table in findings.tables:
+        parts += [f"## {table.title}", table.markdown()]
+    parts += [f"![{one.title}]({label}-{one.name}.svg)" for one in findings.figures]
+    if findings.notes:
+        parts.append("\n".join(f"- {note}" for note in findings.notes))
+    recipes = f"Every cell's recipe, machine and version: [{label}.json]({label}.json)."
+    return "\n\n".join([*parts, recipes]) + "\n"
