@@ -38,12 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", default=2, type=int)
     parser.add_argument("--rounds", default=9, type=int)
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print("| network | form | MAC ratio | runtime | dense ms | ms | speed-up | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, size in NETWORKS.items():
+    for name in options.only:
+        size = NETWORKS[name]
         model = build_model(name).eval().to(memory_format=torch.channels_last)
         plans = {
             form: dt.plan(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -130,6 +131,9 @@ def draw(axes: Axes, title: str, dense: float, points: list[Point]) -> None:
     axes.set_xlabel("milliseconds")
     axes.set_ylabel("‖W − W′‖² / ‖W‖²")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
