@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_cli import refused, run
+from torch import nn
 
 from deeptwist.models import build_model
 from deeptwist.reproduce.cells import Workplace, title
-from deeptwist.reproduce.experiments import EXPERIMENTS, fig2, fig5, table1, table2
+from deeptwist.reproduce.experiments import EXPERIMENTS, fig2, fig5, fig7, table1, table2
 from deeptwist.reproduce.findings import Finished
 from deeptwist.reproduce.job import Request, reproduce
-from deeptwist.reproduce.profiles import setting_of
+from deeptwist.reproduce.profiles import Network, ProfileName, setting_of
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, read_run
 
@@ -203,7 +204,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(folder: Path, request_: Reque
     cells = [replace(learnt, recipe=recipe), conventional]
     broken = replace(EXPERIMENTS["fig3"], cells=lambda _: cells)
     request = replace(request_, out=folder / "broken")
-    with pytest.raises(ValueError, match="1 of 2 cells of fig3 failed, 'Tucker 4×, DeepTwist'"):
+    with pytest.raises(ValueError, match="1 of 1 cells of fig3 failed, 'Tucker 4×, DeepTwist'"):
         reproduce(broken, request)
     text = (folder / "broken" / "fig3" / "smoke.md").read_text(encoding="utf-8")
     assert "1 of 2 cells have been run" in text
@@ -223,6 +224,8 @@ def test_a_cell_that_fails_leaves_the_others_alone(folder: Path, request_: Reque
             ["fig2", "--profile", "smoke", "--only", "Tucker 4x, DeepTwist"],
             "'Tucker 4×, DeepTwist'",
         ),
+        (["fig2", "--profile", "smoke", "--seeds", "-1"], "seed -1 is not a whole number"),
+        (["fig2", "--profile", "smoke", "--data", "digit"], "did you mean 'digits'?"),
         (["fig2", "--weights", "none.safetensors"], "cannot read weights none.safetensors"),
     ],
 )
@@ -299,7 +302,38 @@ def test_table_1_compresses_the_nine_layers() -> None:
         assert dense / factored == int(cell.name[-2])
 
 
+def test_what_stays_dense_of_resnet34_is_a_seventieth() -> None:
+    """Section 4.3: the layers that are not compressed are 1.4 % of the network."""
+    with torch.device("meta"):
+        model = build_model("torchvision/resnet34")
+        image = torch.empty(1, 3, 224, 224)
+    tiled, tucker = fig7.cells(setting_of("paper", "resnet34"))
+    made = tiled.recipe.compression.make_plan(model, image)
+    kept = sum(layer.num_weights for layer in made.kept if layer.kind == "Conv2d")
+    assert (kept, made.dense_parameters) == (312_512, 21_797_672)
+    other = tucker.recipe.compression.make_plan(model, image)
+    assert other.parameters == pytest.approx(made.parameters, rel=0.02)  # as many weights
+
+
 # --- the profiles
+
+
+@pytest.mark.parametrize("profile", ["paper", "short"])
+def test_every_cell_can_be_planned(profile: ProfileName) -> None:
+    """Layers that are named are there, and every rank compresses something."""
+    models: dict[str, nn.Module] = {}
+    seen = set()
+    for experiment in EXPERIMENTS.values():
+        for cell in experiment.cells_of(profile):
+            recipe = cell.recipe
+            with torch.device("meta"):
+                model = models.setdefault(recipe.model, build_model(recipe.model))
+                image = torch.empty(2, 3, *[recipe.data.image_size or 32] * 2)
+            for compression in (recipe.compression, recipe.fixed):
+                key = recipe.model, str(compression)
+                if compression is not None and recipe.mode != "dense" and key not in seen:
+                    seen.add(key)
+                    assert compression.make_plan(model, image).compressed, cell
 
 
 @pytest.mark.parametrize(
@@ -310,9 +344,9 @@ def test_table_1_compresses_the_nine_layers() -> None:
         ("resnet34", "resnet34-imagenet-paper.yaml"),
     ],
 )
-def test_the_paper_s_profile_is_the_paper_s_recipe(network: str, file: str) -> None:
+def test_the_paper_s_profile_is_the_paper_s_recipe(network: Network, file: str) -> None:
     written = read_recipe(RECIPES / file)
-    ours = setting_of("paper", network).recipe  # type: ignore[arg-type]
+    ours = setting_of("paper", network).recipe
     assert replace(ours, compression=written.compression) == written
 
 

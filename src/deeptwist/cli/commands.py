@@ -438,7 +438,8 @@ def reproduce(
     if list_:
         for one in EXPERIMENTS.values():
             cells = len(one.cells_of("short"))
-            print(f"{one.name:9} {one.place:18} {cells:2} cells  {one.claim}")
+            size = f"{cells} run{'s' * (cells > 1)}" if cells else "exact"
+            print(f"{one.name:8}  {one.place:18}  {size:7}  {one.claim}")
         return
     if experiment is None:
         raise DeepTwistError("name an experiment: 'deeptwist reproduce --list' shows them")

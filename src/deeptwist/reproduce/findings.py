@@ -134,6 +134,8 @@ def difference(one: float | None, other: float | None) -> str:
 def count_note(what: str, outcomes: Sequence[bool | None]) -> str:
     """How often something came out, of the comparisons that have been run."""
     known = [outcome for outcome in outcomes if outcome is not None]
+    if not known:
+        return f"{what}: {NOT_RUN}."
     left = len(outcomes) - len(known)
     rest = f" ({left} not run)" if left else ""
     return f"{what}: {sum(known)} of {len(known)}{rest}."

@@ -11,7 +11,7 @@ from typing import Any
 
 from deeptwist._version import __version__
 from deeptwist.data import Dataset, load_data
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, check_whole, unknown
 from deeptwist.files import write_text
 from deeptwist.machine import describe_machine
 from deeptwist.reproduce.cells import Cell, Workplace, title
@@ -21,6 +21,8 @@ from deeptwist.reproduce.profiles import ProfileName, Setting, check_given, sett
 from deeptwist.training.job import prepare, run
 from deeptwist.training.recipe import Recipe
 from deeptwist.training.records import SUMMARY, Run, read_run
+
+_ENOUGH = 3  # seeds from which on a difference of half a point says something
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
@@ -86,7 +88,10 @@ def reproduce(experiment: Experiment, request: Request, *, progress: Progress = 
         DeepTwistError: if something is missing, or cells failed; their reasons are in the result.
     """
     setting = setting_of(request.profile, experiment.network)
-    turns = [_Turn(cell, seed) for seed in request.seeds for cell in experiment.cells(setting)]
+    for seed in request.seeds:
+        check_whole("seed", seed, 0)
+    seeds = dict.fromkeys(request.seeds)
+    turns = [_Turn(cell, seed) for seed in seeds for cell in experiment.cells(setting)]
     wanted = _wanted(turns, request.only)
     if turns:
         check_given(setting, request.data, request.weights)
@@ -97,8 +102,11 @@ def reproduce(experiment: Experiment, request: Request, *, progress: Progress = 
         setting.start,
     )
     failures: dict[_Turn, str] = {}
+    pending = [] if request.draw_only else [turn for turn in wanted if not _finished(turn, place)]
+    if pending:
+        _data(place.data, setting.recipe.data.image_size)  # a mistake in it is not each cell's
     try:
-        for turn in [] if request.draw_only else wanted:
+        for turn in pending:
             try:
                 _train(turn.recipe, place, progress)
             except DeepTwistError as error:
@@ -108,7 +116,7 @@ def reproduce(experiment: Experiment, request: Request, *, progress: Progress = 
     if failures:
         turn, reason = next(iter(failures.items()))
         raise DeepTwistError(
-            f"{len(failures)} of {len(wanted)} cells of {experiment.name} failed, "
+            f"{len(failures)} of {len(pending)} cells of {experiment.name} failed, "
             f"{turn.cell.name!r} first ({reason}); the others are in {page}"
         )
     return page
@@ -145,11 +153,13 @@ def _data(source: str, image_size: int | None) -> Dataset:
     return load_data(source, image_size=image_size)
 
 
+def _finished(turn: _Turn, place: Workplace) -> bool:
+    return (place.folder(turn.recipe) / SUMMARY).exists()
+
+
 def _read(turns: Sequence[_Turn], place: Workplace) -> dict[_Turn, Run]:
-    folders = {turn: place.folder(turn.recipe) for turn in turns}
-    return {
-        turn: read_run(folder) for turn, folder in folders.items() if (folder / SUMMARY).exists()
-    }
+    done = [turn for turn in turns if _finished(turn, place)]
+    return {turn: read_run(place.folder(turn.recipe)) for turn in done}
 
 
 def _write(
@@ -185,7 +195,7 @@ def _write(
         }
         write_text(folder / f"{label}.json", json.dumps(record, indent=1, ensure_ascii=False))
         page = folder / f"{label}.md"
-        state = _state(setting, request, turns, place, read, failures)
+        state = _state(experiment, setting, request, turns, place, read, failures)
         write_text(page, _page(experiment, findings, label, state))
     except OSError as error:
         raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
@@ -205,6 +215,7 @@ def _cell_record(
 
 
 def _state(
+    experiment: Experiment,
     setting: Setting,
     request: Request,
     turns: Sequence[_Turn],
@@ -220,8 +231,13 @@ def _state(
         f"Profile `{setting.profile}`, {setting.words}; {Path(place.data).name}, seed {seeds}. "
         f"{len(read)} of {len(turns)} cells have been run."
     ]
+    if len(set(request.seeds)) < _ENOUGH and setting.profile != "smoke":
+        lines[0] += " With fewer than three seeds, half a point means little."
     made = {f"deeptwist {run.summary.version}, {run.summary.machine}" for run in read.values()}
     lines += [f"Run with {one}." for one in sorted(made)]
+    files = "" if place.weights is None else f" --weights {place.weights.name}"
+    again = f"deeptwist reproduce {experiment.name} --profile {setting.profile} --data "
+    lines.append(f"`{again}{Path(place.data).name}{files} --seeds {seeds.replace(',', '')}`")
     missing = [turn for turn in turns if turn not in read]
     if missing:
         names = [

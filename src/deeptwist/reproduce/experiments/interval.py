@@ -7,6 +7,7 @@ few distortions shape the network. An S_D beyond the length of the run leaves th
 from deeptwist.reproduce.cells import Cell
 from deeptwist.reproduce.drawing import Curve, chart
 from deeptwist.reproduce.experiment import Experiment
+from deeptwist.reproduce.experiments.fig3 import distortions_of
 from deeptwist.reproduce.findings import NOT_RUN, Findings, Finished, Table
 from deeptwist.reproduce.profiles import Setting
 
@@ -68,7 +69,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
 
 def _distortions(finished: Finished, steps: int) -> str:
     run = finished.first(name_of(steps))
-    return NOT_RUN if run is None else str(len(run.distortions))
+    return NOT_RUN if run is None else str(len(distortions_of(run)))
 
 
 EXPERIMENT = Experiment(

@@ -89,7 +89,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
 
 EXPERIMENT = Experiment(
     name="tail",
-    place="beyond Section 4.1",
+    place="Beyond Section 4.1",
     claim="Open: the paper held that SVD of the lowered kernel cannot be fine-tuned. Which split "
     "of the epochs between DeepTwist and fine-tuning is best?",
     network="resnet32",
