@@ -181,7 +181,7 @@ class RecordsRecipe:
         checkpoint_every: optimizer steps between checkpoints.
     """
 
-    images: Amount = 512
+    images: Amount = 100
     checkpoint_every: Count = 200
 
 
