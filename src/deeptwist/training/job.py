@@ -223,7 +223,9 @@ def _launched(recipe: Recipe) -> Fabric:
     """Fabric, with one process or with all those that ``torchrun`` started."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it tells of its precision
+    # Fabric tells of its precision, through whichever of the two was imported last.
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator="auto",
         devices=here,
