@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from cases import METHODS, difference, error_of
 from safetensors.torch import load_file
 from test_cli import refused, run
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.parametrizations import weight_norm
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, decompose, plan, save
@@ -379,6 +380,19 @@ def test_every_decomposition_compiles_whole() -> None:
     small = decompose(model, made).eval().requires_grad_(False)
     compiled = torch.compile(small, fullgraph=True)
     assert difference(small(X), compiled(X)) < 1e-5
+
+
+@pytest.mark.parametrize("decomposition", METHODS.values(), ids=METHODS)
+def test_fx_traces_what_is_decomposed_and_folds_batch_norm_into_it(
+    decomposition: Decomposition,
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU()).eval()
+    cast(nn.BatchNorm2d, dense[1]).running_mean = torch.randn(12)
+    small = decompose(dense, plan(dense, decomposition, ratio=1.2, example_input=X))
+    folded = fuse(small)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert difference(small(X), folded(X)) < 1e-5
 
 
 # --- the command

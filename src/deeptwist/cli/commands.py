@@ -1,7 +1,6 @@
 """The commands: words to calls. Heavy imports wait inside, so that help answers at once."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
-from deeptwist.cli.console import print_table, progress_bar
+from deeptwist.cli.console import print_table, progress_bar, speaks_for_all
 from deeptwist.cli.options import (
     AsJson,
     BenchmarkOptions,
@@ -170,7 +169,7 @@ def train(
     job = prepare(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", job.steps) as advance:
         summary = run(job, out, resume=resume, on_step=advance)
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process speaks for all
+    if not speaks_for_all():
         return
     if as_json:
         print(json.dumps(asdict(summary)))

@@ -13,6 +13,11 @@ from rich.table import Table
 _WIDE = None if sys.stdout.isatty() else 200
 
 
+def speaks_for_all() -> bool:
+    """Whether this is the only process, or the first of those that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table, the first column to the left and the others to the right."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
@@ -26,7 +31,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error, if that is a terminal; gives the call that moves it."""
-    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one bar a torchrun
+    console = Console(stderr=True, quiet=not speaks_for_all())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

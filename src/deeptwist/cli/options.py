@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
 
-from deeptwist.cli.words import make_decomposition, parse_override, parse_sizes
+from deeptwist.cli.words import (
+    make_decomposition,
+    parse_override,
+    parse_rank,
+    parse_sizes,
+    parse_tile,
+)
 from deeptwist.errors import DeepTwistError, check_whole
 
 if TYPE_CHECKING:
@@ -187,10 +193,9 @@ class PlanOptions:
         if self.decomposition != usual.decomposition:
             given["decomposition"] = self.decomposition.replace("-", "_")
         if self.tile is not None:
-            given["tile"] = parse_sizes(self.tile, "64x72")
+            given["tile"] = parse_tile(self.tile)
         if self.rank is not None:
-            ranks = parse_sizes(self.rank, "8, or 24x24 for Tucker")
-            given["rank"] = ranks if len(ranks) > 1 else ranks[0]
+            given["rank"] = parse_rank(self.rank)
         if self.plan is not None:
             given["plan"] = str(self.plan)
         return given

@@ -25,6 +25,25 @@ def parse_sizes(text: str, example: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_rank(text: str) -> int | tuple[int, ...]:
+    """One rank, or several joined by ``x``.
+
+    Raises:
+        DeepTwistError: if it is neither.
+    """
+    ranks = parse_sizes(text, "8, or 24x24 for Tucker")
+    return ranks if len(ranks) > 1 else ranks[0]
+
+
+def parse_tile(text: str) -> tuple[int, ...]:
+    """Rows and columns joined by ``x``.
+
+    Raises:
+        DeepTwistError: if it is something else.
+    """
+    return parse_sizes(text, "64x72")
+
+
 def make_decomposition(
     method: str,
     *,
@@ -44,10 +63,9 @@ def make_decomposition(
         raise unknown("decomposition", method, [known.replace("_", "-") for known in METHODS])
     values: dict[str, object] = {"method": name}
     if tile is not None:
-        values["tile"] = parse_sizes(tile, "64x72")
+        values["tile"] = parse_tile(tile)
     if rank is not None:
-        ranks = parse_sizes(rank, "8, or 24x24 for Tucker")
-        values["rank"] = ranks if len(ranks) > 1 else ranks[0]
+        values["rank"] = parse_rank(rank)
     if fraction is not None:
         values["fraction"] = fraction
     return from_dict(values)

@@ -73,14 +73,6 @@ class FactoredLayer(nn.Sequential):
             for field in fields(convolution):
                 setattr(self, field.name, getattr(convolution, field.name))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the layer it stands in for: (b, in, *size) → (b, out, *size′), with or without b."""
-        dims = self.convolution.dims
-        unbatched = dims > 0 and input.dim() == dims + 1
-        x = input.unsqueeze(0) if unbatched else input
-        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
-        return y.squeeze(0) if unbatched else y
-
     def _get_name(self) -> str:
         return f"FactoredLayer[{self.decomposition}, {self.convolution}]"
 

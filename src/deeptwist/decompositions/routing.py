@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,24 @@ from deeptwist.convolution import Convolution
 
 
 class Branches(nn.Module):
-    """Runs every layer on its own run of channels and joins what they give."""
+    """Runs every layer on its own run of channels and joins what they give.
 
-    def __init__(self, layers: Sequence[nn.Module], channels: Sequence[int]):
+    `dims` spatial axes follow the channels, here and in `ChannelPermutation`; a batch may precede
+    them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], channels: Sequence[int], dims: int):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.channels = list(channels)
+        self.axis = -1 - dims
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, Σ channels, *size) → (b, Σ outputs, *size′)."""
-        parts = x.split(self.channels, dim=1)
-        return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)], 1)
+        """(…, Σ channels, *size) → (…, Σ outputs, *size′)."""
+        parts = x.split(self.channels, dim=self.axis)
+        # By index: torch.fx cannot iterate over what it traces.
+        found = [layer(parts[index]) for index, layer in enumerate(self.layers)]
+        return torch.cat(found, self.axis)
 
 
 class ChannelPermutation(nn.Module):
@@ -29,19 +37,20 @@ class ChannelPermutation(nn.Module):
 
     order: Tensor
 
-    def __init__(self, order: Tensor):
+    def __init__(self, order: Tensor, dims: int):
         super().__init__()
         self.register_buffer("order", order, persistent=False)  # follows from the geometry
+        self.axis = -1 - dims
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, *size) → (b, c, *size)."""
-        return x.index_select(1, self.order)
+        """(…, c, *size) → (…, c, *size)."""
+        return x.index_select(self.axis, self.order)
 
 
-def permutation(order: Tensor) -> ChannelPermutation | None:
+def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:
     """The module for this order of channels; none where it changes nothing."""
     identity = torch.arange(len(order))
-    return None if torch.equal(order, identity) else ChannelPermutation(order)
+    return None if torch.equal(order, identity) else ChannelPermutation(order, dims)
 
 
 class Im2col(nn.Module):
@@ -52,8 +61,10 @@ class Im2col(nn.Module):
         self.convolution = convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, s, *size) → (b, s·Πk, *output size), ordered as the lowered kernel's columns."""
+        """(…, s, *size) → (…, s·Πk, *output size), ordered as the lowered kernel's columns."""
         conv = self.convolution
+        if x.dim() == conv.dims + 1:
+            return cast(Tensor, self(x.unsqueeze(0)).squeeze(0))
         spatial = x.shape[-conv.dims :]
         windows = functional.pad(x, self._margins(), self._mode())
         for axis, size in enumerate(conv.output_size(spatial)):

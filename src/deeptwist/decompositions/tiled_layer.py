@@ -105,11 +105,11 @@ class Plumbing:
         ]
         stages: list[nn.Module | None] = [
             Im2col(conv) if executor == IM2COL else None,
-            permutation(arrival),
-            _abreast(columns),
-            permutation(exchange),
-            _abreast(rows),
-            permutation(departure),
+            permutation(arrival, self.dims),
+            _abreast(columns, self.dims),
+            permutation(exchange, self.dims),
+            _abreast(rows, self.dims),
+            permutation(departure, self.dims),
         ]
         present = [stage for stage in stages if stage is not None]
         return present if self.dims == conv.dims else [OverFeatures(*present)]
@@ -194,7 +194,7 @@ class Plumbing:
         ).argsort()
 
 
-def _abreast(layers: list[nn.Module]) -> nn.Module:
+def _abreast(layers: list[nn.Module], dims: int) -> nn.Module:
     if len(layers) == 1:
         return layers[0]
-    return Branches(layers, [cast(nn.Conv2d, layer).in_channels for layer in layers])
+    return Branches(layers, [cast(nn.Conv2d, layer).in_channels for layer in layers], dims)

@@ -143,12 +143,13 @@ _PAPER_RECIPES: dict[Network, Recipe] = {
 
 _SHORT = Recipe(
     model="resnet32",
-    interval=200,
+    interval=100,  # a dozen distortions in three epochs
     precision="bf16-mixed",
     data=DataRecipe(source="cifar10"),
     optimizer=OptimizerRecipe(lr=0.025, weight_decay=5e-4),
-    schedule=ScheduleRecipe(epochs=7),
+    schedule=ScheduleRecipe(epochs=3),
     compression=_EVERY_CONVOLUTION,
+    records=RecordsRecipe(images=250),
 )
 _SHORT_RECIPES: dict[Network, Recipe] = {
     "resnet32": _SHORT,
@@ -157,14 +158,12 @@ _SHORT_RECIPES: dict[Network, Recipe] = {
     "resnet34": replace(
         _SHORT,
         model="torchvision/resnet34",
-        interval=100,
         batch_size=64,
         data=DataRecipe(source="imagenette224", image_size=224),
         compression=_WIDE_CONVOLUTIONS,
-        records=RecordsRecipe(images=256),
     ),
 }
-_SHORT_STARTS: dict[Network, int] = {"resnet32": 6, "vgg19": 15, "resnet34": 15}  # epochs
+_SHORT_STARTS: dict[Network, int] = {"resnet32": 4, "vgg19": 15, "resnet34": 15}  # epochs
 
 _SMOKE = Recipe(
     model="resnet20",
@@ -234,8 +233,8 @@ def _short(network: Network) -> Setting:
         recipe=recipe,
         start=start,
         points=(Point(4), Point(2), Point(8)),
-        intervals=(200, 50, 1000, 10, 2000),
-        tails=(2, 1, 3),
+        intervals=(100, 1000, 10, 300, 30),
+        tails=(1, 2),
         tail_lr=0.01,
         needs_weights=network == "resnet32",
         needs_data=network == "resnet34",

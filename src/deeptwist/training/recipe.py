@@ -289,7 +289,7 @@ def make_recipe(values: Mapping[str, Any], changes: Iterable[str] = ()) -> Recip
     try:
         return _adapter().validate_python(changed)
     except ValidationError as error:
-        raise _complaint(error, changed) from None
+        raise _complaint(error) from None
 
 
 def _with(values: Mapping[str, Any], change: str) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def _with(values: Mapping[str, Any], change: str) -> dict[str, Any]:
     return result
 
 
-def _complaint(error: ValidationError, values: Mapping[str, Any]) -> DeepTwistError:
+def _complaint(error: ValidationError) -> DeepTwistError:
     first = error.errors()[0]
     # Between the keys, pydantic names the branches that it tried.
     path = [str(part) for part in first["loc"]]
