@@ -105,7 +105,7 @@ def make_run(
             "epoch": epoch,
             "step": 390 * epoch,
             "train_loss": 1 / epoch,
-            "test": {"loss": 1 / epoch, "accuracy": 0.7 + 0.02 * epoch},
+            "test": {"loss": 1 / epoch, "accuracy": 0.7 + 0.02 * epoch, "top5": None},
             "lr": 0.05 / epoch,
             "seconds": 1.0,
             "images_per_second": 1000.0 + epoch,
@@ -134,7 +134,7 @@ def make_run(
 
 def moments(before: float, after: float, *accuracies: float) -> list[dict[str, float]]:
     found = zip((before, after), accuracies or (0.5, 0.25), strict=True)
-    return [{"loss": loss, "accuracy": accuracy} for loss, accuracy in found]
+    return [{"loss": loss, "accuracy": accuracy, "top5": None} for loss, accuracy in found]
 
 
 def pair(decomposition: str, **changes: Any) -> list[Run]:

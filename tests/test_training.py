@@ -71,6 +71,8 @@ def test_evaluation_agrees_with_the_definition(digits: Dataset) -> None:
     labels = digits.test.labels
     assert found.loss == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=1e-5)
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    among_five = logits.topk(5).indices == labels[:, None]
+    assert found.top5 == pytest.approx(float(among_five.any(1).float().mean()))
 
 
 def test_evaluation_leaves_the_training_flags_alone(digits: Dataset) -> None:

@@ -69,11 +69,16 @@ def evaluate(
             f"the model gives outputs of shape {tuple(logits.shape[1:])}, "
             f"{data.name} has {len(data.classes)} classes"
         )
+
+    def right_among(guesses: int) -> float:
+        return float(
+            multiclass_accuracy(logits, targets, len(data.classes), average="micro", top_k=guesses)
+        )
+
     return Evaluation(
         loss=float(functional.cross_entropy(logits, targets)),
-        accuracy=float(
-            multiclass_accuracy(logits, targets, num_classes=len(data.classes), average="micro")
-        ),
+        accuracy=right_among(1),
+        top5=right_among(5) if len(data.classes) > 5 else None,
     )
 
 

@@ -212,6 +212,8 @@ def _run(
         processes=fabric.world_size,
         machine=describe_machine(),
         version=__version__,
+        top5=after.top5,
+        top5_before=before.top5,
     )
     if fabric.is_global_zero:
         summary.write(folder)

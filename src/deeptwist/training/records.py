@@ -24,10 +24,18 @@ DENSE_WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean cross-entropy, and the share of images whose first guess is right (0 to 1)."""
+    """What a network makes of a split.
+
+    Attributes:
+        loss: mean cross-entropy.
+        accuracy: share of the images whose first guess is right (0 to 1).
+        top5: share of those with the right one among the first five; none where there are no
+            more classes than that.
+    """
 
     loss: float
     accuracy: float
+    top5: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,8 @@ class Summary:
         processes: that trained together.
         machine: in one line.
         version: of deeptwist.
+        top5: as `Evaluation.top5`, of the network that the run ended with.
+        top5_before: the same of the dense network that it started from.
     """
 
     name: str
@@ -157,6 +167,8 @@ class Summary:
     processes: int
     machine: str
     version: str
+    top5: float | None = None
+    top5_before: float | None = None
 
     def write(self, folder: Path) -> None:
         """Writes ``run.json``, which marks the run as finished."""
