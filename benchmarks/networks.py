@@ -1,14 +1,15 @@
 """ResNet-34 and VGG19, dense and decomposed at ratio 4.
 
 On the layers that the paper compresses (S ≥ 128), and on all convolutions but the first (S ≥ 64).
-PyTorch and onnxruntime, fp32, batch 16, beside TensorLy-Torch's Tucker of the same size. The
-weights are random: they do not change the time.
+PyTorch eager and compiled, and onnxruntime, fp32, batch 16, beside TensorLy-Torch's Tucker of the
+same size. The weights are random: they do not change the time.
 
     python benchmarks/networks.py
 """
 
 import argparse
 import copy
+from typing import get_args
 
 import tltorch
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.benchmark.networks import measure, measure_memory, settings_of
+from deeptwist.benchmark.runtimes import Runtime
 from deeptwist.machine import describe_machine
 from deeptwist.memory import peak_memory
 from deeptwist.models import build_model
@@ -31,6 +33,8 @@ FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, mult
     "spatial SVD, ranks of 16, S ≥ 64": (dt.SpatialSVD(), 64, 16),
     "tiled SVD, ranks of 16, S ≥ 64": (dt.TiledSVD(), 64, 16),
 }
+RUNTIMES = get_args(Runtime)
+PEER = "TensorLy-Torch's Tucker"
 RATIO, BATCH = 4, 16
 
 
@@ -39,6 +43,8 @@ def main() -> None:
     parser.add_argument("--threads", default=2, type=int)
     parser.add_argument("--rounds", default=9, type=int)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--forms", nargs="+", choices=[*FORMS, PEER], default=[*FORMS, PEER])
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -60,6 +66,8 @@ def main() -> None:
             for form, (decomposition, channels, multiple) in FORMS.items()
         }
         for form, plan in plans.items():
+            if form not in options.forms:
+                continue
             macs_ratio = plan.dense_macs / plan.macs
             report(
                 options,
@@ -68,9 +76,10 @@ def main() -> None:
                 dt.decompose(model, plan),
                 size,
             )
-        peer = tensorly_torch(model, plans["Tucker"])
-        macs_ratio = plans["Tucker"].dense_macs / plans["Tucker"].macs
-        report(options, f"{name} | TensorLy-Torch's Tucker | {macs_ratio:.2f}", model, peer, size)
+        if PEER in options.forms:
+            peer = tensorly_torch(model, plans["Tucker"])
+            macs_ratio = plans["Tucker"].dense_macs / plans["Tucker"].macs
+            report(options, f"{name} | {PEER} | {macs_ratio:.2f}", model, peer, size)
         own = sum(p.numel() * p.element_size() for p in model.parameters())
         peak = peak_memory(lambda: dt.decompose(model, plans["spatial SVD"]))  # noqa: B023
         print(f"\n{name}: decomposing it takes {peak / own:.2f} × its own size at the peak\n")
@@ -84,8 +93,8 @@ def report(
     small: nn.Module,
     size: tuple[int, ...],
 ) -> None:
-    peer = "TensorLy" in words  # its layers do not pass the ONNX exporter's trace of a free batch
-    runtimes = ("eager",) if peer else ("eager", "onnxruntime")
+    # The peer's layers pass neither torch.compile nor the ONNX exporter's trace of a free batch.
+    runtimes = ["eager"] if PEER in words else options.runtimes
     settings = settings_of([BATCH], [options.threads], ["float32"], runtimes)
     memory = measure_memory(model, small, torch.randn(BATCH, *size))
     for one in measure(

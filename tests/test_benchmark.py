@@ -159,7 +159,9 @@ def test_a_setting_that_is_not_to_be_had_says_why() -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+@pytest.mark.parametrize(
+    "runtime", ["eager", pytest.param("compile", marks=pytest.mark.slow), "onnxruntime"]
+)
 def test_a_prepared_network_computes_what_the_network_does(runtime: str) -> None:
     model = network().eval()
     found = prepare(model, X, runtime=runtime, threads=1)()  # type: ignore[arg-type]

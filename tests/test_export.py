@@ -387,9 +387,9 @@ def test_fx_traces_what_is_decomposed_and_folds_batch_norm_into_it(
     decomposition: Decomposition,
 ) -> None:
     torch.manual_seed(0)
-    dense = nn.Sequential(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU()).eval()
+    dense = nn.Sequential(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Linear(7, 7))
     cast(nn.BatchNorm2d, dense[1]).running_mean = torch.randn(12)
-    small = decompose(dense, plan(dense, decomposition, ratio=1.2, example_input=X))
+    small = decompose(dense.eval(), plan(dense, decomposition, ratio=1.2, example_input=X))
     folded = fuse(small)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert difference(small(X), folded(X)) < 1e-5

@@ -85,6 +85,8 @@ def measure(
         for setting in settings:
             x = _channels_last(example_input(setting.batch))
             options = {"runtime": setting.runtime, "dtype": setting.dtype}
+            if setting.runtime == "compile":
+                torch.compiler.reset()  # compiled code is bound to the number of threads
             try:
                 runs = [
                     prepare(model, x, threads=setting.threads, **options)  # type: ignore[arg-type]

@@ -38,18 +38,29 @@ def prepare(
             raise DeepTwistError(f"onnxruntime is measured on processors in float32, not {dtype}")
         return _in_onnxruntime(model, x, threads)
     x = x.to(getattr(torch, dtype))
-    ready: Callable[[Tensor], object] = (
-        deepcopy(model).to(x.dtype).eval().to(memory_format=torch.channels_last)
-    )
+    ready = deepcopy(model).to(x.dtype).eval().to(memory_format=torch.channels_last)
     if runtime == "compile":
-        torch.compiler.reset()  # compiled code is bound to the number of threads
-        # The weights stay as they are: batch norm is folded into them, and they are packed once.
-        ready = torch.compile(ready, options={"freezing": True})
+        return _compiled(ready, x)
 
     def run() -> object:
         with torch.inference_mode():
             return ready(x)
 
+    return run
+
+
+def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Compiled for deployment: batch norm is folded into weights, which are packed once."""
+    from torch._inductor import config  # takes seconds
+
+    compiled = torch.compile(model)
+
+    def run() -> object:
+        with torch.no_grad():  # weights are not frozen in inference mode
+            return compiled(x)
+
+    with config.patch(freezing=True):
+        run()
     return run
 
 

@@ -1,6 +1,5 @@
 """Modules without weights that bring channels to where tiled layers need them."""
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -104,6 +103,6 @@ class OverFeatures(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        leading = math.prod(x.shape[:-1])
-        y: Tensor = super().forward(x.reshape(leading, x.shape[-1], 1))  # type: ignore[no-untyped-call]
-        return y.reshape(*x.shape[:-1], y.shape[1])
+        rows = x.unsqueeze(0).flatten(0, -2)  # (Π leading, in_features)
+        y: Tensor = super().forward(rows.unsqueeze(-1))  # type: ignore[no-untyped-call]
+        return y.reshape(x.shape[:-1] + y.shape[1:2])
