@@ -163,7 +163,7 @@ _SHORT_RECIPES: dict[Network, Recipe] = {
         compression=_WIDE_CONVOLUTIONS,
     ),
 }
-_SHORT_STARTS: dict[Network, int] = {"resnet32": 4, "vgg19": 4, "resnet34": 8}  # epochs
+_SHORT_STARTS: dict[Network, int] = {"resnet32": 4, "vgg19": 4, "resnet34": 6}  # epochs
 
 _SMOKE = Recipe(
     model="resnet20",
