@@ -1,7 +1,7 @@
 """One 3×3 convolution, dense and in every factored form, beside what peers make of it.
 
-All forms hold a quarter of the weights (ranks round down, so a little less) and run in one
-process, in turn: fp32, channels_last. Speed-ups are medians over rounds; the efficiency in
+All forms hold a quarter of the weights (ranks round down, so a little less; or `--ratio`) and run
+in one process, in turn: fp32, channels_last. Speed-ups are medians over rounds; the efficiency in
 brackets is speed-up ÷ MAC ratio.
 
     python benchmarks/layers.py
@@ -22,7 +22,6 @@ from deeptwist.machine import describe_machine
 from deeptwist.timing import median_ratio, time_in_turn
 
 SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch
-RATIO = 4
 PAPERS = "the paper's: unfold, batched GEMM"
 
 
@@ -47,13 +46,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", default=2, type=int)
     parser.add_argument("--rounds", default=15, type=int)
+    parser.add_argument("--ratio", default=4.0, type=float)
+    channels = [shape[0] for shape in SHAPES]
+    parser.add_argument("--channels", nargs="+", choices=channels, default=channels, type=int)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     columns = {}
-    for channels, size, batch in SHAPES:
-        heading = f"{channels}→{channels}, {size}×{size}, batch {batch}"
-        columns[heading] = measure(channels, size, batch, options.rounds)
+    for width, size, batch in SHAPES:
+        if width in options.channels:
+            heading = f"{width}→{width}, {size}×{size}, batch {batch}"
+            columns[heading] = measure(width, size, batch, options.ratio, options.rounds)
     print(f"| form | {' | '.join(columns)} |")
     print("| --- |" + " --- |" * len(columns))
     for name in next(iter(columns.values())):
@@ -62,7 +65,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(channels: int, size: int, batch: int, rounds: int) -> dict[str, str]:
+def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> dict[str, str]:
     dense = nn.Conv2d(channels, channels, 3, padding=1).eval()
     dense = dense.to(memory_format=torch.channels_last)
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
@@ -70,7 +73,7 @@ def measure(channels: int, size: int, batch: int, rounds: int) -> dict[str, str]
     layers: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense}
     ratios = {"dense": 1.0}
     for name, (open_decomposition, executor, multiple) in forms(channels).items():
-        decomposition = open_decomposition.resolve(convolution, RATIO).with_rank_multiple(multiple)
+        decomposition = open_decomposition.resolve(convolution, ratio).with_rank_multiple(multiple)
         factors = decomposition.decompose(kernel_of(dense.weight, convolution))
         layer = decomposition.layer(convolution, factors.kernels(), dense.bias, executor)
         layers[name] = layer.eval().to(memory_format=torch.channels_last)
@@ -78,7 +81,7 @@ def measure(channels: int, size: int, batch: int, rounds: int) -> dict[str, str]
             convolution, (size, size)
         )
     layers[PAPERS], ratios[PAPERS] = papers_way(dense), ratios["tiled SVD, 64×64"]
-    ranks = dt.Tucker().resolve(convolution, RATIO).rank
+    ranks = dt.Tucker().resolve(convolution, ratio).rank
     assert ranks is not None
     peer = tltorch.FactorizedConv.from_conv(
         dense, rank=(*ranks, 3, 3), factorization="tucker", implementation="factorized"
