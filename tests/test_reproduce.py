@@ -115,7 +115,7 @@ def test_every_experiment_runs_to_the_end(name: str, request_: Request) -> None:
             assert any(f" {100 * accuracy:.2f} " in text for accuracy in accuracies)
     drawings = sorted(page.parent.glob("*.svg"))
     assert {path.name for path in drawings} == set(_linked(text))
-    assert bool(drawings) == (name not in ("table1", "noise", "tail"))
+    assert bool(drawings) == (name != "noise")
     for path in drawings:
         root = ElementTree.parse(path).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"

@@ -5,6 +5,7 @@ that halve and quarter the weights of these layers, learnt by DeepTwist.
 """
 
 from deeptwist.reproduce.cells import Cell
+from deeptwist.reproduce.drawing import Curve, chart
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.experiments.fig2 import PAPER_START
 from deeptwist.reproduce.findings import (
@@ -63,6 +64,26 @@ def show(finished: Finished, setting: Setting) -> Findings:
     ]
     rows.append(("start", "", "1×", "1.00×", number(start), printed(PAPER_START)))
     found = [finished.accuracy(name_of(tile, ratio)) for ratio in PAPER for tile in TILES]
+    figure = chart(
+        "accuracy",
+        "Accuracy over the side of the tiles",
+        [
+            Curve(
+                f"{ratio}×, DeepTwist",
+                tuple(
+                    (float(tile), value)
+                    for tile in TILES
+                    if (value := finished.accuracy(name_of(tile, ratio))) is not None
+                ),
+                color,
+            )
+            for color, ratio in enumerate(PAPER)
+        ],
+        x="rows and columns of a tile",
+        y="test accuracy, %",
+        level=None if start is None else ("before compression", start),
+        log_x=True,
+    )
     spreads = []
     for ratio in PAPER:
         known = [
@@ -84,7 +105,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
                 tuple(rows),
             ),
         ),
-        (),
+        () if figure is None else (figure,),
         (
             count_note(
                 "Above the network before compression", [above(value, start) for value in found]

@@ -9,6 +9,7 @@ take the same number of epochs.
 from dataclasses import replace
 
 from deeptwist.reproduce.cells import Cell
+from deeptwist.reproduce.drawing import Curve, chart
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.findings import Findings, Finished, Table, above, count_note
 from deeptwist.reproduce.profiles import Point, Setting
@@ -70,6 +71,16 @@ def show(finished: Finished, setting: Setting) -> Findings:
         *(way for way, _ in MODES),
         *(f"tail of {epochs} epoch{'s' * (epochs > 1)}" for epochs in tails),
     )
+    figure = chart(
+        "splits",
+        f"Accuracy over the split of the epochs, {setting.middle}",
+        [
+            Curve(words, _by_split(finished, setting, words), color)
+            for color, (words, _) in enumerate(METHODS)
+        ],
+        x="epochs of fine-tuning in decomposed form, at the end (0: DeepTwist alone)",
+        y="test accuracy, %",
+    )
     return Findings(
         (
             Table(
@@ -78,13 +89,24 @@ def show(finished: Finished, setting: Setting) -> Findings:
                 tuple(rows),
             ),
         ),
-        (),
+        () if figure is None else (figure,),
         (
             count_note("DeepTwist is higher than conventional fine-tuning", learnt_higher),
             count_note("DeepTwist with a tail is higher than conventional", tail_higher),
             "Not in the paper.",
         ),
     )
+
+
+def _by_split(finished: Finished, setting: Setting, words: str) -> tuple[tuple[float, float], ...]:
+    """(epochs of fine-tuning, accuracy in percent) at the middle size, of what has been run."""
+    point, whole = setting.middle, setting.recipe.schedule.epochs
+    tuned, learnt = (finished.accuracy(f"{words} {point}, {way}") for way, _ in MODES)
+    found = {0: learnt, whole: tuned} | {
+        epochs: finished.accuracy(split(words, point, epochs), refined="tail")
+        for epochs in setting.tails
+    }
+    return tuple((float(x), y) for x, y in sorted(found.items()) if y is not None)
 
 
 EXPERIMENT = Experiment(
