@@ -47,6 +47,19 @@ def test_a_split_is_uint8_images_and_one_label_each(error_of: ErrorOf) -> None:
     assert "int32" in error_of(Split, images, labels.int())
 
 
+@given(total=st.integers(1, 60), count=st.integers(0, 70), classes=st.integers(1, 10))
+def test_images_spread_over_a_split_are_of_all_its_classes(
+    total: int, count: int, classes: int
+) -> None:
+    labels = torch.arange(total) * classes // total  # class after class, as a folder has them
+    some = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).spread(count)
+    assert torch.equal(some.images.flatten(), some.labels)
+    found, whole = some.labels.bincount(minlength=classes), labels.bincount(minlength=classes)
+    assert found.sum() == min(count, total)
+    share = whole * len(some.labels) / total
+    assert (found - share).abs().max() < 1
+
+
 # --- augmentation
 
 

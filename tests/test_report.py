@@ -565,7 +565,7 @@ def test_before_is_a_line_and_after_a_dashed_one(title: str) -> None:
         assert x == other_x
         assert better * y > better * other_y
     assert [name for name, _ in plot.key] == ["deeptwist-tucker", "just before", "just after"]
-    assert "first 100 images" in plot.caption
+    assert "100 images spread" in plot.caption
 
 
 def test_before_and_after_need_images() -> None:

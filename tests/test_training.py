@@ -127,8 +127,9 @@ def test_distortions_come_at_every_interval_and_are_recorded(
         assert len(record.test) == 2
     # The network that follows the last distortion is the one that is deployed.
     final = dt.load(tmp_path / "model", model=network)
-    fixed = digits.test.images[:100], digits.test.labels[:100], digits
-    assert evaluate(final, *fixed).loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
+    fixed = digits.test.spread(100)
+    found = evaluate(final, fixed.images, fixed.labels, digits)
+    assert found.loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
 
 
 def test_records_can_be_left_out(digits: Dataset, tmp_path: Path) -> None:
@@ -313,12 +314,26 @@ def test_recalibration_is_the_statistics_of_the_images(digits: Dataset) -> None:
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2)
     found = recalibrated(model, digits, 2, 64)
-    x = normalize(digits.train.images[:128], digits.mean, digits.std)
+    order = torch.randperm(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
+    x = normalize(digits.train.images[order[:128]], digits.mean, digits.std)
     hidden = model[0](x).detach()
     assert torch.allclose(found[1].running_mean, hidden.mean((0, 2, 3)), atol=1e-5)
     assert not found[1].training
     assert found[1].momentum == model[1].momentum
     assert torch.equal(model[1].running_mean, torch.zeros(16))  # the source is left alone
+
+
+def test_recalibration_sees_all_classes_where_they_lie_one_after_the_other(
+    digits: Dataset,
+) -> None:
+    order = digits.train.labels.argsort()
+    in_classes = Split(digits.train.images[order], digits.train.labels[order])
+    few, whole = (
+        recalibrated(network(), replace(digits, train=in_classes), batches, 64)[1]
+        for batches in (2, 100)
+    )
+    assert torch.allclose(few.running_mean, whole.running_mean, atol=0.05)
+    assert torch.allclose(few.running_var, whole.running_var, rtol=0.15)
 
 
 def test_label_smoothing_and_distillation_change_the_loss_as_defined(

@@ -42,8 +42,8 @@ def _loss_before_and_after(drawn: Drawn, name: str) -> Plot | None:
 
     return _beside_plot(
         "Training loss before and after each distortion",
-        f"The mean cross-entropy over the first {_images(drawn)}images of the training split, not "
-        "augmented." + (" The upright axis is logarithmic." if logarithmic else ""),
+        f"The mean cross-entropy over {_images(drawn)}images spread over the training split, "
+        "not augmented." + (" The upright axis is logarithmic." if logarithmic else ""),
         before,
         after,
         paint,
@@ -59,7 +59,7 @@ def _accuracy_before_and_after(drawn: Drawn, name: str) -> Plot | None:
 
     return _beside_plot(
         "Test accuracy before and after each distortion",
-        f"The share recognised of the first {_images(drawn)}images of the test split.",
+        f"The share recognised of {_images(drawn)}images spread over the test split.",
         before,
         after,
         paint,

@@ -83,7 +83,7 @@ def evaluate(
 
 
 class Probe:
-    """A model on the first images of both splits, not augmented, each time it is asked.
+    """A model on images spread over both splits, not augmented, each time it is asked.
 
     Attributes:
         train: what was found on the training split, in order.
@@ -98,10 +98,10 @@ class Probe:
         self.seconds = 0.0
 
     def loss(self) -> float:
-        """The loss on the training split's first images; keeps all that was found."""
+        """The loss on the training split's images; keeps all that was found."""
         started = time.perf_counter()
         for split, found in ((self._data.train, self.train), (self._data.test, self.test)):
-            some = split.images[: self._images], split.labels[: self._images]
-            found.append(evaluate(self._model, *some, self._data))
+            some = split.spread(self._images)
+            found.append(evaluate(self._model, some.images, some.labels, self._data))
         self.seconds += time.perf_counter() - started
         return self.train[-1].loss

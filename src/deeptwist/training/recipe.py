@@ -176,7 +176,7 @@ class RecordsRecipe:
     """What is kept on the way.
 
     Attributes:
-        images: of the training and of the test split each, always the same, on which loss and
+        images: spread over the training and over the test split, always the same, on which loss and
             accuracy are measured just before and just after every distortion; 0 for none.
         checkpoint_every: optimizer steps between checkpoints.
     """

@@ -70,8 +70,8 @@ class DistortedAt:
         distortion: what it changed.
         lr: the learning rate.
         seconds: of the distortion alone.
-        train: before and after, on the training split's first images, not augmented; empty where
-            none are recorded.
+        train: before and after, on images spread over the training split, not augmented; empty
+            where none are recorded.
         test: the same on the test split.
     """
 

@@ -1,12 +1,13 @@
 """What may follow the last distortion; none of it is the paper's, so each has a row of its own."""
 
 import copy
+from itertools import islice
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deeptwist.data import Dataset, Split, batches
+from deeptwist.data import Dataset, batches
 from deeptwist.training.evaluation import as_input
 
 
@@ -16,8 +17,8 @@ def recalibrated(model: nn.Module, data: Dataset, num_batches: int, batch_size: 
 
     Args:
         model: deployed; left as it is.
-        data: of whose training split the first images are seen, not augmented.
-        num_batches: seen.
+        data: of whose training split images are seen, not augmented.
+        num_batches: seen, of a shuffle that is always the same.
         batch_size: images in each.
     """
     model = copy.deepcopy(model)
@@ -28,9 +29,8 @@ def recalibrated(model: nn.Module, data: Dataset, num_batches: int, batch_size: 
         module.reset_running_stats()
         module.momentum = None  # the plain mean over all that it sees
         module.train()
-    seen = slice(num_batches * batch_size)
-    some = Split(data.train.images[seen], data.train.labels[seen])
-    for images, _ in batches(some, batch_size, generator=None):
+    shuffle = torch.Generator().manual_seed(0)
+    for images, _ in islice(batches(data.train, batch_size, generator=shuffle), num_batches):
         model(as_input(images, model, data))
     for module, momentum in zip(norms, momenta, strict=True):
         module.momentum = momentum

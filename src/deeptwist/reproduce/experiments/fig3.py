@@ -74,7 +74,11 @@ def show(finished: Finished, setting: Setting) -> Findings:
         (
             count_note("The gap that a distortion leaves closes", [above(first, last)]),
             f"At the end DeepTwist is {difference(ends[0], ends[1])} points from conventional.",
-            *([f"Around distortions: on the first {seen} test images."] if seen else []),
+            *(
+                [f"Around distortions: on {seen} images spread over the test split."]
+                if seen
+                else []
+            ),
             "The paper prints no numbers of this figure.",
         ),
     )
