@@ -30,6 +30,7 @@ FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, mult
     "Tucker": (dt.Tucker(), 128, 1),
     "spatial SVD, ranks of 16": (dt.SpatialSVD(), 128, 16),
     "tiled SVD, ranks of 16": (dt.TiledSVD(), 128, 16),
+    "SVD, ranks of 16": (dt.SVD(), 128, 16),
     "spatial SVD, ranks of 16, S ≥ 64": (dt.SpatialSVD(), 64, 16),
     "tiled SVD, ranks of 16, S ≥ 64": (dt.TiledSVD(), 64, 16),
 }

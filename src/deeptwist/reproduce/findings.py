@@ -115,8 +115,11 @@ class Finished:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number of ours, which may be missing."""
-    return NOT_RUN if value is None else f"{value:.{digits}f}"
+    """A number of ours, which may be missing; with a true minus."""
+    if value is None:
+        return NOT_RUN
+    rounded = round(value, digits) + 0.0  # no negative zero
+    return f"{rounded:.{digits}f}".replace("-", "−")
 
 
 def printed(value: float | None, digits: int = 2) -> str:
