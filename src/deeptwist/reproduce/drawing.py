@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from deeptwist.report.looks import CARD, DASHES, DOTS, INK, MUTED, VARIABLES
 from deeptwist.report.svg import render
@@ -86,6 +86,8 @@ def chart(
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))  # short numbers
         axes.set_title(y)
         axes.set_xlabel(x)
         axes.legend(

@@ -78,7 +78,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
             Curve(words, _by_split(finished, setting, words), color)
             for color, (words, _) in enumerate(METHODS)
         ],
-        x="epochs of fine-tuning in decomposed form, at the end (0: DeepTwist alone)",
+        x="epochs of fine-tuning at the end (0: DeepTwist)",
         y="test accuracy, %",
     )
     return Findings(
