@@ -2,7 +2,7 @@
 
 A block of steps by a bare loop and by the engine under DeepTwist, in turn, medians over blocks; at
 the end of each block a distortion, timed by itself with what is recorded around it (loss and
-accuracy of the first 100 images of both splits), as shares of S_D = 200 steps.
+accuracy of 100 images spread over each split), as shares of S_D = 200 steps.
 
     python benchmarks/training.py
 """

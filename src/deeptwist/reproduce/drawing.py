@@ -1,7 +1,7 @@
 """Figures in the report's style, each a file of its own that follows light and dark."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -42,6 +42,11 @@ class Curve:
     dashed: bool = False
     markers: bool = True
     line: bool = True
+
+
+def known(points: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, float], ...]:
+    """The points whose height has been measured."""
+    return tuple((x, y) for x, y in points if y is not None)
 
 
 def chart(

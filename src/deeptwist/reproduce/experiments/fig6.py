@@ -5,7 +5,7 @@ to be impossible to fine-tune, so that DeepTwist is what makes them usable.
 """
 
 from deeptwist.reproduce.cells import Cell
-from deeptwist.reproduce.drawing import Curve, chart
+from deeptwist.reproduce.drawing import Curve, chart, known
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.experiments.fig2 import conventional, deeptwist, pair
 from deeptwist.reproduce.findings import Findings, Finished, Table, above, count_note
@@ -50,11 +50,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
     curves = [
         Curve(
             name,
-            tuple(
-                (point.ratio, accuracy)
-                for point in points
-                if (accuracy := finished.accuracy(cell(point))) is not None
-            ),
+            known((point.ratio, finished.accuracy(cell(point))) for point in points),
             color,
             dashed=dashed,
         )

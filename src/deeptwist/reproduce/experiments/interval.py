@@ -5,7 +5,7 @@ few distortions shape the network. An S_D beyond the length of the run leaves th
 """
 
 from deeptwist.reproduce.cells import Cell
-from deeptwist.reproduce.drawing import Curve, chart
+from deeptwist.reproduce.drawing import Curve, chart, known
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.experiments.fig3 import distortions_of
 from deeptwist.reproduce.findings import NOT_RUN, Findings, Finished, Table
@@ -29,15 +29,11 @@ def cells(setting: Setting) -> list[Cell]:
 def show(finished: Finished, setting: Setting) -> Findings:
     """Accuracy over S_D."""
     steps = sorted(setting.intervals)
-    known = tuple(
-        (float(one), value)
-        for one in steps
-        if (value := finished.accuracy(name_of(one))) is not None
-    )
+    found = known((one, finished.accuracy(name_of(one))) for one in steps)
     figure = chart(
         "accuracy",
         "Accuracy over S_D",
-        [Curve(f"Tucker {setting.middle}, DeepTwist", known, 0)],
+        [Curve(f"Tucker {setting.middle}, DeepTwist", found, 0)],
         x="S_D, optimizer steps between distortions",
         y="test accuracy, %",
         log_x=True,
@@ -46,13 +42,13 @@ def show(finished: Finished, setting: Setting) -> Findings:
         (str(one), _distortions(finished, one), finished.shown(name_of(one))) for one in steps
     )
     notes = []
-    if len(known) > 2:
-        best = max(known, key=lambda point: point[1])
-        inside = best not in (known[0], known[-1])
+    if len(found) > 2:
+        best = max(found, key=lambda point: point[1])
+        inside = best not in (found[0], found[-1])
         notes.append(
             f"Best at S_D = {best[0]:g}, {'between' if inside else 'at one of'} the ends of what "
-            f"has been run; the ends are {best[1] - known[0][1]:.2f} and "
-            f"{best[1] - known[-1][1]:.2f} points lower."
+            f"has been run; the ends are {best[1] - found[0][1]:.2f} and "
+            f"{best[1] - found[-1][1]:.2f} points lower."
         )
     return Findings(
         (

@@ -5,7 +5,7 @@ that halve and quarter the weights of these layers, learnt by DeepTwist.
 """
 
 from deeptwist.reproduce.cells import Cell
-from deeptwist.reproduce.drawing import Curve, chart
+from deeptwist.reproduce.drawing import Curve, chart, known
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.experiments.fig2 import PAPER_START
 from deeptwist.reproduce.findings import (
@@ -70,11 +70,7 @@ def show(finished: Finished, setting: Setting) -> Findings:
         [
             Curve(
                 f"{ratio}×, DeepTwist",
-                tuple(
-                    (float(tile), value)
-                    for tile in TILES
-                    if (value := finished.accuracy(name_of(tile, ratio))) is not None
-                ),
+                known((tile, finished.accuracy(name_of(tile, ratio))) for tile in TILES),
                 color,
             )
             for color, ratio in enumerate(PAPER)
@@ -86,15 +82,15 @@ def show(finished: Finished, setting: Setting) -> Findings:
     )
     spreads = []
     for ratio in PAPER:
-        known = [
+        reached = [
             value
             for tile in TILES
             if (value := finished.accuracy(name_of(tile, ratio))) is not None
         ]
-        if len(known) > 1:
+        if len(reached) > 1:
             theirs = max(PAPER[ratio]) - min(PAPER[ratio])
             spreads.append(
-                f"Between tiles at {ratio}× there are {max(known) - min(known):.2f} points "
+                f"Between tiles at {ratio}× there are {max(reached) - min(reached):.2f} points "
                 f"(paper: {theirs:.2f})."
             )
     return Findings(

@@ -9,7 +9,7 @@ take the same number of epochs.
 from dataclasses import replace
 
 from deeptwist.reproduce.cells import Cell
-from deeptwist.reproduce.drawing import Curve, chart
+from deeptwist.reproduce.drawing import Curve, chart, known
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.findings import Findings, Finished, Table, above, count_note
 from deeptwist.reproduce.profiles import Point, Setting
@@ -106,7 +106,7 @@ def _by_split(finished: Finished, setting: Setting, words: str) -> tuple[tuple[f
         epochs: finished.accuracy(split(words, point, epochs), refined="tail")
         for epochs in setting.tails
     }
-    return tuple((float(x), y) for x, y in sorted(found.items()) if y is not None)
+    return known(sorted(found.items()))
 
 
 EXPERIMENT = Experiment(
