@@ -7,6 +7,7 @@ WEIGHTS ?= ../shared/weights
 bench:
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/layers.py
+	$(PYTHON) benchmarks/rates.py
 	$(PYTHON) benchmarks/tiles.py --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) benchmarks/networks.py
 	$(PYTHON) benchmarks/distortion.py --weights-dir $(WEIGHTS)
