@@ -173,7 +173,7 @@ def test_types_stay(method: Decomposition, dtype: torch.dtype) -> None:
 def test_the_device_stays(method: Decomposition) -> None:
     model, x = network().cuda(), X.cuda()
     made = plan(model, method, ratio=1.6, example_input=x)
-    small = DeepTwist(model, made, 1).finish()
+    small = DeepTwist(model, made, 1, example_input=X).finish()  # X is not on the GPU
     assert {t.device.type for t in chain(small.parameters(), small.buffers())} == {"cuda"}
     assert small(x).is_cuda
 

@@ -147,8 +147,8 @@ class DeepTwist:
             tolerance: how much squared error above the optimum, relatively, a distortion on the
                 way may have, by an estimate: it is then found from the one before it, at a
                 fraction of the cost. 0 makes all exact, as the first and the last always are.
-            example_input: what `finish` compares outputs on; without it, standard normal
-                numbers of the plan's shapes.
+            example_input: what `finish` compares outputs on, moved to the model's device; without
+                it, standard normal numbers of the plan's shapes.
 
         Raises:
             DeepTwistError: if the interval is not positive, the tolerance is not from 0 to 1, the
@@ -331,10 +331,11 @@ class DeepTwist:
         return worst
 
     def _inputs(self) -> tuple[Tensor, ...]:
+        reference = next(self.model.parameters())
         if self._example_input is not None:
             given = self._example_input
-            return given if isinstance(given, tuple) else (given,)
-        reference = next(self.model.parameters())
+            inputs = given if isinstance(given, tuple) else (given,)
+            return tuple(tensor.to(reference.device) for tensor in inputs)
         generator = torch.Generator().manual_seed(0)
         return tuple(
             torch.randn(shape, generator=generator).to(reference)

@@ -7,7 +7,7 @@ schedule alone brings.
 """
 
 from deeptwist.reproduce.cells import Cell
-from deeptwist.reproduce.drawing import Curve, chart
+from deeptwist.reproduce.drawing import Curve, chart, known
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.findings import (
     Findings,
@@ -62,6 +62,7 @@ def cells(setting: Setting) -> list[Cell]:
 def show(finished: Finished, setting: Setting) -> Findings:
     """Accuracy over the ratio."""
     points = sorted(setting.points, key=lambda point: point.ratio)
+    ratios = [point.ratio for point in points]
     learnt = [finished.accuracy(deeptwist(point)) for point in points]
     tuned = [finished.accuracy(conventional(point)) for point in points]
     start = finished.start()
@@ -86,8 +87,10 @@ def show(finished: Finished, setting: Setting) -> Findings:
         "accuracy",
         "Accuracy over the compression ratio",
         [
-            Curve("DeepTwist", _known(points, learnt), 0),
-            Curve("conventional fine-tuning", _known(points, tuned), 0, dashed=True),
+            Curve("DeepTwist", known(zip(ratios, learnt, strict=True)), 0),
+            Curve(
+                "conventional fine-tuning", known(zip(ratios, tuned, strict=True)), 0, dashed=True
+            ),
             *(
                 Curve(name, tuple((x, pair[side]) for x, pair in PAPER.items()), 1, dashed=dashed)
                 for side, (name, dashed) in enumerate(
@@ -134,14 +137,6 @@ def nearest(point: Point) -> float | None:
     """The paper's ratio that a size may be held against."""
     theirs = min(PAPER, key=lambda ratio: abs(ratio - point.ratio))
     return theirs if abs(theirs / point.ratio - 1) < _NEAR else None
-
-
-def _known(points: list[Point], values: list[float | None]) -> tuple[tuple[float, float], ...]:
-    return tuple(
-        (point.ratio, value)
-        for point, value in zip(points, values, strict=True)
-        if value is not None
-    )
 
 
 EXPERIMENT = Experiment(
