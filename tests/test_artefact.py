@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 import deeptwist
 from deeptwist import CP, SVD, Decomposition, TiledSVD, Tucker, decompose, load, plan, save
@@ -471,3 +472,18 @@ def test_a_moved_folder_loads(folder: Path, tmp_path: Path) -> None:
     expected = load(folder, network)(X)
     shutil.move(folder, tmp_path / "elsewhere")
     assert torch.equal(load(str(tmp_path / "elsewhere"), network)(X), expected)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    small = small_network(TiledSVD(tile=(8, 20)))
+    save(small, tmp_path / "whole")
+    for part in small.modules():
+        if parametrize.is_parametrized(part):
+            parametrize.remove_parametrizations(part, "weight")
+    assert "before its parametrizations are removed" in error_of(save, small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_on_meta_is_refused(folder: Path) -> None:
+    with torch.device("meta"):
+        assert "make it on the CPU" in error_of(load, folder, network())

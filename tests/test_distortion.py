@@ -345,6 +345,44 @@ def test_the_example_input_may_be_given() -> None:
         assert twist.output_difference < 1e-5
 
 
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + torch.randn_like(y)
+
+
+def test_a_model_that_draws_random_numbers_is_compared_on_the_same_ones() -> None:
+    model = Noisy()
+    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), 1)
+    twist.finish()
+    assert twist.output_difference is not None
+    assert twist.output_difference < 1e-5
+
+
+def test_outputs_are_compared_as_finely_as_they_are_computed() -> None:
+    model, twist = twisted()
+    with torch.autocast("cpu", torch.bfloat16):
+        twist.finish()
+    assert twist.output_difference is not None
+    assert twist.output_difference > torch.finfo(torch.float32).eps ** 0.5
+    model = nn.Sequential(nn.BatchNorm2d(8), Narrow(), nn.Conv2d(8, 16, 3).bfloat16())
+    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), 1)
+    twist.finish()
+
+
+class Narrow(nn.Module):
+    """To bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
 def test_finish_leaves_the_mode_and_the_global_generator_alone() -> None:
     model, twist = twisted()
     model.train()

@@ -1,6 +1,7 @@
 import copy
 import math
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -168,6 +169,17 @@ def test_types_stay(method: Decomposition, dtype: torch.dtype) -> None:
     assert small.eval()(X.to(dtype)).isfinite().all()
 
 
+@EACH_METHOD
+def test_all_of_a_layer_is_where_its_kernels_are(method: Decomposition) -> None:
+    for layer in plan(network(), method, ratio=1.6, example_input=X).compressed:
+        assert layer.convolution is not None
+        assert layer.decomposition is not None
+        parts = [part for level in layer.decomposition.levels(layer.convolution) for part in level]
+        kernels = [torch.empty(part.kernel_shape, device="meta") for part in parts]
+        made = layer.decomposition.layer(layer.convolution, kernels, None)
+        assert {t.device.type for t in chain(made.parameters(), made.buffers())} == {"meta"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @EACH_METHOD
 def test_the_device_stays(method: Decomposition) -> None:
@@ -194,6 +206,51 @@ def test_every_kind_of_layer_is_swapped_or_kept(method: Decomposition, geometry:
         assert difference(model(x), small(x)) < 1.5  # something like the layer, in its shape
     stored = sum(p.numel() for p in small.parameters())
     assert stored == made.parameters
+
+
+class Keeps(nn.Module):
+    """Keeps an output for a loss, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 16, 3)
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        self.kept = y.mean()
+        return y
+
+
+def test_an_output_that_a_module_keeps_is_no_obstacle() -> None:
+    model = Keeps()
+    made = plan(model, SVD(), ratio=2, example_input=X)
+    model(X)
+    assert model.kept is not None
+    small = decompose(model, made)
+    assert model.kept.requires_grad
+    assert small.kept.item() == model.kept.item()
+    assert not small.kept.requires_grad
+
+
+def test_a_model_that_cannot_be_copied_is_named() -> None:
+    model = network()
+    model.lock = Lock()
+    made = plan(model, SVD(), ratio=2, example_input=X)
+    told = error_of(decompose, model, made)
+    assert "Sequential cannot be copied" in told
+    assert "lock" in told
+
+
+def test_hooks_that_are_lost_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    made = plan(model, SVD(), ratio=2, example_input=X)
+    name = made.compressed[0].name
+    model.get_submodule(name).register_forward_hook(lambda *_: None)
+    decompose(model, made)
+    assert [record.message for record in caplog.records] == [
+        f"layer {name!r} carries hooks, which its factors will not"
+    ]
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

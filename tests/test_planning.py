@@ -196,6 +196,45 @@ def test_an_example_that_the_model_refuses() -> None:
     error_of(plan_of, example_input=torch.randn(2, 3, 9, 9))
 
 
+@pytest.mark.parametrize("example", [[torch.zeros(2, 8)], {"x": torch.zeros(2, 8)}, (), None])
+def test_an_example_that_is_none(example: Any) -> None:
+    with pytest.raises(DeepTwistError, match="neither a tensor nor a tuple of tensors"):
+        plan(nn.Linear(8, 8), SVD(), ratio=2, example_input=example)
+
+
+class Particular(nn.Sequential):
+    """Asserts, as torchvision's transformers do, and holds a buffer that cannot be written to."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 16, 3))
+        self.register_buffer("scale", torch.ones(1).expand(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[-1] == 6, "wrong width")
+        y: torch.Tensor = super().forward(x)
+        return y
+
+
+def test_a_model_that_asserts_and_has_an_expanded_buffer() -> None:
+    assert plan(Particular(), SVD(), ratio=2, example_input=torch.zeros(1, 8, 6, 6)).compressed
+    with pytest.raises(DeepTwistError, match="wrong width"):
+        plan(Particular(), SVD(), ratio=2, example_input=torch.zeros(1, 8, 7, 7))
+
+
+def test_one_vector_is_one_example() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
+    one, batch = (
+        plan(model, SVD(), ratio=1.1, example_input=x)
+        for x in (torch.zeros(12), torch.zeros(3, 12))
+    )
+    assert one.dense_macs == batch.dense_macs == 12 * 8 + 8 * 4
+
+
+def test_one_pattern_is_a_pattern() -> None:
+    assert compressed(plan_of(include="body.*")) == compressed(plan_of(include=["body.*"]))
+    assert compressed(plan_of(exclude="body.*")) == compressed(plan_of(exclude=["body.*"]))
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     model = Net()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import deeptwist.tracking
-from deeptwist import SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
+from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
 from deeptwist.linalg import truncated_svd
 from deeptwist.memory import peak_memory
 from deeptwist.subspace import by_cholesky, by_householder, excess, follow, power_step, start_of
@@ -245,6 +245,41 @@ def test_a_distortion_after_the_first_is_as_good_and_writes_in_place(
             assert found[name] <= slack * best[name] + 1e-6, name
         assert dict(model.named_parameters()) == parameters
         assert [(p.data_ptr(), p.stride()) for p in model.parameters()] == places
+
+
+def test_tucker_of_more_directions_than_its_core_can_use() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 64, 3))
+    made = plan(model, Tucker(rank=(32, 2)), example_input=X)
+    twist = DeepTwist(model, made, 1, tolerance=1e-5)
+    twist.step()
+    nn.init.normal_(model[0].weight)  # a jump: some has to be factored exactly after all
+    twist.step()
+    nudge(model, 0.03)
+    state = twist.state_dict()
+    twin = copy.deepcopy(model)
+    twist.step()
+    resumed = DeepTwist(twin, made, 1, tolerance=1e-5)
+    resumed.load_state_dict(state)
+    resumed.step()
+    assert torch.equal(model[0].weight, twin[0].weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_cp_of_what_was_zero_before(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=groups))
+    twist = DeepTwist(model, plan(model, CP(rank=4), example_input=X), 1)
+    with torch.no_grad():
+        model[0].weight[: 16 // groups].zero_()
+    twist.step()
+    nn.init.normal_(model[0].weight)
+    before, twin = copy.deepcopy(model), copy.deepcopy(model)
+    twist.step()
+    DeepTwist(twin, twist.plan, 1, tolerance=0).step()
+    kernels = [net[0].weight.unflatten(0, (groups, -1)) for net in (before, model, twin)]
+    for old, followed, exact in zip(*kernels, strict=True):
+        error = difference(old, followed)
+        assert error <= 1.1 * difference(old, exact)
+        assert error < 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

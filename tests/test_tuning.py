@@ -136,3 +136,10 @@ def test_the_rule_is_not_far_from_the_clock(
 def test_other_decompositions_have_one_form() -> None:
     layer = plan(network(), SVD(rank=2), example_input=X).layers[0]
     assert layer.executors == ("convolutions",)
+
+
+@pytest.mark.parametrize(("layer", "size"), [(nn.Conv1d, [9]), (nn.Conv3d, [5, 5, 5])])
+def test_any_number_of_axes_is_tuned(layer: type[nn.Module], size: list[int]) -> None:
+    model, x = nn.Sequential(layer(16, 24, 3)), torch.randn(2, 16, *size)
+    raw = plan(model, RAW, ratio=1.5, example_input=x)
+    assert difference(decompose(model, raw, tune=True)(x), decompose(model, raw)(x)) < 1e-5

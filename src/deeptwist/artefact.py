@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deeptwist._version import __version__
 from deeptwist.convolution import Convolution
-from deeptwist.decompositions import FactoredLayer, from_dict
+from deeptwist.decompositions import Decomposition, FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.factorization import planned_module, swap
 from deeptwist.files import replacing
@@ -41,7 +41,8 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         The folder.
 
     Raises:
-        DeepTwistError: if the model has no factored layer, or the folder cannot be written.
+        DeepTwistError: if the model has no factored layer, or one whose tensors are no longer
+            those that it was made with, or if the folder cannot be written.
     """
     layers = {
         name: {
@@ -56,6 +57,8 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         raise DeepTwistError(
             f"this {type(model).__name__} has no factored layer: decompose it first"
         )
+    for name in layers:
+        _check_readable(name, cast(FactoredLayer, model.get_submodule(name)))
     tensors, aliases = distinct(model)
     folder = Path(path)
     try:
@@ -90,7 +93,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
 
     Raises:
         DeepTwistError: if a file is missing, damaged or of an unknown format, or if the model
-            is not the one that was decomposed.
+            is not the one that was decomposed, or is on the meta device.
     """
     folder = Path(path)
     config = _read_config(folder / CONFIG)
@@ -101,9 +104,19 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
         raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
     layers = tuple(_planned(name, values) for name, values in config["layers"].items())
     base = model if isinstance(model, nn.Module) else model()
+    if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
+        raise DeepTwistError(
+            f"this {type(base).__name__} is on the meta device, where nothing can be read into it: "
+            "make it on the CPU"
+        )
+    kernels = {}
     for layer in layers:  # before anything takes the memory that the file says it needs
         planned_module(base, layer)
-    small = swap(base, Plan(layers), {layer.name: _empty_kernels(layer) for layer in layers})
+    for layer in layers:
+        assert layer.convolution is not None
+        assert layer.decomposition is not None
+        kernels[layer.name] = _empty_kernels(layer.decomposition, layer.convolution)
+    small = swap(base, Plan(layers), kernels).cpu()
     try:
         state = load_file(weights)
     except SafetensorError as error:
@@ -113,6 +126,21 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
             state[alias] = state[name]
     _load_strictly(small, state, base_model=config["base_model"])
     return small.eval()
+
+
+def _check_readable(name: str, layer: FactoredLayer) -> None:
+    """Refuses a layer whose tensors are not those that `load` will look for."""
+    decomposition, convolution = layer.decomposition, layer.convolution
+    kernels = _empty_kernels(decomposition, convolution, "meta")
+    bias = torch.empty(convolution.out_channels, device="meta")
+    made = decomposition.layer(convolution, kernels, bias, layer.executor).state_dict()
+    held = layer.state_dict()
+    strangers = held.keys() - made.keys()
+    if strangers:
+        raise DeepTwistError(
+            f"layer {name!r} holds {min(strangers)!r}, which {decomposition} does not: save it "
+            "before its parametrizations are removed, or export it"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -156,11 +184,14 @@ def _planned(name: str, values: Any) -> PlannedLayer:
         ) from None
 
 
-def _empty_kernels(layer: PlannedLayer) -> list[Tensor]:
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
-    levels = layer.decomposition.levels(layer.convolution)
-    return [torch.empty(part.kernel_shape) for level in levels for part in level]
+def _empty_kernels(
+    decomposition: Decomposition, convolution: Convolution, device: str = "cpu"
+) -> list[Tensor]:
+    return [
+        torch.empty(part.kernel_shape, device=device)
+        for level in decomposition.levels(convolution)
+        for part in level
+    ]
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: str) -> None:

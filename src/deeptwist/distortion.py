@@ -14,7 +14,7 @@ from deeptwist.convolution import computing_dtype
 from deeptwist.decompositions import Decomposition, Factors
 from deeptwist.errors import DeepTwistError, check_whole, first_line
 from deeptwist.factorization import numbers, planned_module, relative_difference, swap
-from deeptwist.inspection import evaluating
+from deeptwist.inspection import WRONG_INPUT, evaluating, inputs_of
 from deeptwist.planning import Plan
 from deeptwist.sharing import broadcast, deal, processes, rank, together
 from deeptwist.tracking import (
@@ -33,6 +33,7 @@ T = TypeVar("T")
 logger = logging.getLogger("deeptwist")
 
 _MARGIN = 128  # CP's components may cancel; all other approximations are projections
+_TF32 = 2.0**-10  # precision that cuDNN computes fp32 in, unless told otherwise
 _ALIKE = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
 _SQUARABLE = 1e-9, 1e15  # ‖W‖ for which fp32 squares of W − W′ neither under- nor overflow
 
@@ -285,7 +286,7 @@ class DeepTwist:
 
         Raises:
             DeepTwistError: if a parameter is not finite, or if the outputs differ by more than
-                the square root of the type's precision.
+                the square root of the coarsest precision that they are computed in.
         """
         together(self._check_parameters, lambda _: None)
         # The same factors serve both: CP's could not be found again from their product.
@@ -303,14 +304,14 @@ class DeepTwist:
         with evaluating(self.model), evaluating(small), torch.no_grad():
             try:
                 inputs = self._inputs()
-                expected = _tensors(self.model(*inputs))
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                expected = _outputs(self.model, inputs)
+            except WRONG_INPUT as error:
                 raise DeepTwistError(
                     f"the model cannot run on the example input: {first_line(error)}"
                 ) from error
             try:
-                found = _tensors(small(*inputs))
-            except (AttributeError, RuntimeError, TypeError) as error:
+                found = _outputs(small, inputs)
+            except WRONG_INPUT as error:
                 raise DeepTwistError(
                     f"the decomposed model cannot run: {first_line(error)}: a layer is used in "
                     "other ways than calling it; exclude it"
@@ -321,7 +322,7 @@ class DeepTwist:
         differences = [relative_difference(e, f) for e, f in zip(expected, found, strict=True)]
         # NaN is no number to compare with: it must count as the worst.
         worst = max(math.inf if math.isnan(d) else d for d in differences)
-        allowed = torch.finfo(next(self.model.parameters()).dtype).eps ** 0.5
+        allowed = _coarsest([*self.model.parameters(), *expected]) ** 0.5
         logger.info("decomposed and distorted outputs differ by %.2e (relative)", worst)
         if not worst <= allowed:
             raise DeepTwistError(
@@ -333,9 +334,7 @@ class DeepTwist:
     def _inputs(self) -> tuple[Tensor, ...]:
         reference = next(self.model.parameters())
         if self._example_input is not None:
-            given = self._example_input
-            inputs = given if isinstance(given, tuple) else (given,)
-            return tuple(tensor.to(reference.device) for tensor in inputs)
+            return tuple(x.to(reference.device) for x in inputs_of(self._example_input))
         generator = torch.Generator().manual_seed(0)
         return tuple(
             torch.randn(shape, generator=generator).to(reference)
@@ -437,6 +436,23 @@ def _mean(loss: Callable[[], Tensor | float] | None) -> float | None:
         return None
     _, losses = together(lambda: float(loss()), _as_it_is)
     return sum(losses) / len(losses)
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """All tensors in the model's output; what it draws at random is the same every time."""
+    gpus = {x.device for x in (*inputs, *model.parameters()) if x.is_cuda}
+    with torch.random.fork_rng(devices=list(gpus)):
+        return _tensors(model(*inputs))
+
+
+def _coarsest(tensors: list[Tensor]) -> float:
+    """The relative precision that a network of these tensors may be computed in."""
+    floats = [x for x in tensors if x.is_floating_point()]
+    devices = {x.device.type for x in floats}
+    types = {x.dtype for x in floats}
+    types |= {torch.get_autocast_dtype(kind) for kind in devices if torch.is_autocast_enabled(kind)}
+    found = [torch.finfo(dtype).eps for dtype in types]
+    return max(*found, _TF32) if "cuda" in devices and torch.float32 in types else max(found)
 
 
 def _tensors(output: Any) -> list[Tensor]:

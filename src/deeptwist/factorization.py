@@ -1,6 +1,7 @@
 """From weights to factors to the decomposed model: the swap of every planned layer."""
 
 import copy
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from deeptwist.convolution import READABLE, Convolution, computing_dtype, kernel_of
 from deeptwist.decompositions import SVD, FactoredLayer, Factors
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, first_line, unknown
+from deeptwist.inspection import carries_hooks
 from deeptwist.planning import Plan, PlannedLayer, plan
 from deeptwist.tuning import tune as tuned
+
+logger = logging.getLogger("deeptwist")
 
 Inputs = Tensor | tuple[Tensor, ...]
 Dense = nn.Conv2d | nn.Linear  # what every layer that can be planned looks like: weight and bias
@@ -162,10 +166,22 @@ def swap(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> n
     replaced: dict[int, object] = {}
     for layer in plan.compressed:
         module = planned_module(model, layer)
+        if carries_hooks(module):
+            logger.warning("layer %r carries hooks, which its factors will not", layer.name)
         replaced[id(module)] = _factored(module, layer, kernels[layer.name])
+    # An output that a module keeps for a loss is part of a graph, which deepcopy refuses.
+    for owner in model.modules():
+        for value in vars(owner).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                replaced[id(value)] = value.detach().clone()
     # Seeded with the new layers, deepcopy never copies the weights that they replace, and puts
     # one factored layer wherever one dense layer was used.
-    return copy.deepcopy(model, replaced)
+    try:
+        return copy.deepcopy(model, replaced)
+    except (RuntimeError, TypeError) as error:
+        raise DeepTwistError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}"
+        ) from error
 
 
 def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> FactoredLayer:

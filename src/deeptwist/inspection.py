@@ -15,6 +15,15 @@ from deeptwist.cost import Call
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError, first_line
 
+# What networks raise where they are given what they are not made for.
+WRONG_INPUT = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -136,8 +145,7 @@ def _unreadable(module: nn.Module) -> str | None:
         )
     if "forward" in vars(module):
         return "has a forward of its own"
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    if any(hooks) or module._backward_pre_hooks:
+    if carries_hooks(module):
         return "carries hooks (weight_norm, pruning, …), which a factored layer would lose"
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
@@ -145,6 +153,27 @@ def _unreadable(module: nn.Module) -> str | None:
     if weight.dtype not in _FLOATS:
         return f"has weights of type {weight.dtype}".replace("torch.", "")
     return None
+
+
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return bool(any(hooks) or module._backward_pre_hooks)
+
+
+def inputs_of(example_input: object) -> tuple[Tensor, ...]:
+    """A model's positional inputs, of the one or the tuple that was given.
+
+    Raises:
+        DeepTwistError: if it is neither a tensor nor a tuple of tensors.
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = ", ".join(type(x).__name__ for x in inputs)
+        raise DeepTwistError(
+            f"the example input ({kinds}) is neither a tensor nor a tuple of tensors"
+        )
+    return inputs
 
 
 def _record_calls(
@@ -162,12 +191,13 @@ def _record_calls(
         calls.setdefault(module, []).append(_call(module, given[0]))
 
     readable = [module for module in modules if isinstance(module, READABLE)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # One that is expanded cannot be written to.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if 0 not in buffer.stride()]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in readable]
     try:
         with evaluating(model), torch.no_grad():
             model(*inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except WRONG_INPUT as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise DeepTwistError(
             f"{type(model).__name__} cannot run on the example input {shapes}: {first_line(error)}"

@@ -14,7 +14,7 @@ from deeptwist.convolution import Convolution, kernel_of
 from deeptwist.cost import Call
 from deeptwist.decompositions import Decomposition, Unfit, from_dict
 from deeptwist.errors import DeepTwistError, check_whole, first_line, unknown
-from deeptwist.inspection import Layer, layers_of
+from deeptwist.inspection import Layer, inputs_of, layers_of
 from deeptwist.linalg import relative_error
 from deeptwist.ranks import check_ratio
 from deeptwist.rules import Override, Rules
@@ -330,8 +330,8 @@ def plan(
     min_in_channels: int = 1,
     linear: bool = True,
     rank_multiple: int = 1,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
 ) -> Plan:
     """Decides for every layer how it is held; the model itself is not touched.
@@ -349,8 +349,8 @@ def plan(
         linear: whether linear layers are compressed too.
         rank_multiple: ranks that a ratio sets are rounded down to a multiple of this, where they
             are that large: 16 suits AVX-512 processors (``docs/speed.md``).
-        include: patterns of the layers to compress.
-        exclude: patterns of the layers to keep.
+        include: patterns, or one, of the layers to compress.
+        exclude: patterns, or one, of the layers to keep.
         overrides: pattern → another decomposition, another ratio, or none to keep the layer;
             the last pattern that matches counts, before all rules above.
 
@@ -362,9 +362,14 @@ def plan(
             override by exact name cannot be met.
     """
     rules = Rules(
-        skip_first_conv, min_in_channels, linear, tuple(include), tuple(exclude), overrides or {}
+        skip_first_conv,
+        min_in_channels,
+        linear,
+        (include,) if isinstance(include, str) else tuple(include),
+        (exclude,) if isinstance(exclude, str) else tuple(exclude),
+        overrides or {},
     )
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = inputs_of(example_input)
     layers = layers_of(model, inputs)
     rules.check_patterns(name for layer in layers for name in layer.names)
     for chosen in (decomposition, *rules.overrides.values()):
@@ -381,8 +386,8 @@ def plan(
     )
     counted = sum(layer.num_weights for layer in layers)
     total = sum(p.numel() for p in model.parameters())
-    # A first convolution that sees one image of (c, h, w) was given no batch.
-    batched = first is None or not first.calls or first.calls[0].count > 1
+    # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
+    batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
     return Plan(
         planned,
         total - counted,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deeptwist.linalg import truncated_svd
 
@@ -152,10 +153,14 @@ def by_cholesky(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_householder(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `by_cholesky`, for any image: where it lacks rank, other directions fill in."""
+    """As `by_cholesky`, for any image: where it lacks rank, other directions fill in.
+
+    Rows beyond the n that there can be are zero.
+    """
     energy = image.flatten(1).square().sum(1)
     rows = torch.linalg.qr(unit_rows(image).mT).Q.mT.contiguous()
-    return rows, energy, torch.ones_like(energy).bool()
+    missing = image.shape[1] - rows.shape[1]
+    return functional.pad(rows, (0, 0, 0, missing)), energy, torch.ones_like(energy).bool()
 
 
 @dataclass(frozen=True)

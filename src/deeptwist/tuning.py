@@ -71,13 +71,13 @@ def costly_call(layer: PlannedLayer) -> Call:
 def random_input(convolution: Convolution, call: Call, like: Tensor) -> Tensor:
     """Standard normal numbers as one use gives them to the layer; images in channels_last."""
     x = torch.randn(call.count, convolution.in_channels, *call.size).to(like)
-    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return x.to(memory_format=torch.channels_last) if convolution.dims == 2 else x
 
 
 def random_dense(convolution: Convolution, like: Tensor) -> nn.Module:
     """The layer of this geometry with numbers drawn, ready to be timed."""
     kernel = torch.randn(convolution.kernel_shape).to(like)
-    return _ready(convolution.build(kernel, like.new_zeros(convolution.out_channels)))
+    return _ready(convolution.build(kernel, like.new_zeros(convolution.out_channels)), convolution)
 
 
 def random_factored(
@@ -87,8 +87,9 @@ def random_factored(
     parts = [part for level in decomposition.levels(convolution) for part in level]
     kernels = [torch.randn(part.kernel_shape).to(like) for part in parts]
     bias = like.new_zeros(convolution.out_channels)
-    return _ready(decomposition.layer(convolution, kernels, bias, executor))
+    return _ready(decomposition.layer(convolution, kernels, bias, executor), convolution)
 
 
-def _ready(layer: nn.Module) -> nn.Module:
-    return layer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+def _ready(layer: nn.Module, convolution: Convolution) -> nn.Module:
+    layer = layer.eval().requires_grad_(False)
+    return layer.to(memory_format=torch.channels_last) if convolution.dims == 2 else layer

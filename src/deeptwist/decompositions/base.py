@@ -189,7 +189,8 @@ class Decomposition(ABC):
         elif executor not in executors:
             raise unknown("executor", executor, executors)
         stages = self.stages(convolution, kernels, bias, executor)
-        return FactoredLayer(stages, convolution, self, executor)
+        # What follows from the geometry, as the order of channels, is made on the processor.
+        return FactoredLayer(stages, convolution, self, executor).to(kernels[0].device)
 
     def stages(
         self,

@@ -137,15 +137,21 @@ def _als(
     tensor = tensor / torch.where(scale > 0, scale, torch.ones_like(scale))
     by_out, by_in = tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
     whole = tensor.unflatten(3, wide)
+    unfoldings = [by_out, by_in, *(whole.movedim(3 + n, 1).flatten(2) for n in range(len(wide)))]
     if start:
-        out, into, *spatial = (
+        bases = [
             basis / basis.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-300)
             for basis in map(Tensor.double, start)
-        )
-        spatial = [basis for basis in spatial if basis.shape[1] > 1]
+        ]
+        bases = [*bases[:2], *(basis for basis in bases[2:] if basis.shape[1] > 1)]
+        # A component that is zero on two sides stays zero, however the kernel has changed.
+        idle = torch.stack([(basis == 0).all(1).any(1) for basis in bases]).any(0)
+        if idle.any():
+            for basis, unfolding in zip(bases, unfoldings, strict=True):
+                basis[idle] = _initial(unfolding[idle], rank)
     else:
-        out, into = _initial(by_out, rank), _initial(by_in, rank)
-        spatial = [_initial(whole.movedim(3 + n, 1).flatten(2), rank) for n in range(len(wide))]
+        bases = [_initial(unfolding, rank) for unfolding in unfoldings]
+    out, into, *spatial = bases
     total = tensor.square().sum()
     error = total
     sweeps = 0
@@ -175,9 +181,9 @@ def _als(
     share = scale.flatten(1).pow(1 / (2 + len(wide))).unsqueeze(1)
     dtype = computing_dtype(kernel.dtype)
     out, into, *spatial = ((basis * share).to(dtype) for basis in _balance([out, into, *spatial]))
-    bases = iter(spatial)
+    windows = iter(spatial)
     ones = torch.ones_like(out[:, :1])
-    return [out, into, *(next(bases) if side > 1 else ones for side in sides)], sweeps
+    return [out, into, *(next(windows) if side > 1 else ones for side in sides)], sweeps
 
 
 def _initial(unfolding: Tensor, rank: int) -> Tensor:
