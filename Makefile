@@ -8,7 +8,6 @@ bench:
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/layers.py
 	$(PYTHON) benchmarks/rates.py
-	$(PYTHON) benchmarks/tiles.py --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) benchmarks/networks.py
 	$(PYTHON) benchmarks/distortion.py --weights-dir $(WEIGHTS)
 	$(PYTHON) benchmarks/training.py
@@ -17,5 +16,6 @@ bench:
 .PHONY: bench-training
 bench-training:
 	$(PYTHON) benchmarks/trajectories.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
+	$(PYTHON) benchmarks/tiles.py --weights $(WEIGHTS)/resnet32-cifar10.safetensors --vgg runs/trajectories/vgg19_bn
 	$(PYTHON) benchmarks/tolerance.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) examples/compress_resnet32.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors

@@ -2,9 +2,11 @@
 
 Errors are of trained weights: the 64→64 convolutions of the public ResNet-32 and, where a folder
 of snapshots is given (see trajectories.py), 512→512 convolutions of a VGG19 that has trained for
-200 steps. Times are of one layer, fp32, channels_last, in one process, in turn.
+200 steps. Times are of one layer, fp32, channels_last, in one process, in turn. The picture shows
+both networks and is drawn only where both are given; the tables are always printed.
 
-    python benchmarks/tiles.py --weights resnet32-cifar10.safetensors --vgg runs/trajectories/vgg19
+    python benchmarks/tiles.py --weights resnet32-cifar10.safetensors
+        --vgg runs/trajectories/vgg19_bn
 """
 
 import argparse
@@ -44,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", required=True, type=Path, help="the public ResNet-32")
     parser.add_argument("--vgg", type=Path, help="folder of VGG19's snapshots")
-    parser.add_argument("--out", default=Path("docs/tiles.svg"), type=Path)
+    parser.add_argument(
+        "--out", default=Path("docs/tiles.svg"), type=Path, help="the picture, with --vgg"
+    )
     parser.add_argument("--threads", default=2, type=int)
     parser.add_argument("--rounds", default=15, type=int)
     options = parser.parse_args()
@@ -67,8 +71,10 @@ def main() -> None:
         for point in points:
             print(f"| {point.label} | {point.error:.3f} | {point.milliseconds:.2f} |")
         draw(place, title, dense, points)
-    figure.savefig(options.out)
-    print(f"\n{options.out}\n{describe_machine()}")
+    if options.vgg is not None:
+        figure.savefig(options.out)
+        print(f"\n{options.out}")
+    print(f"\n{describe_machine()}")
 
 
 def kernels(path: Path, channels: int) -> list[Tensor]:

@@ -270,7 +270,7 @@ def test_a_wrong_architecture(folder: Path, other: Callable[[], nn.Module]) -> N
 
 
 def test_a_factory_that_makes_no_model(folder: Path) -> None:
-    error_of(load, folder, lambda: None)
+    assert "the factory gave a NoneType" in error_of(load, folder, lambda: None)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, True, [], {}])

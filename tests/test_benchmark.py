@@ -1,12 +1,17 @@
 """Measuring: the statistics, the settings, single layers, memory."""
 
+import re
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from cases import error_of
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan
@@ -15,6 +20,7 @@ from deeptwist.benchmark.layers import LayerComparison, compare_layers, keep_slo
 from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
 from deeptwist.benchmark.runtimes import prepare
 from deeptwist.memory import peak_memory
+from deeptwist.models import build_model
 from deeptwist.timing import Timing, median_ratio, time_in_turn, timing
 
 X = torch.randn(4, 8, 12, 12)
@@ -173,3 +179,41 @@ def test_onnxruntime_in_another_type_is_refused() -> None:
     assert "onnxruntime" in error_of(
         prepare, network(), X, runtime="onnxruntime", dtype="float16", threads=1
     )
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_missing_leaves_the_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled beforehand
+    model = nn.Sequential(*network(), nn.Softplus()).eval()  # oneDNN alone would not do
+    small = decompose(model, made(model))
+    settings = settings_of([2], [1], ["float32"], ["eager", "compile"])
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        found = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
+    assert [one.times is None for one in found] == [False, True]
+    assert (found[1].reason or "").startswith("torch.compile fails (")
+    assert "\n" not in (found[1].reason or "")
+
+
+def test_the_picture_of_tiles_is_drawn_of_both_networks() -> None:
+    root = Path(__file__).parents[1]
+    commands = [line for line in (root / "Makefile").read_text().splitlines() if "tiles.py" in line]
+    (folder,) = re.findall(r"--vgg runs/trajectories/(\S+)", (root / "Makefile").read_text())
+    assert [f"--vgg runs/trajectories/{folder}" in command for command in commands] == [True]
+    assert f"--vgg runs/trajectories/{folder}\n" in (root / "benchmarks" / "tiles.py").read_text()
+    assert f'"{folder}": ' in (root / "benchmarks" / "trajectories.py").read_text()
+
+
+@pytest.mark.slow
+def test_one_network_s_tiles_are_printed_and_replace_no_picture(tmp_path: Path) -> None:
+    picture, weights = tmp_path / "tiles.svg", tmp_path / "weights.safetensors"
+    picture.write_text("of both networks")
+    save_file(build_model("resnet32").state_dict(), weights)
+    script = Path(__file__).parents[1] / "benchmarks" / "tiles.py"
+    words = ["--weights", weights, "--out", picture, "--rounds", 2, "--threads", 1]
+    command = [sys.executable, script, *words]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    assert "| 64 × 64 channels |" in done.stdout
+    assert picture.read_text() == "of both networks"

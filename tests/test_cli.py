@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 import deeptwist as dt
 from deeptwist import Plan
 from deeptwist.cli import main
+from deeptwist.cli.commands import train
 from deeptwist.data import load_digits
 from deeptwist.models import build_model, load_weights
 from deeptwist.training.evaluation import evaluate
@@ -98,6 +100,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "resnet20", "--lr", "-1", "--out", "x"], "'optimizer.lr' is -1"),
         (["train", "nowhere.yaml", "--out", "x"], "nowhere.yaml"),
         (["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"], "rounds 1"),
+        (
+            ["benchmark", "resnet20", "--artefact", "x", "--decomposition", "cp", "--ratio", "100"],
+            "decomposed already: leave out the options of a plan",
+        ),
+        (["plan", "resnet20", "--ratio", "4", "--out", "."], "cannot write .: Is a directory"),
+        (["train", "resnet20", "--ratio", "4", "--tile", "64", "--out", "x"], "'compression.tile'"),
+        (["train", "resnet20", "--rank", "8x8x8", "--out", "x"], "'compression.rank' is [8, 8, 8]"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
@@ -221,11 +230,43 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
     assert f"{summary['accuracy']:.1%}".rstrip("%") in page.read_text()
 
 
+def test_the_examples_of_training_can_be_followed() -> None:
+    """Every recipe is there, and what is continued is what was begun."""
+    text = train.__doc__ or ""  # the help, not yet cut to a terminal's width
+    recipes = re.findall(r"recipes/[\w.-]+", text)
+    assert recipes
+    for recipe in recipes:
+        assert (Path(__file__).parents[1] / recipe).is_file(), recipe
+    examples = [line.strip() for line in text.splitlines() if "deeptwist train" in line]
+    (continued,) = [line.removesuffix(" --resume") for line in examples if "--resume" in line]
+    assert continued in examples
+
+
+@pytest.mark.parametrize("words", [["--epochs", "0"], ["--seed", "-1"], []])
+def test_the_demo_erases_only_what_is_its_own(words: list[str], tmp_path: Path) -> None:
+    """Neither a user's run, nor an earlier demo's where the rest of the folder is not one's."""
+    own, users = tmp_path / "dense" / ".demo", tmp_path / "tucker-deeptwist" / "recipe.yaml"
+    for file in (own, users):
+        file.parent.mkdir()
+        file.write_text("model: resnet20")
+    message = refused("demo", "--out", tmp_path, *words)
+    assert (f"'{words[0][2:]}'" if words else f"{users.parent} is not") in message.replace(
+        "schedule.", ""
+    )
+    assert own.is_file()
+    assert users.is_file()
+
+
 @pytest.mark.slow
 def test_the_demo_shows_the_whole_job(tmp_path: Path) -> None:
+    earlier = tmp_path / "demo" / "dense"
+    earlier.mkdir(parents=True)
+    for name in (".demo", "recipe.yaml"):
+        (earlier / name).touch()
     done = run("demo", "--out", tmp_path / "demo", "--epochs", 4)
     assert done.returncode == 0, done.stderr
     for name in ("dense", "tucker-deeptwist", "tucker-conventional", "spatial-svd-deeptwist"):
         assert name in done.stdout
         assert (tmp_path / "demo" / name / "run.json").is_file()
+        assert (tmp_path / "demo" / name / ".demo").is_file()
     assert (tmp_path / "demo" / "report.html").is_file()

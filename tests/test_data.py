@@ -18,6 +18,7 @@ from deeptwist.data import (
     Split,
     augment,
     batches,
+    contents_of,
     load_data,
     load_digits,
     load_image_folder,
@@ -452,6 +453,31 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, mode: str) -> None:
         image.save(tmp_path / split / "only" / f"0.{suffix}")
     path = tmp_path / "train" / "only" / f"0.{suffix}"
     assert torch.equal(load_image_folder(tmp_path).train.images[0], pixels_of(path))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "32-bit tif"])
+def test_grey_of_16_bits_is_scaled_to_8(tmp_path: Path, kind: str) -> None:
+    values = np.linspace(0, 65535, 9 * 9).round().astype(np.uint16).reshape(9, 9)
+    image = Image.fromarray(values.astype(np.int32) if kind == "32-bit tif" else values)
+    if kind == "big-endian tif":
+        image = Image.frombytes("I;16B", (9, 9), values.astype(">u2").tobytes())
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        image.save(tmp_path / split / "only" / f"0.{kind[-3:]}")
+    found = load_image_folder(tmp_path).train.images[0].numpy()
+    assert (found == (values / 257).round().astype(np.uint8)).all()
+
+
+def test_the_contents_of_a_data_set_are_its_classes_and_their_sizes(
+    folder: Path, error_of: ErrorOf
+) -> None:
+    data, contents = load_data(str(folder)), contents_of(str(folder))
+    for name, split in (("train", data.train), ("test", data.test)):
+        assert contents[name] == dict(
+            zip(data.classes, split.labels.bincount().tolist(), strict=True)
+        )
+    assert contents_of("digits") != contents
+    assert "did you mean 'digits'?" in error_of(contents_of, "digist")
 
 
 def test_what_is_missing_is_named(error_of: ErrorOf, folder: Path, tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ def test_changes_come_over_the_file(tmp_path: Path) -> None:
         ("mode=deeptwits", "'mode' is 'deeptwits'"),
         ("schedule.milestones=[3]", "a cosine has no milestones"),
         ("compression.tile=64", "'compression.tile' is 64"),
+        ("compression.tile=[64]", "'compression.tile' is [64]: a number is missing"),
+        ("compression.tile=[0, 64]", "is [0, 64]: Input should be greater than or equal to 1"),
+        ("compression.rank=0", "'compression.rank' is 0: Input should be greater than or equal"),
+        ("compression.rank=[8, 8, 8]", "Tuple should have at most 2 items after validation, not 3"),
+        ("compression.ratoi=3", "did you mean 'compression.ratio'?"),
         ("model.name=x", "'model' is 'resnet20', not a section"),
         ("=3", "write KEY=VALUE"),
         ("seed", "write KEY=VALUE"),
@@ -104,8 +109,9 @@ def test_what_a_recipe_cannot_hold_is_named(
 
 def test_a_tail_needs_distortions(error_of: Callable[..., str]) -> None:
     for mode in ("dense", "decomposed"):
-        assert "a tail follows distortions" in error_of(
-            make_recipe, {"model": "resnet20", "mode": mode, "tail": {"epochs": 1}}
+        message = error_of(make_recipe, {"model": "resnet20", "mode": mode, "tail": {"epochs": 1}})
+        assert message == (
+            f"the recipe contradicts itself: a tail follows distortions, mode {mode} has none"
         )
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_cli import refused, run
 from torch import nn
@@ -182,6 +183,82 @@ def test_several_seeds_are_averaged(folder: Path, request_: Request) -> None:
     found = [100 * cell["accuracy"] for cell in record["cells"] if cell["name"] == name]
     assert len(found) == 2
     assert f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}" in page.read_text(encoding="utf-8")
+
+
+def test_top_5_is_averaged_as_top_1_is(folder: Path, request_: Request) -> None:
+    request = replace(request_, seeds=(0, 1), only=(fig7.TUCKER,), out=folder / "seeds")
+    page = reproduce(EXPERIMENTS["fig7"], request)
+    record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    cells = [cell for cell in record["cells"] if cell["state"] == "finished"]
+    (row,) = [row for row in record["tables"][0]["rows"] if row[0] == fig7.TUCKER]
+    for shown, name in zip(row[2:4], ("accuracy", "top5"), strict=True):
+        first, second = (100 * cell[name] for cell in cells)
+        assert shown == f"{(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f}"
+    assert len({cell["top5"] for cell in cells}) == 2
+
+
+# --- whose images
+
+
+def images(root: Path, *classes: str) -> Path:
+    """Enough for one batch of a smoke test."""
+    for split, count in (("train", 256), ("test", 4)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            image = Image.new("RGB", (8, 8), (90 * label, 0, 0))
+            for number in range(count):
+                image.save(root / split / name / f"{number}.png")
+    return root
+
+
+class Interrupted(Trained):
+    """Stopped after the first step of the second training."""
+
+    @contextmanager
+    def __call__(self, label: str, total: int) -> Iterator[object]:
+        self.names.append(label)
+
+        def step() -> None:
+            if len(self.names) == 2:
+                raise KeyboardInterrupt
+
+        yield step
+
+
+def test_a_run_is_of_its_own_images_whatever_their_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPTWIST_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "weights.safetensors"
+    save_file(build_model("resnet20", num_classes=2).state_dict(), weights)
+    cats = images(tmp_path / "cats" / "images", "tabby", "tiger")
+    cars = images(tmp_path / "cars" / "images", "bus", "van")
+    fig4, out = EXPERIMENTS["fig4"], tmp_path / "results"
+    request = Request(
+        profile="smoke", data=str(cats), weights=weights, out=out, runs=tmp_path / "runs"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(fig4, request, progress=Interrupted())
+
+    # Everything has moved meanwhile; what was begun goes on, what was finished is read.
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    runs = request.runs.rename(tmp_path / "moved")
+    elsewhere = cats.rename(tmp_path / "images")
+    request = replace(request, data=str(elsewhere), weights=moved, runs=runs)
+    again = Trained()
+    reproduce(fig4, request, progress=again)
+    assert len(again.names) == 1
+
+    others = replace(request, data=str(cars))
+    for other in (others, replace(others, draw_only=True)):
+        with pytest.raises(ValueError, match=r"is a run on other images than .*/cars/images"):
+            reproduce(fig4, other)
+    absent = replace(request, data="images", draw_only=True)  # as the page says to repeat it
+    assert "1 of 1 cells have been run" in reproduce(fig4, absent).read_text(encoding="utf-8")
+    for record in runs.rglob("images.json"):
+        record.unlink()  # as in runs of before there were such records
+    page = reproduce(fig4, replace(others, draw_only=True))
+    assert "1 of 1 cells have been run" in page.read_text(encoding="utf-8")
 
 
 # --- what is missing

@@ -66,11 +66,11 @@ def train(folder: Path, kill: Kill | None = None) -> None:
     """In a process of its own, which does not survive the moment it is told."""
     torch.set_num_threads(1)
     if kill is not None:
-        _arm(*kill)
+        _arm(folder, *kill)
     run(job(), folder, resume=True, latency_batch=None)
 
 
-def _arm(moment: str, amount: float) -> None:
+def _arm(folder: Path, moment: str, amount: float) -> None:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -82,6 +82,9 @@ def _arm(moment: str, amount: float) -> None:
 
         def fsync(file: int) -> None:
             nonlocal left
+            metrics = {path.stat().st_ino for path in folder.rglob("metrics.jsonl")}
+            if os.fstat(file).st_ino in metrics:
+                return
             left -= 1
             if left < 0:
                 os.truncate(file, os.fstat(file).st_size // 2)
@@ -189,6 +192,13 @@ def test_a_finished_run_is_read_again_not_run(
     assert not ticks
 
 
+def test_a_finished_run_of_another_recipe_is_not_read(
+    uninterrupted: tuple[Path, float], error_of: Callable[..., str]
+) -> None:
+    folder, _ = uninterrupted
+    assert "(interval differ)" in error_of(run, job(interval=5), folder, resume=True)
+
+
 # --- damaged and foreign files
 
 
@@ -245,6 +255,39 @@ def test_a_checkpoint_of_another_network_is_an_error(
         "run",
     )
     assert "of another run" in error_of(run, stranger, folder, resume=True)
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable: dict[int, int] = {}
+    flush, counted = os.fsync, []
+
+    def fsync(file: int) -> None:
+        flush(file)
+        found = os.fstat(file)
+        durable[found.st_ino] = found.st_size
+
+    def check() -> None:
+        state = read_checkpoint(tmp_path)
+        if state is not None:
+            counted.append(state["metrics"])
+            assert counted[-1] <= durable[(tmp_path / "metrics.jsonl").stat().st_ino]
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(job(), tmp_path, on_step=check, latency_batch=None)
+    assert counted[-1] > 0
+
+
+def test_records_that_are_lost_are_an_error(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    folder = cut(tmp_path)
+    metrics = folder / "metrics.jsonl"
+    size = metrics.stat().st_size
+    os.truncate(metrics, 10)
+    message = error_of(run, job(), folder, resume=True)
+    assert "metrics.jsonl' holds 10 bytes, and held" in message
+    assert "to start anew" in message
+    assert metrics.stat().st_size == 10 < size
 
 
 def test_another_recipe_is_not_a_continuation(tmp_path: Path, error_of: Callable[..., str]) -> None:

@@ -5,15 +5,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
 from deeptwist.data import Dataset, Split, load_digits, normalize
+from deeptwist.models import load_weights
 from deeptwist.training.evaluation import evaluate
 from deeptwist.training.job import Job, prepare, run
 from deeptwist.training.recipe import Mode, Recipe, make_recipe
@@ -88,6 +90,31 @@ def test_evaluation_refuses_a_network_for_other_images_or_classes(
     test = digits.test.images, digits.test.labels, digits
     assert "10 classes" in error_of(evaluate, nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), *test)
     assert "cannot run on images of digits" in error_of(evaluate, nn.Conv2d(3, 10, 3), *test)
+    assert "a dict where a tensor of logits belongs" in error_of(evaluate, InDict(), *test)
+    message = error_of(evaluate, Picky(), *test)
+    assert "Picky cannot run on images of digits, (1, 8, 8): takes 224 pixels, not 8" in message
+    message = error_of(job_of, digits, model=Picky())
+    assert "takes 224 pixels, not 8" in message
+
+
+class Picky(nn.Sequential):
+    """Checks its input as timm's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == 224, f"takes 224 pixels, not {x.shape[-1]}"
+        found: torch.Tensor = super().forward(x)
+        return found
+
+
+class InDict(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 10)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"logits": super().forward(x)}
 
 
 # --- the loop
@@ -182,6 +209,52 @@ def test_a_distortion_without_effect_changes_no_training(digits: Dataset, tmp_pa
         assert torch.allclose(one, other, atol=1e-4)
 
 
+class Outputs(NamedTuple):
+    logits: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+class WithAuxiliaryHead(nn.Module):
+    """Returns two tensors while it trains, as torchvision's GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | Outputs:
+        logits: torch.Tensor = self.body(x)
+        return Outputs(logits, self.head(logits)) if self.training else logits
+
+
+def test_of_several_outputs_the_first_is_trained(digits: Dataset, tmp_path: Path) -> None:
+    plain, other = network(), WithAuxiliaryHead()
+    for name, model in (("plain", plain), ("other", other)):
+        distillation = {"weight": 0.5, "temperature": 4}
+        job = job_of(digits, mode="dense", distillation=distillation, model=model)
+        run(job, tmp_path / name)
+    assert same(plain.state_dict(), other.body.state_dict())
+
+
+def test_double_precision_is_that_of_every_copy(digits: Dataset, tmp_path: Path) -> None:
+    """The example, the teacher, the average, the tail; distorted, decomposed or neither."""
+    beside: dict[str, Any] = {"ema": 0.5, "distillation": {"weight": 0.5, "temperature": 4}}
+    summary = run(
+        job_of(digits, precision="64-true", tail={"epochs": 1}, recalibration=2, **beside),
+        tmp_path / "deeptwist",
+    )
+    assert summary.output_difference is not None
+    assert summary.output_difference < 1e-12
+    for mode in ("dense", "decomposed"):
+        run(job_of(digits, precision="64-true", mode=mode, **beside), tmp_path / mode)
+    files = [*tmp_path.rglob("*.safetensors")]
+    assert len(files) == 4 + 2 + 2
+    for path in files:
+        assert {t.dtype for t in load_file(path).values() if t.is_floating_point()} == {
+            torch.float64
+        }
+
+
 # --- the modes
 
 
@@ -247,8 +320,6 @@ def test_a_run_leaves_a_model_that_gives_the_accuracy_it_claims(
         assert found.plan is None
         assert summary.parameters == summary.parameters_before == job.plan.dense_parameters
         final = network()
-        from safetensors.torch import load_file
-
         final.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     else:
         assert found.plan == job.plan
@@ -260,6 +331,33 @@ def test_a_run_leaves_a_model_that_gives_the_accuracy_it_claims(
     )
     assert not [*tmp_path.glob("checkpoint*")]
     assert "holds a run" in error_of(run, job_of(digits, mode=mode), tmp_path)
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.again = self.body[6]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.body(x)
+        return found
+
+
+def test_a_dense_run_leaves_weights_that_load(digits: Dataset, tmp_path: Path) -> None:
+    """Those of a shared module under each of its names, those of fixed layers as they were."""
+    fixed = {"decomposition": "svd", "rank": 4, "include": ["6"]}
+    for name, model, values in (("shared", Twice, {}), ("fixed", network, {"fixed": fixed})):
+        trained = model()
+        run(job_of(digits, mode="dense", model=trained, **values), tmp_path / name)
+        path = tmp_path / name / "weights.safetensors"
+        assert load_file(path).keys() == trained.state_dict().keys()
+        found = model()
+        load_weights(found, path)
+        assert same(found.state_dict(), trained.state_dict())
+        assert not same(found.state_dict(), model().state_dict())
 
 
 # --- what the paper does not do

@@ -104,6 +104,8 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
         raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
     layers = tuple(_planned(name, values) for name, values in config["layers"].items())
     base = model if isinstance(model, nn.Module) else model()
+    if not isinstance(base, nn.Module):
+        raise DeepTwistError(f"the factory gave a {type(base).__name__}, not a model")
     if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
         raise DeepTwistError(
             f"this {type(base).__name__} is on the meta device, where nothing can be read into it: "

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from deeptwist.data import load_digits
 from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
 from deeptwist.report import write_report
 from deeptwist.training.job import prepare, run
 from deeptwist.training.loop import steps_per_epoch
-from deeptwist.training.recipe import CompressionRecipe, Method, Mode, Recipe, ScheduleRecipe
-from deeptwist.training.records import DENSE_WEIGHTS, RECIPE, Summary, read_run
+from deeptwist.training.recipe import Method, Mode, Recipe, make_recipe
+from deeptwist.training.records import DENSE_WEIGHTS, Summary, read_run
 
 _BATCH = 128
+_MARK = ".demo"  # what tells a demo's run from a run of the user's own
 _RUNS: tuple[tuple[str, Mode, Method], ...] = (
     ("dense", "dense", "tucker"),
     ("tucker-deeptwist", "deeptwist", "tucker"),
@@ -47,23 +49,14 @@ def run_demo(
         The runs' summaries, the dense one first, and the report's path.
 
     Raises:
-        DeepTwistError: if the folder holds something else, or cannot be written.
+        DeepTwistError: if a number is not one of a training's, or the folder holds something else
+            or cannot be written.
     """
-    _clear(out)
+    recipes = {name: _recipe(out, mode, method, epochs, seed) for name, mode, method in _RUNS}
     data = load_digits()
-    for name, mode, method in _RUNS:
-        recipe = Recipe(
-            model="resnet20",
-            weights=None if mode == "dense" else str(out / "dense" / DENSE_WEIGHTS),
-            mode=mode,
-            interval=max(1, epochs),  # some ten distortions, as in the paper's schedules
-            batch_size=_BATCH,
-            seed=seed,
-            schedule=ScheduleRecipe(epochs=epochs),
-            compression=CompressionRecipe(
-                decomposition=method, ratio=4, skip_first_conv=True, linear=False
-            ),
-        )
+    _clear(out)
+    for name, recipe in recipes.items():
+        _mark(out / name)
         run(
             prepare(recipe, data, name=name),
             out / name,
@@ -75,10 +68,41 @@ def run_demo(
     return [run.summary for run in runs], report
 
 
+def _recipe(out: Path, mode: Mode, method: Method, epochs: int, seed: int) -> Recipe:
+    return make_recipe(
+        {
+            "model": "resnet20",
+            "weights": None if mode == "dense" else str(out / "dense" / DENSE_WEIGHTS),
+            "mode": mode,
+            "interval": max(1, epochs),  # some ten distortions, as in the paper's schedules
+            "batch_size": _BATCH,
+            "seed": seed,
+            "schedule": {"epochs": epochs},
+            "compression": {
+                "decomposition": method,
+                "ratio": 4,
+                "skip_first_conv": True,
+                "linear": False,
+            },
+        }
+    )
+
+
 def _clear(out: Path) -> None:
-    for name, *_ in _RUNS:
-        folder = out / name
-        if (folder / RECIPE).is_file():
-            shutil.rmtree(folder)
-        elif folder.exists():
-            raise DeepTwistError(f"{folder} is not an earlier demo: choose another --out")
+    """Removes an earlier demo's runs, or nothing at all where one of them is somebody's own."""
+    folders = [out / name for name, *_ in _RUNS if (out / name).exists()]
+    for folder in folders:
+        if not (folder / _MARK).is_file():
+            raise DeepTwistError(
+                f"{folder} is not an earlier demo's: choose another --out or remove it"
+            )
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def _mark(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+        write_text(folder / _MARK, "This folder is the demo's: the next one replaces it.\n")
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """Files that are there in full or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,13 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path`, renamed to it once it is written in full."""
+    """A temporary neighbour of `path`, renamed to it once it is written in full.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if not path.name:  # "." and "/": no neighbour can be named after them
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -28,4 +35,10 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def flush(path: Path) -> None:
+    """Has what a file holds survive a loss of power."""
+    with path.open("ab") as file:
         os.fsync(file.fileno())

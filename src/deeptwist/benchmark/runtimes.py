@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export import export_onnx
 from deeptwist.extras import needs_extra
 
@@ -30,7 +30,7 @@ def prepare(
         threads: processor threads.
 
     Raises:
-        DeepTwistError: if the runtime cannot run this type or device.
+        DeepTwistError: if the runtime cannot run this type or device, or cannot compile.
     """
     torch.set_num_threads(threads)
     if runtime == "onnxruntime":
@@ -59,8 +59,14 @@ def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
         with torch.no_grad():  # weights are not frozen in inference mode
             return compiled(x)
 
-    with config.patch(freezing=True):
-        run()
+    try:
+        with config.patch(freezing=True):
+            run()
+    except Exception as error:  # no C++ compiler, an operator it does not know: a dozen types
+        raise DeepTwistError(
+            f"torch.compile fails ({type(error).__name__}: {first_line(error)}): see that a C++ "
+            "compiler is installed, or measure another runtime"
+        ) from error
     return run
 
 

@@ -149,12 +149,14 @@ def train(
     """Train a network: as it is, under DeepTwist, or decomposed (conventional fine-tuning).
 
     ```
-    deeptwist train recipes/resnet32-cifar10.yaml --data cifar10 --out runs/tucker
-    deeptwist train recipes/resnet32-cifar10.yaml --set optimizer.lr=0.05 --out runs/tucker --resume
+    deeptwist train recipes/resnet32-cifar10-short.yaml --data cifar10 --out runs/svd
+    deeptwist train recipes/resnet32-cifar10-short.yaml --data cifar10 --out runs/svd --resume
+    deeptwist train recipes/resnet32-cifar10-short.yaml --set optimizer.lr=0.05 --out runs/faster
     deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/dense
     deeptwist train resnet32 --data cifar10 --weights runs/dense/weights.safetensors
       --decomposition tucker --ratio 4 --skip-first-conv --no-linear --out runs/tucker
-    torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10.yaml --out runs/tucker
+    torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10-short.yaml
+      --out runs/two
     ```
 
     Args:
@@ -255,6 +257,8 @@ def benchmark(
     from deeptwist.machine import describe_machine
 
     asked = settings.build()
+    if artefact is not None:
+        _check_not_planned(options)
     dense, example = network.build(model), network.example_input(model)
     if artefact is not None:
         small = load(artefact, model=network.build(model))
@@ -337,11 +341,10 @@ def export(
 
     if opset is not None and format != "onnx":
         raise DeepTwistError(f"--opset is of ONNX: leave it out with --format {format}")
-    if artefact is not None and (network.weights is not None or options != _PLAN):
-        raise DeepTwistError(
-            "the network in --artefact is decomposed already: leave out --weights and the "
-            "options of a plan"
-        )
+    if artefact is not None:
+        _check_not_planned(options)
+        if network.weights is not None:
+            raise DeepTwistError("the network in --artefact has weights: leave out --weights")
     dense, example = network.build(model), network.example_input(model)
     if artefact is not None:
         small = load(artefact, model=dense)
@@ -461,6 +464,13 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DeepTwistError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _check_not_planned(options: PlanOptions) -> None:
+    if options != _PLAN:
+        raise DeepTwistError(
+            "the network in --artefact is decomposed already: leave out the options of a plan"
+        )
 
 
 def _parameters(network: "nn.Module") -> int:

@@ -1,13 +1,14 @@
 """Data sets by name or folder, their batches, and augmentation."""
 
 from pathlib import Path
+from typing import Any
 
 from deeptwist.data.augment import augment, normalize
 from deeptwist.data.batches import batches
 from deeptwist.data.cifar10 import load_cifar10
 from deeptwist.data.dataset import Dataset, Split
 from deeptwist.data.digits import load_digits
-from deeptwist.data.image_folder import load_image_folder
+from deeptwist.data.image_folder import count_images, load_image_folder
 from deeptwist.errors import DeepTwistError, unknown
 
 __all__ = [
@@ -15,12 +16,15 @@ __all__ = [
     "Split",
     "augment",
     "batches",
+    "contents_of",
     "load_cifar10",
     "load_data",
     "load_digits",
     "load_image_folder",
     "normalize",
 ]
+
+_NAMED = ("digits", "cifar10")
 
 
 def load_data(
@@ -36,13 +40,32 @@ def load_data(
     Raises:
         DeepTwistError: if there is no such data set or it cannot be read.
     """
-    named = spec in ("digits", "cifar10")
+    named = spec in _NAMED
     if named and image_size is not None:
         raise DeepTwistError(f"{spec} has a fixed image size: leave out image_size={image_size}")
     if spec == "digits":
         return load_digits()
     if spec == "cifar10":
         return load_cifar10(cache=cache)
-    if Path(spec).name != spec or Path(spec).expanduser().is_dir():
-        return load_image_folder(spec, image_size=image_size, cache=cache)
-    raise unknown("data set", spec, ["digits", "cifar10", "path/to/folder"])
+    _check_folder(spec)
+    return load_image_folder(spec, image_size=image_size, cache=cache)
+
+
+def contents_of(spec: str) -> dict[str, Any]:
+    """What tells a data set from others of its name, in plain values: its classes and their sizes.
+
+    Args:
+        spec: see `load_data`.
+
+    Raises:
+        DeepTwistError: if there is no such data set or it cannot be listed.
+    """
+    if spec in _NAMED:
+        return {"name": spec}
+    _check_folder(spec)
+    return count_images(spec)
+
+
+def _check_folder(spec: str) -> None:
+    if Path(spec).name == spec and not Path(spec).expanduser().is_dir():
+        raise unknown("data set", spec, [*_NAMED, "path/to/folder"])

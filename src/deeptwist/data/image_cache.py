@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from torch import Tensor
 from deeptwist.errors import DeepTwistError
 from deeptwist.extras import needs_extra
 from deeptwist.files import replacing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CHUNK = 256  # images decoded ahead of the disk: 38 MB at 224 × 224
 _WORTH_THREADS = 3 * 128 * 128  # numbers in an image
@@ -80,7 +84,7 @@ def write_images(file: Path, paths: Sequence[str], image_size: int | None) -> No
 
 
 def read_image(path: str, image_size: int | None) -> Pixels:
-    """Decodes one image to RGB.
+    """Decodes one image to RGB; grey ones of 16 bits are scaled to 8.
 
     Args:
         path: the image.
@@ -98,7 +102,7 @@ def read_image(path: str, image_size: int | None) -> Pixels:
         from torchvision.transforms import functional
     try:
         with Image.open(path) as stored:
-            image = stored.convert("RGB")
+            image = _eight_bits(stored).convert("RGB")
     except Exception as error:  # damaged images surface as OSError, SyntaxError, ValueError, …
         raise DeepTwistError(
             f"cannot decode image '{path}' ({type(error).__name__}): replace or delete it"
@@ -106,6 +110,19 @@ def read_image(path: str, image_size: int | None) -> Pixels:
     if image_size is not None:
         image = functional.center_crop(functional.resize(image, image_size), image_size)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """A grey image of 16 bits scaled to 8, where Pillow would cut it off; others as they are.
+
+    One of mode I, of 32 bits, is taken to hold 16: as that, older Pillows read such PNGs.
+    """
+    if not image.mode.startswith("I"):
+        return image
+    from PIL import Image
+
+    values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded: 65535 = 255 · 257
 
 
 def _decoded(paths: Sequence[str], image_size: int | None) -> Iterator[Pixels]:

@@ -42,10 +42,7 @@ def load_image_folder(
     if image_size is not None and image_size < 1:
         raise DeepTwistError(f"image_size must be at least 1, not {image_size}")
     root = Path(root).expanduser().resolve()
-    if not root.is_dir():
-        raise DeepTwistError(f"no folder of images at '{root}'")
-    train = _listed(root / "train")
-    test = _listed(root / "test" if (root / "test").is_dir() else root / "val")
+    train, test = _splits(root)
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         raise DeepTwistError(
@@ -62,6 +59,27 @@ def load_image_folder(
         std=IMAGENET_STD,
         padding=max(1, min(images.shape[2:]) // 8),
         flip=True,
+    )
+
+
+def count_images(root: str | Path) -> dict[str, dict[str, int]]:
+    """How many images each split has of each class; none is opened.
+
+    Raises:
+        DeepTwistError: if a folder or a split is missing or empty.
+    """
+    train, test = _splits(Path(root).expanduser().resolve())
+    return {
+        name: dict(zip(split.classes, split.labels.bincount().tolist(), strict=True))
+        for name, split in (("train", train), ("test", test))
+    }
+
+
+def _splits(root: Path) -> "tuple[_Listing, _Listing]":
+    if not root.is_dir():
+        raise DeepTwistError(f"no folder of images at '{root}'")
+    return _listed(root / "train"), _listed(
+        root / "test" if (root / "test").is_dir() else root / "val"
     )
 
 

@@ -30,9 +30,9 @@ class Cell:
 class Workplace:
     """Where cells are run, and on what.
 
-    A run's folder is named for what decides its outcome: the recipe, the images and the weights
-    that it starts from, whatever their paths. Cells of several experiments that agree in these
-    are one run.
+    A run's folder is named for what decides its outcome: the recipe, the name of the images'
+    folder and the weights that it starts from, whatever their paths. Cells of several experiments
+    that agree in these are one run. Which images of that name it saw is recorded in the folder.
 
     Attributes:
         runs: the folder of all runs.

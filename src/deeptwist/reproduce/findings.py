@@ -82,11 +82,12 @@ class Finished:
 
     def shown(self, name: str, *, refined: str | None = None) -> str:
         """The same for a table, with the deviation over seeds."""
-        found = self._accuracies(name, refined)
-        if not found:
-            return NOT_RUN
-        mean = f"{statistics.fmean(found):.2f}"
-        return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.2f}"
+        return _mean(self._accuracies(name, refined))
+
+    def top5(self, name: str) -> str:
+        """As `shown`, of the five first guesses."""
+        shares = [run.summary.top5 for run in self.runs.get(name, ())]
+        return _mean([100 * share for share in shares if share is not None])
 
     def ratio(self, name: str) -> str:
         """Dense ÷ decomposed parameters of the whole network."""
@@ -112,6 +113,14 @@ class Finished:
             for one in summary.refined
             if one.name == refined
         ]
+
+
+def _mean(values: Sequence[float]) -> str:
+    """For a table, with the deviation where there are several."""
+    if not values:
+        return NOT_RUN
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deeptwist._version import __version__
-from deeptwist.data import Dataset, load_data
+from deeptwist.data import Dataset, contents_of, load_data
 from deeptwist.errors import DeepTwistError, check_whole, unknown
 from deeptwist.files import write_text
 from deeptwist.machine import describe_machine
@@ -19,9 +19,10 @@ from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.findings import Findings, Finished
 from deeptwist.reproduce.profiles import ProfileName, Setting, check_given, setting_of
 from deeptwist.training.job import prepare, run
-from deeptwist.training.recipe import Recipe
-from deeptwist.training.records import SUMMARY, Run, read_run
+from deeptwist.training.recipe import Recipe, read_recipe
+from deeptwist.training.records import RECIPE, SUMMARY, Run, read_run
 
+_IMAGES = "images.json"  # in a run's folder: what it was trained on, see `contents_of`
 _ENOUGH = 3  # seeds from which on a difference of half a point says something
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -85,7 +86,8 @@ def reproduce(experiment: Experiment, request: Request, *, progress: Progress = 
         The page of the result.
 
     Raises:
-        DeepTwistError: if something is missing, or cells failed; their reasons are in the result.
+        DeepTwistError: if something is missing, runs are of other images of this name, or cells
+            failed; their reasons are in the result.
     """
     setting = setting_of(request.profile, experiment.network)
     for seed in request.seeds:
@@ -101,6 +103,8 @@ def reproduce(experiment: Experiment, request: Request, *, progress: Progress = 
         request.weights,
         setting.start,
     )
+    if turns:
+        _check_images(turns, place)
     failures: dict[_Turn, str] = {}
     pending = [] if request.draw_only else [turn for turn in wanted if not _finished(turn, place)]
     if pending:
@@ -144,8 +148,62 @@ def _train(recipe: Recipe, place: Workplace, progress: Progress) -> None:
     bound = place.bound(recipe)
     name = title(recipe)
     job = prepare(bound, _data(bound.data.source, bound.data.image_size), name=name)
+    job = replace(job, recipe=_as_begun(bound, folder))
+    _record_images(folder, place.data)
     with progress(name, job.steps) as advance:
         run(job, folder, resume=True, latency_batch=None, on_step=advance)
+
+
+def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the paths that its run was begun with, if it was.
+
+    What lies there is the same: the folder's name and the record of its images say so.
+    """
+    if not (folder / RECIPE).is_file():
+        return recipe
+    before = read_recipe(folder / RECIPE)
+    data = replace(recipe.data, source=before.data.source)
+    return replace(recipe, weights=before.weights, data=data)
+
+
+def _check_images(turns: Sequence[_Turn], place: Workplace) -> None:
+    """Checks that runs which are there are of these images, where they have a record of them.
+
+    Raises:
+        DeepTwistError: naming a run that is not.
+    """
+    recipes = [turn.recipe for turn in turns]
+    if place.start is not None:
+        recipes.append(place.start)
+    places = [place.folder(recipe) / _IMAGES for recipe in recipes]
+    records = [record for record in places if record.is_file()]
+    if not records:
+        return
+    try:
+        contents = _contents(place.data)
+    except DeepTwistError:
+        return  # what is finished is drawn without the images; to train, they are asked for again
+    for record in records:
+        if json.loads(record.read_text(encoding="utf-8")) != contents:
+            raise DeepTwistError(
+                f"{record.parent} is a run on other images than {place.data}, with other classes "
+                "or counts: choose another --runs, or rename the folder of these images"
+            )
+
+
+def _record_images(folder: Path, source: str) -> None:
+    if (folder / _IMAGES).is_file():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _IMAGES, json.dumps(_contents(source)))
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
+
+
+@cache
+def _contents(source: str) -> dict[str, Any]:
+    return contents_of(source)
 
 
 @cache  # cells share their images

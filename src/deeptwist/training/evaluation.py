@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from deeptwist.data import Dataset, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection import evaluating
+from deeptwist.inspection import WRONG_INPUT, evaluating
 from deeptwist.training.records import Evaluation
 
 _BATCH = 500
@@ -27,6 +27,24 @@ def as_input(images: Tensor, model: nn.Module, data: Dataset) -> Tensor:
     first = next(model.parameters())
     x = normalize(images.to(first.device), data.mean, data.std)
     return x.to(first.dtype, memory_format=torch.channels_last)
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits (B, classes) in a network's output.
+
+    The first tensor of a tuple: torchvision's GoogLeNet and Inception v3 put their auxiliary
+    heads' logits after it while they train.
+
+    Raises:
+        DeepTwistError: if it is something else.
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(first, Tensor):
+        raise DeepTwistError(
+            f"the model gives a {type(output).__name__} where a tensor of logits belongs: wrap it "
+            "in a module that returns those"
+        )
+    return first
 
 
 @torch.no_grad()
@@ -56,12 +74,13 @@ def evaluate(
         for some, _ in batches(Split(images, labels), _BATCH, generator=None):
             x = as_input(some, model, data)
             try:
-                outputs.append(model(x).float())
-            except RuntimeError as error:
+                output = model(x)
+            except WRONG_INPUT as error:
                 raise DeepTwistError(
                     f"{type(model).__name__} cannot run on images of {data.name}, "
                     f"{tuple(x.shape[1:])}: {first_line(error)}"
                 ) from error
+            outputs.append(logits_of(output).float())
             on_batch()
     logits, targets = torch.cat(outputs), labels.to(outputs[0].device)
     if logits.shape != (len(labels), len(data.classes)):

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.files import write_text
+from deeptwist.files import flush, write_text
 from deeptwist.training import records
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
 from deeptwist.training.loop import Hooks, Training
@@ -83,7 +83,13 @@ class Folder:
                 ) from None
         if self._fabric.is_global_zero:
             with self._metrics.open("ab") as file:
-                file.truncate(0 if state is None else size)
+                known = 0 if state is None else size
+                if file.tell() < known:
+                    raise DeepTwistError(
+                        f"'{self._metrics}' holds {file.tell()} bytes, and held {known} at the "
+                        f"last checkpoint: records are lost, remove {self.path} to start anew"
+                    )
+                file.truncate(known)
             self._board = TensorBoardLogger(
                 self.path, name="", version=_BOARD, purge_step=training.step
             )
@@ -91,6 +97,7 @@ class Folder:
 
     def _checkpoint(self, training: Training) -> None:
         if self._fabric.is_global_zero:
+            flush(self._metrics)  # a checkpoint must not outlive the records that it counts on
             state = {
                 "training": training.state_dict(),
                 "metrics": self._metrics.stat().st_size,
@@ -127,7 +134,7 @@ def claimed(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) -> Iter
     except OSError as error:
         raise DeepTwistError(f"cannot write {path}: {error.strerror}") from None
     try:
-        _check(path, recipe, resume=resume)
+        check_recipe(path, recipe, resume=resume)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_text(path / records.RECIPE, text)
         fabric.barrier()
@@ -136,7 +143,12 @@ def claimed(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) -> Iter
         lock.release()
 
 
-def _check(path: Path, recipe: Recipe, *, resume: bool) -> None:
+def check_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Checks that a folder may be trained in.
+
+    Raises:
+        DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
+    """
     known = path / records.RECIPE
     if not known.exists():
         if (path / records.SUMMARY).exists():

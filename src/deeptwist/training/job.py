@@ -30,7 +30,7 @@ from deeptwist.planning import plan as make_plan
 from deeptwist.training import records
 from deeptwist.training.controls import RandomNoise
 from deeptwist.training.evaluation import as_input, evaluate
-from deeptwist.training.folder import Folder, claimed
+from deeptwist.training.folder import Folder, check_recipe, claimed
 from deeptwist.training.loop import Training, steps_per_epoch
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.training.records import Record, Refined, Summary, read_run
@@ -45,8 +45,8 @@ class Job:
 
     Attributes:
         recipe: see `Recipe`.
-        model: with the weights that training starts from; layers that the recipe fixes are
-            decomposed already.
+        model: with the weights that training starts from, in fp64 where the recipe says so;
+            layers that it fixes are decomposed already, but in a dense run.
         plan: of the model.
         data: without the images that the recipe holds out.
         validation: those images; none where it holds out none.
@@ -88,8 +88,10 @@ def prepare(recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None
         model = build_model(recipe.model, num_classes=len(data.classes), in_channels=channels)
         if recipe.weights is not None:
             load_weights(model, recipe.weights)
+    if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
+        model.double()
     example = torch.zeros(2, *shape).to(next(model.parameters()))
-    if recipe.fixed is not None:
+    if recipe.fixed is not None and recipe.mode != "dense":
         model = _fixed(model, recipe.fixed.make_plan(model, example))
     if recipe.mode == "dense":  # its plan says what it costs
         plan = make_plan(model, SVD(rank=1), exclude=("*",), example_input=example)
@@ -126,6 +128,7 @@ def run(
             recipe; if another live process is using it; or if training fails.
     """
     if resume and (folder / records.SUMMARY).exists():
+        check_recipe(folder, job.recipe, resume=True)
         return read_run(folder).summary
     fabric = _launched(job.recipe)
     with claimed(folder, job.recipe, fabric, resume=resume):
@@ -306,7 +309,11 @@ def _write(fabric: Fabric, model: nn.Module, path: Path, model_name: str) -> Pat
     """Writes a network, its weights alone where it is dense; returns the path of the weights."""
     if path.suffix:
         if fabric.is_global_zero:
-            state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+            # Copies: safetensors refuses tensors that share memory, as shared modules' do.
+            state = {
+                name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in model.state_dict().items()
+            }
             with replacing(path) as temporary:
                 save_file(state, temporary)
     elif fabric.is_global_zero:

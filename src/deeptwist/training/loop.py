@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from deeptwist.data import Dataset, Split, augment
 from deeptwist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.evaluation import Probe, as_input, evaluate
+from deeptwist.training.evaluation import Probe, as_input, evaluate, logits_of
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.training.records import DistortedAt, Epoch, Record
 
@@ -226,7 +226,7 @@ class Training:
             share=(self._fabric.global_rank, self._fabric.world_size),
         )
         x = as_input(images, self._model, self._data)
-        logits = self._wrapped(x)
+        logits = logits_of(self._wrapped(x))
         loss = functional.cross_entropy(
             logits, labels.to(x.device), label_smoothing=self._recipe.label_smoothing
         )
@@ -234,7 +234,7 @@ class Training:
         if self._teacher is None or distillation is None:
             return loss
         with torch.no_grad(), self._fabric.autocast():
-            taught = self._teacher.eval()(x)
+            taught = logits_of(self._teacher.eval()(x))
         from_teacher = _divergence(logits, taught, distillation.temperature)
         return (1 - distillation.weight) * loss + distillation.weight * from_teacher
 

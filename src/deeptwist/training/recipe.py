@@ -10,6 +10,7 @@ import torch
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 from torch import nn
 
 from deeptwist.decompositions import Decomposition, from_dict
@@ -208,7 +209,7 @@ class Recipe:
         schedule: epochs and learning rate.
         compression: which layers, and how; a dense run reads only its costs.
         fixed: layers that are decomposed before training and not trained (the paper's
-            fully-connected layers of VGG19).
+            fully-connected layers of VGG19); a dense run leaves them as they are.
         label_smoothing: share of the target that is spread over all classes.
         ema: decay of an exponential moving average of the weights, a row of its own.
         distillation: of the dense network; none without it.
@@ -289,7 +290,7 @@ def make_recipe(values: Mapping[str, Any], changes: Iterable[str] = ()) -> Recip
     try:
         return _adapter().validate_python(changed)
     except ValidationError as error:
-        raise _complaint(error) from None
+        raise _complaint(error, changed) from None
 
 
 def _with(values: Mapping[str, Any], change: str) -> dict[str, Any]:
@@ -313,29 +314,54 @@ def _with(values: Mapping[str, Any], change: str) -> dict[str, Any]:
     return result
 
 
-def _complaint(error: ValidationError) -> DeepTwistError:
-    first = error.errors()[0]
-    # Between the keys, pydantic names the branches that it tried.
-    path = [str(part) for part in first["loc"]]
-    known = _keys_at(path[:-1])
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return unknown("recipe key", ".".join(path), [".".join([*path[:-1], k]) for k in known])
-    if first["type"] == "missing":
-        return DeepTwistError(f"the recipe lacks {'.'.join(path)!r}")
-    message = first["msg"].removeprefix("Value error, ")
-    return DeepTwistError(f"recipe key {'.'.join(path)!r} is {first['input']!r}: {message}")
+def _complaint(error: ValidationError, values: Mapping[str, Any]) -> DeepTwistError:
+    errors = error.errors()
+    first = errors[0]
+    path, keys = _field(first["loc"])
+    name = ".".join(path)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
+        wrong = str(first["loc"][len(path)])
+        return unknown("recipe key", ".".join([*path, wrong]), [".".join([*path, k]) for k in keys])
+    if first["type"] == "missing" and len(path) == len(first["loc"]):
+        return DeepTwistError(f"the recipe lacks {name!r}")
+    # A value that may be of several kinds has a reason from each.
+    reasons = [_reason(one) for one in errors if _field(one["loc"])[0] == path]
+    message = ", or ".join(dict.fromkeys(reasons))
+    if not path:
+        return DeepTwistError(f"the recipe contradicts itself: {message}")
+    value: Any = values
+    for key in path:
+        value = value[key]
+    # A section as a whole is more than one line should show.
+    shown = f" is {value!r}" if not isinstance(value, dict) else ""
+    return DeepTwistError(f"recipe key {name!r}{shown}: {message}")
 
 
-def _keys_at(path: Iterable[str]) -> list[str]:
-    sections: dict[str, Any] = {
+def _reason(error: ErrorDetails) -> str:
+    if error["type"] == "missing":
+        return "a number is missing"
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _field(location: Iterable[int | str]) -> tuple[list[str], Mapping[str, Any]]:
+    """The keys in an error's location, and those that the last of them has below it.
+
+    After them, pydantic names the places in a value and the branches that it tried.
+    """
+    below: Any = {
         **asdict(Recipe(model="")),
         "fixed": asdict(CompressionRecipe()),
         "distillation": asdict(DistillationRecipe()),
         "tail": asdict(TailRecipe()),
     }
-    for name in path:
-        sections = sections.get(name, sections)
-    return list(sections)
+    path: list[str] = []
+    for part in location:
+        if part not in below:
+            break
+        path.append(str(part))
+        inner = below[part]
+        below = inner if isinstance(inner, dict) else {}
+    return path, below
 
 
 @cache

@@ -10,7 +10,6 @@ from deeptwist.reproduce.drawing import Curve, chart
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.experiments.fig3 import accuracy_over_epochs, loss_over_epochs
 from deeptwist.reproduce.findings import (
-    NOT_RUN,
     Findings,
     Finished,
     Table,
@@ -54,17 +53,12 @@ def show(finished: Finished, setting: Setting) -> Findings:
         )
     ]
     start = next((run for run in runs.values() if run), None)
-    before = None if start is None else start.summary.top5_before
-    rows = [("before compression", "1.00×", number(finished.start()), _top5(before), PAPER_START)]
+    share = None if start is None else start.summary.top5_before
+    before = number(None if share is None else 100 * share)
+    rows = [("before compression", "1.00×", number(finished.start()), before, PAPER_START)]
     rows += [
-        (
-            name,
-            finished.ratio(name),
-            finished.shown(name),
-            _top5(run.summary.top5) if run else NOT_RUN,
-            PAPER[name],
-        )
-        for name, run in runs.items()
+        (name, finished.ratio(name), finished.shown(name), finished.top5(name), PAPER[name])
+        for name in runs
     ]
     curves = [accuracy_over_epochs(run) for run in runs.values()]
     ahead = [above(one[1], other[1]) for one, other in zip(*curves, strict=False)]
@@ -92,10 +86,6 @@ def top5_over_epochs(run: Run | None) -> tuple[tuple[float, float], ...]:
         for one in (run.epochs if run else ())
         if one["test"].get("top5") is not None
     )
-
-
-def _top5(share: float | None) -> str:
-    return number(None if share is None else 100 * share)
 
 
 EXPERIMENT = Experiment(
