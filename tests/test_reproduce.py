@@ -182,7 +182,10 @@ def test_several_seeds_are_averaged(folder: Path, request_: Request) -> None:
     record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     found = [100 * cell["accuracy"] for cell in record["cells"] if cell["name"] == name]
     assert len(found) == 2
-    assert f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert f"{np.mean(found):.2f} ± {np.std(found, ddof=1):.2f}" in text
+    assert "seeds 0, 1." in text
+    assert "Tucker 4×, DeepTwist, seed 1" in text.partition("Not run: ")[2]
 
 
 def test_top_5_is_averaged_as_top_1_is(folder: Path, request_: Request) -> None:

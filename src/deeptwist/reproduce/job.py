@@ -285,8 +285,10 @@ def _state(
     if not turns:
         return [f"Nothing is trained. deeptwist {__version__}, {describe_machine()}."]
     seeds = ", ".join(map(str, request.seeds))
+    several = len(set(request.seeds)) > 1
     lines = [
-        f"Profile `{setting.profile}`, {setting.words}; {Path(place.data).name}, seed {seeds}. "
+        f"Profile `{setting.profile}`, {setting.words}; {Path(place.data).name}, "
+        f"{'seeds' if several else 'seed'} {seeds}. "
         f"{len(read)} of {len(turns)} cells have been run."
     ]
     if len(set(request.seeds)) < _ENOUGH and setting.profile != "smoke":
@@ -299,7 +301,9 @@ def _state(
     missing = [turn for turn in turns if turn not in read]
     if missing:
         names = [
-            turn.cell.name + (f" ({failures[turn]})" if turn in failures else "")
+            turn.cell.name
+            + (f", seed {turn.seed}" if several else "")
+            + (f" ({failures[turn]})" if turn in failures else "")
             for turn in missing
         ]
         lines.append(f"Not run: {'; '.join(names)}.")
