@@ -225,15 +225,6 @@ def test_groups_are_independent(name: str) -> None:
     assert together == pytest.approx(alone, rel=0.02 if name in ("tucker", "cp") else 1e-9)
 
 
-@pytest.mark.parametrize("method", [Tucker(), Tucker(fraction=0.5)], ids=str)
-@pytest.mark.parametrize(("into", "out"), [(3, 64), (64, 3), (2, 48)])
-def test_no_basis_is_larger_than_the_core_can_use(method: Tucker, into: int, out: int) -> None:
-    convolution = Convolution.of(nn.Conv2d(into, out, 3))
-    rank_out, rank_in = method.resolve(convolution, None if method.fraction else 2).rank
-    assert rank_out <= 9 * rank_in
-    assert rank_in <= 9 * rank_out
-
-
 @pytest.mark.parametrize("method", [Tucker(), CP()], ids=str)
 @pytest.mark.parametrize("geometry", ["1x1", "linear"])
 def test_a_kernel_of_one_tap_is_a_matrix(method: Any, geometry: str) -> None:

@@ -98,7 +98,7 @@ class Tucker(Decomposition):
             ranks = fraction_of(out, self.fraction), fraction_of(into, self.fraction)
             if min(ranks) == 0:
                 raise Unfit(f"has rank 0 at fraction {self.fraction} of {min(out, into)} channels")
-            return Tucker(rank=_useful(ranks, convolution.taps))
+            return Tucker(rank=ranks)
         if ratio is None:
             raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
         return self._largest(convolution, check_ratio(ratio))
@@ -118,8 +118,7 @@ class Tucker(Decomposition):
 
         def at(step: int) -> Tucker:
             fraction = steps[step - 1]
-            ranks = max(1, int(fraction * out)), max(1, int(fraction * into))
-            return Tucker(rank=_useful(ranks, convolution.taps))
+            return Tucker(rank=(max(1, int(fraction * out)), max(1, int(fraction * into))))
 
         def num_weights(step: int) -> int:
             return at(step).num_weights(convolution)
@@ -186,12 +185,6 @@ class Tucker(Decomposition):
     ) -> "TuckerFactors":
         ((basis_out, core, basis_in),) = parts
         return TuckerFactors(basis_out, core, basis_in)
-
-
-def _useful(ranks: tuple[int, int], taps: int) -> tuple[int, int]:
-    """Neither basis can need more directions than the core has numbers for each."""
-    out, into = ranks
-    return min(out, into * taps), min(into, out * taps)
 
 
 def _at_unit_scale(kernel: Tensor) -> tuple[Tensor, Tensor]:
