@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.convolution import Convolution
+from deeptwist.cost import Call
 from deeptwist.machine import describe_machine
 from deeptwist.timing import median_ratio, time_in_turn
+from deeptwist.tuning import random_dense, random_input
 
 FORMS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}
 
@@ -85,11 +87,8 @@ def measure(channels: int, size: int, batch: int, ranks: list[int], rounds: int)
 
 def part_of(convolution: Convolution, size: int, batch: int) -> Part:
     """A convolution with random weights, on a batch of square images."""
-    kernel = torch.randn(convolution.kernel_shape)
-    layer = convolution.build(kernel, torch.zeros(convolution.out_channels)).eval()
-    layer = layer.to(memory_format=torch.channels_last)
-    x = torch.randn(batch, convolution.in_channels, size, size)
-    x = x.to(memory_format=torch.channels_last)
+    like, call = torch.empty(0), Call(batch, (size, size))
+    layer, x = random_dense(convolution, like), random_input(convolution, call, like)
     taps = "×".join(map(str, convolution.kernel_size))
     words = f"{convolution.in_channels} → {convolution.out_channels}, {taps}"
     return Part(words, batch * convolution.macs((size, size)), lambda: layer(x))

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deeptwist._version import __version__
 from deeptwist.convolution import Convolution
-from deeptwist.decompositions import Decomposition, FactoredLayer, from_dict
+from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.factorization import planned_module, swap
 from deeptwist.files import replacing
@@ -57,8 +57,8 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         raise DeepTwistError(
             f"this {type(model).__name__} has no factored layer: decompose it first"
         )
-    for name in layers:
-        _check_readable(name, cast(FactoredLayer, model.get_submodule(name)))
+    for name, held in layers.items():
+        _check_readable(model.get_submodule(name), _planned(name, held))
     tensors, aliases = distinct(model)
     folder = Path(path)
     try:
@@ -111,13 +111,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
             f"this {type(base).__name__} is on the meta device, where nothing can be read into it: "
             "make it on the CPU"
         )
-    kernels = {}
     for layer in layers:  # before anything takes the memory that the file says it needs
         planned_module(base, layer)
-    for layer in layers:
-        assert layer.convolution is not None
-        assert layer.decomposition is not None
-        kernels[layer.name] = _empty_kernels(layer.decomposition, layer.convolution)
+    kernels = {layer.name: _empty_kernels(layer) for layer in layers}
     small = swap(base, Plan(layers), kernels).cpu()
     try:
         state = load_file(weights)
@@ -130,18 +126,18 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
     return small.eval()
 
 
-def _check_readable(name: str, layer: FactoredLayer) -> None:
+def _check_readable(module: nn.Module, layer: PlannedLayer) -> None:
     """Refuses a layer whose tensors are not those that `load` will look for."""
-    decomposition, convolution = layer.decomposition, layer.convolution
-    kernels = _empty_kernels(decomposition, convolution, "meta")
-    bias = torch.empty(convolution.out_channels, device="meta")
-    made = decomposition.layer(convolution, kernels, bias, layer.executor).state_dict()
-    held = layer.state_dict()
-    strangers = held.keys() - made.keys()
+    assert layer.convolution is not None
+    assert layer.decomposition is not None
+    kernels = _empty_kernels(layer, "meta")
+    bias = torch.empty(layer.convolution.out_channels, device="meta")
+    made = layer.decomposition.layer(layer.convolution, kernels, bias, layer.executor)
+    strangers = module.state_dict().keys() - made.state_dict().keys()
     if strangers:
         raise DeepTwistError(
-            f"layer {name!r} holds {min(strangers)!r}, which {decomposition} does not: save it "
-            "before its parametrizations are removed, or export it"
+            f"layer {layer.name!r} holds {min(strangers)!r}, which {layer.decomposition} does not: "
+            "save it before its parametrizations are removed, or export it"
         )
 
 
@@ -186,14 +182,11 @@ def _planned(name: str, values: Any) -> PlannedLayer:
         ) from None
 
 
-def _empty_kernels(
-    decomposition: Decomposition, convolution: Convolution, device: str = "cpu"
-) -> list[Tensor]:
-    return [
-        torch.empty(part.kernel_shape, device=device)
-        for level in decomposition.levels(convolution)
-        for part in level
-    ]
+def _empty_kernels(layer: PlannedLayer, device: str = "cpu") -> list[Tensor]:
+    assert layer.convolution is not None
+    assert layer.decomposition is not None
+    levels = layer.decomposition.levels(layer.convolution)
+    return [torch.empty(part.kernel_shape, device=device) for level in levels for part in level]
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: str) -> None:

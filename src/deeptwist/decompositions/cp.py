@@ -144,7 +144,7 @@ def _als(
             for basis in map(Tensor.double, start)
         ]
         bases = [*bases[:2], *(basis for basis in bases[2:] if basis.shape[1] > 1)]
-        # A component that is zero on two sides stays zero, however the kernel has changed.
+        # ALS leaves a component that is zero as it is, however the kernel has changed.
         idle = torch.stack([(basis == 0).all(1).any(1) for basis in bases]).any(0)
         if idle.any():
             for basis, unfolding in zip(bases, unfoldings, strict=True):

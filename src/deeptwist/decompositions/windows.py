@@ -97,7 +97,8 @@ def window_convolution(convolution: Convolution, windows: Windows, kernel: Tenso
     """
     layer = convolution.build(torch.empty(convolution.kernel_shape, device="meta"), None)
     layer.weight = nn.Parameter(kernel.flatten(2).flatten(0, 1).clone())
-    padding = ZeroPadded(convolution, windows).to(kernel.device)
     # 'unsafe' allows the stored numbers to be fewer than the weight's.
-    parametrize.register_parametrization(layer, "weight", padding, unsafe=True)
+    parametrize.register_parametrization(
+        layer, "weight", ZeroPadded(convolution, windows), unsafe=True
+    )
     return layer

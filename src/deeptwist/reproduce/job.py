@@ -285,13 +285,13 @@ def _state(
     if not turns:
         return [f"Nothing is trained. deeptwist {__version__}, {describe_machine()}."]
     seeds = ", ".join(map(str, request.seeds))
-    several = len(set(request.seeds)) > 1
+    count = len(set(request.seeds))
     lines = [
         f"Profile `{setting.profile}`, {setting.words}; {Path(place.data).name}, "
-        f"{'seeds' if several else 'seed'} {seeds}. "
+        f"{'seeds' if count > 1 else 'seed'} {seeds}. "
         f"{len(read)} of {len(turns)} cells have been run."
     ]
-    if len(set(request.seeds)) < _ENOUGH and setting.profile != "smoke":
+    if count < _ENOUGH and setting.profile != "smoke":
         lines[0] += " With fewer than three seeds, half a point means little."
     made = {f"deeptwist {run.summary.version}, {run.summary.machine}" for run in read.values()}
     lines += [f"Run with {one}." for one in sorted(made)]
@@ -302,7 +302,7 @@ def _state(
     if missing:
         names = [
             turn.cell.name
-            + (f", seed {turn.seed}" if several else "")
+            + (f", seed {turn.seed}" if count > 1 else "")
             + (f" ({failures[turn]})" if turn in failures else "")
             for turn in missing
         ]

@@ -64,16 +64,16 @@ def show(finished: Finished, setting: Setting) -> Findings:
     ]
     rows.append(("start", "", "1×", "1.00×", number(start), printed(PAPER_START)))
     found = [finished.accuracy(name_of(tile, ratio)) for ratio in PAPER for tile in TILES]
+    curves = {
+        ratio: known((tile, finished.accuracy(name_of(tile, ratio))) for tile in TILES)
+        for ratio in PAPER
+    }
     figure = chart(
         "accuracy",
         "Accuracy over the side of the tiles",
         [
-            Curve(
-                f"{ratio}×, DeepTwist",
-                known((tile, finished.accuracy(name_of(tile, ratio))) for tile in TILES),
-                color,
-            )
-            for color, ratio in enumerate(PAPER)
+            Curve(f"{ratio}×, DeepTwist", curve, color)
+            for color, (ratio, curve) in enumerate(curves.items())
         ],
         x="rows and columns of a tile",
         y="test accuracy, %",
@@ -81,12 +81,8 @@ def show(finished: Finished, setting: Setting) -> Findings:
         log_x=True,
     )
     spreads = []
-    for ratio in PAPER:
-        reached = [
-            value
-            for tile in TILES
-            if (value := finished.accuracy(name_of(tile, ratio))) is not None
-        ]
+    for ratio, curve in curves.items():
+        reached = [value for _, value in curve]
         if len(reached) > 1:
             theirs = max(PAPER[ratio]) - min(PAPER[ratio])
             spreads.append(

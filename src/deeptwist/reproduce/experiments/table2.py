@@ -16,7 +16,7 @@ from deeptwist.decompositions import Decomposition, TiledSVD, Tucker
 from deeptwist.models import build_model
 from deeptwist.planning import plan
 from deeptwist.reproduce.cells import Cell
-from deeptwist.reproduce.drawing import Curve, chart
+from deeptwist.reproduce.drawing import Curve, chart, known
 from deeptwist.reproduce.experiment import Experiment
 from deeptwist.reproduce.findings import (
     Findings,
@@ -171,11 +171,7 @@ def _tiled_sizes() -> dict[str, float]:
 
 
 def _curve(finished: Finished, weights: Mapping[str, float]) -> tuple[tuple[float, float], ...]:
-    return tuple(
-        (size, accuracy)
-        for name, size in weights.items()
-        if (accuracy := finished.accuracy(name)) is not None
-    )
+    return known((size, finished.accuracy(name)) for name, size in weights.items())
 
 
 EXPERIMENT = Experiment(
