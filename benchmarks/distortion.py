@@ -27,12 +27,12 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.convolution import kernel_of
-from deeptwist.machine import describe_machine
-from deeptwist.memory import peak_memory
+from deeptwist.layers.geometry import kernel_of
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.benchmark.memory import peak_memory
 from deeptwist.models import build_model, load_weights
-from deeptwist.planning import PlannedLayer
-from deeptwist.subspace import follow
+from deeptwist.plan.plan import PlannedLayer
+from deeptwist.decompositions.subspace import follow
 
 TILE, RANK, INTERVAL, MOVE = 64, 8, 200, 0.02
 METHOD = dt.TiledSVD(tile=(TILE, TILE), rank=RANK)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.convolution import Convolution, kernel_of
+from deeptwist.layers.geometry import Convolution, kernel_of
 from deeptwist.decompositions import Decomposition
-from deeptwist.machine import describe_machine
-from deeptwist.timing import median_ratio, time_in_turn
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.plan.timing import median_ratio, time_in_turn
 
 SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch
 PAPERS = "the paper's: unfold, batched GEMM"

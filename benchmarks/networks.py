@@ -18,8 +18,8 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.benchmark.networks import measure, measure_memory, settings_of
 from deeptwist.benchmark.runtimes import Runtime
-from deeptwist.machine import describe_machine
-from deeptwist.memory import peak_memory
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.benchmark.memory import peak_memory
 from deeptwist.models import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.convolution import Convolution
-from deeptwist.cost import Call
-from deeptwist.machine import describe_machine
-from deeptwist.timing import median_ratio, time_in_turn
-from deeptwist.tuning import random_dense, random_input
+from deeptwist.layers.geometry import Convolution
+from deeptwist.layers.cost import Call
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.plan.timing import median_ratio, time_in_turn
+from deeptwist.plan.autotune import random_dense, random_input
 
 FORMS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}
 

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import deeptwist as dt
-from deeptwist.convolution import Convolution
-from deeptwist.linalg import relative_error
-from deeptwist.machine import describe_machine
-from deeptwist.timing import time_in_turn
-from deeptwist.tuning import random_dense, random_factored
+from deeptwist.layers.geometry import Convolution
+from deeptwist.decompositions.linalg import relative_error
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.plan.timing import time_in_turn
+from deeptwist.plan.autotune import random_dense, random_factored
 
 RATIO = 4
 

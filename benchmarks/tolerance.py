@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from deeptwist.data import load_data
-from deeptwist.training.job import prepare, run
+from deeptwist.training.run import prepare, run
 from deeptwist.training.recipe import make_recipe
 
 TOLERANCES = {"exact": 0.0, "followed": 1e-3}

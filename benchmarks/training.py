@@ -18,10 +18,10 @@ from lightning.fabric import Fabric
 from torch.nn import functional
 
 from deeptwist.data import Dataset, Split, augment, normalize
-from deeptwist.distortion import DeepTwist
-from deeptwist.machine import describe_machine
+from deeptwist.twist.distortion import DeepTwist
+from deeptwist.benchmark.environment import describe_machine
 from deeptwist.models import build_model
-from deeptwist.timing import median_ratio
+from deeptwist.plan.timing import median_ratio
 from deeptwist.training.evaluation import Probe
 from deeptwist.training.loop import Hooks, Training
 from deeptwist.training.recipe import make_recipe

@@ -25,8 +25,8 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.data import Dataset, load_data
-from deeptwist.distortion import Distortion
-from deeptwist.machine import describe_machine
+from deeptwist.twist.distortion import Distortion
+from deeptwist.benchmark.environment import describe_machine
 from deeptwist.models import build_model, load_weights
 from deeptwist.training.loop import Hooks, Training
 from deeptwist.training.recipe import make_recipe

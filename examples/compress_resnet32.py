@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from deeptwist.data import load_data
-from deeptwist.training.job import prepare, run
+from deeptwist.training.run import prepare, run
 from deeptwist.training.recipe import Mode, make_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, Summary
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwistError, SpatialSVD, TiledSVD, Tucker
-from deeptwist.convolution import Convolution, kernel_of, weight_of
+from deeptwist.layers.geometry import Convolution, kernel_of, weight_of
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.decompositions.base import OneRank
 

@@ -19,9 +19,9 @@ from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.layers import LayerComparison, compare_layers, keep_slow_layers
 from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
 from deeptwist.benchmark.runtimes import prepare
-from deeptwist.memory import peak_memory
+from deeptwist.benchmark.memory import peak_memory
 from deeptwist.models import build_model
-from deeptwist.timing import Timing, median_ratio, time_in_turn, timing
+from deeptwist.plan.timing import Timing, median_ratio, time_in_turn, timing
 
 X = torch.randn(4, 8, 12, 12)
 MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)

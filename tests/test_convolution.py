@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeptwist.convolution import Convolution, computing_dtype, kernel_of, pointwise, weight_of
+from deeptwist.layers.geometry import Convolution, computing_dtype, kernel_of, pointwise, weight_of
 
 EACH_GEOMETRY = pytest.mark.parametrize("geometry", GEOMETRIES)
 

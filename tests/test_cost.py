@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
-from deeptwist.convolution import Convolution
-from deeptwist.cost import MEGA, macs, paper_flops
-from deeptwist.decompositions.tiled_layer import IM2COL
+from deeptwist.layers.geometry import Convolution
+from deeptwist.layers.cost import MEGA, macs, paper_flops
+from deeptwist.layers.tiled import IM2COL
 from deeptwist.models.vgg_cifar import vgg19
 
 IMAGE = (1, 3, 32, 32)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, Tucker
-from deeptwist.convolution import Convolution
+from deeptwist.layers.geometry import Convolution
 from deeptwist.decompositions import from_dict
 
 KERNELS = st.builds(

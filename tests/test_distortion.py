@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import SVD, Decomposition, DeepTwist, Plan, decompose, plan
-from deeptwist.convolution import kernel_of
+from deeptwist.layers.geometry import kernel_of
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deeptwist import SVD, Decomposition, DeepTwist, DeepTwistError, SpatialSVD, TiledSVD, plan
-from deeptwist.sharing import broadcast, deal, processes, rank, together
-from deeptwist.tracking import costs
+from deeptwist.twist.distributed import broadcast, deal, processes, rank, together
+from deeptwist.twist.tracking import costs
 
 X = torch.randn(12, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, decompose, plan
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.factorization import factorize, relative_difference
+from deeptwist.decompose import factorize, relative_difference
 from deeptwist.models.resnet_cifar import resnet20
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from deeptwist import SVD, DeepTwist, Plan, decompose, plan
-from deeptwist.inspection import evaluating, layers_of
+from deeptwist.inspect.layers import evaluating, layers_of
 
 X = torch.randn(2, 8, 6, 6)
 

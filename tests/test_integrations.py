@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
 from deeptwist.decompositions.base import FactoredLayer
-from deeptwist.integrations.steps import after_each_step
+from deeptwist.integrations.optimizer_hooks import after_each_step
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IMAGES, BATCH, INTERVAL, EPOCHS = 64, 8, 3, 2

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, TiledSVD
-from deeptwist.convolution import computing_dtype, weight_of
+from deeptwist.layers.geometry import computing_dtype, weight_of
 from deeptwist.decompositions import METHODS as REGISTERED
 from deeptwist.decompositions import from_dict
-from deeptwist.decompositions.tiled_layer import WINDOWS
+from deeptwist.layers.tiled import WINDOWS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHARES = (0.0, 0.3, 0.6, 1.0)  # of the full rank

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deeptwist.linalg import leading_subspace, relative_error, truncated_svd
+from deeptwist.decompositions.linalg import leading_subspace, relative_error, truncated_svd
 
 MATRICES = st.builds(
     lambda shape, seed: torch.randn(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeptwist.lowering import lower, lower_spatial, unlower, unlower_spatial
+from deeptwist.layers.lowering import lower, lower_spatial, unlower, unlower_spatial
 
 SHAPES = st.integers(0, 3).flatmap(lambda dims: st.tuples(*[st.integers(1, 5)] * (3 + dims)))
 

@@ -23,10 +23,10 @@ from deeptwist import (
     Tucker,
     plan,
 )
-from deeptwist.convolution import Convolution
-from deeptwist.linalg import relative_error
+from deeptwist.layers.geometry import Convolution
+from deeptwist.decompositions.linalg import relative_error
 from deeptwist.models.resnet_cifar import resnet20
-from deeptwist.planning import PlannedLayer
+from deeptwist.plan.plan import PlannedLayer
 
 
 class Net(nn.Module):
@@ -319,7 +319,7 @@ def test_the_relative_error_is_todays(name: str, geometry: str) -> None:
     if planned.decomposition is None:
         assert planned.relative_error is None
         return
-    from deeptwist.convolution import kernel_of
+    from deeptwist.layers.geometry import kernel_of
 
     kernel = kernel_of(layer.weight, planned.convolution)
     found = planned.decomposition.decompose(kernel).reconstruct()

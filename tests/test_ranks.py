@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deeptwist import SVD, Decomposition, Tucker
-from deeptwist.convolution import Convolution
+from deeptwist.layers.geometry import Convolution
 from deeptwist.decompositions import Unfit
 from deeptwist.decompositions.base import OneRank
-from deeptwist.ranks import check_ratio, fraction_of, largest_rank
+from deeptwist.decompositions.ranks import check_ratio, fraction_of, largest_rank
 
 RATIOS = st.floats(1.01, 64)
 CONVOLUTIONS = st.builds(

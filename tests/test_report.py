@@ -15,15 +15,15 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.benchmark.comparison import Comparison
-from deeptwist.distortion import Distortion
+from deeptwist.twist.distortion import Distortion
 from deeptwist.errors import DeepTwistError
 from deeptwist.report import wording, write_report
-from deeptwist.report.cases import cases_of, verdict
+from deeptwist.report.comparison import cases_of, verdict
 from deeptwist.report.drawing import Plot
-from deeptwist.report.looks import looks_of
+from deeptwist.report.styles import looks_of
 from deeptwist.report.plots import plots_of
 from deeptwist.report.settings import settings
-from deeptwist.timing import Timing
+from deeptwist.plan.timing import Timing
 from deeptwist.training import records
 from deeptwist.training.recipe import make_recipe
 from deeptwist.training.records import (

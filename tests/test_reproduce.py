@@ -16,11 +16,11 @@ from test_cli import refused, run
 from torch import nn
 
 from deeptwist.models import build_model
-from deeptwist.reproduce.cells import Workplace, title
-from deeptwist.reproduce.experiments import EXPERIMENTS, fig2, fig5, fig7, table1, table2
-from deeptwist.reproduce.findings import Finished
-from deeptwist.reproduce.job import Request, reproduce
-from deeptwist.reproduce.profiles import Network, ProfileName, setting_of
+from experiments.paper.cells import Workplace, title
+from experiments.paper.experiments import EXPERIMENTS, fig2, fig5, fig7, table1, table2
+from experiments.paper.findings import Finished
+from experiments.paper.job import Request, reproduce
+from experiments.paper.profiles import Network, ProfileName, setting_of
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, read_run
 

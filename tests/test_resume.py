@@ -22,7 +22,7 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.data import load_digits
 from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
-from deeptwist.training.job import Job, prepare, run
+from deeptwist.training.run import Job, prepare, run
 from deeptwist.training.recipe import make_recipe
 from deeptwist.training.records import read_run
 
@@ -105,7 +105,7 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["deeptwist.training.job", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["deeptwist.training.run", "sklearn.datasets"])
 
 
 def start(folder: Path, kill: Kill | None = None) -> int:
@@ -362,7 +362,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from deeptwist.data import load_digits
-from deeptwist.training.job import prepare, run
+from deeptwist.training.run import prepare, run
 from deeptwist.training.recipe import make_recipe
 torch.set_num_threads(1)
 torch.manual_seed(0)

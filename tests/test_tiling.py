@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeptwist.tiling import Grid, Span, cut
+from deeptwist.layers.tiling import Grid, Span, cut
 
 SIDE = st.integers(1, 40)
 GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.integers(1, 60)))

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import deeptwist.tracking
+import deeptwist.twist.tracking
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
-from deeptwist.linalg import truncated_svd
-from deeptwist.memory import peak_memory
-from deeptwist.subspace import by_cholesky, by_householder, excess, follow, power_step, start_of
-from deeptwist.tracking import Tracked, track
+from deeptwist.decompositions.linalg import truncated_svd
+from deeptwist.benchmark.memory import peak_memory
+from deeptwist.decompositions.subspace import by_cholesky, by_householder, excess, follow, power_step, start_of
+from deeptwist.twist.tracking import Tracked, track
 
 TOLERANCE = 1e-3
 X = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -371,7 +371,7 @@ def test_stacks_of_any_size_come_to_the_same(
     starts = track(model, made, {}, TOLERANCE).starts
     nudge(model, 0.02)
     together = approximations(track(model, made, starts, TOLERANCE))
-    monkeypatch.setattr(deeptwist.tracking, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(deeptwist.twist.tracking, "_AT_ONCE", {"cpu": 1})
     apart = approximations(track(model, made, starts, TOLERANCE))
     assert list(apart) == list(together)
     for name, kernel in together.items():
@@ -392,7 +392,7 @@ def test_alike_layers_side_by_side_and_large_ones_in_parts_are_the_same_distorti
     nudge(model, 0.02)
     found = []
     for limit in (1, 2000, 2**20):
-        monkeypatch.setattr(deeptwist.tracking, "_AT_ONCE", {"cpu": limit})
+        monkeypatch.setattr(deeptwist.twist.tracking, "_AT_ONCE", {"cpu": limit})
         twin = copy.deepcopy(model)
         again = DeepTwist(twin, twist.plan, 1, tolerance=1)
         again.load_state_dict(twist.state_dict())
@@ -414,7 +414,7 @@ def test_alike_layers_side_by_side_and_large_ones_in_parts_are_the_same_distorti
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the factors: a stack of bounded size, a few times over, however deep it is."""
-    monkeypatch.setattr(deeptwist.tracking, "_AT_ONCE", {"cpu": 2**15})
+    monkeypatch.setattr(deeptwist.twist.tracking, "_AT_ONCE", {"cpu": 2**15})
 
     def needed(depth: int) -> tuple[int, int]:
         model = nn.Sequential(*[nn.Conv2d(32, 32, 3, padding=1) for _ in range(depth)])

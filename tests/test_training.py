@@ -17,10 +17,10 @@ import deeptwist as dt
 from deeptwist.data import Dataset, Split, load_digits, normalize
 from deeptwist.models import load_weights
 from deeptwist.training.evaluation import evaluate
-from deeptwist.training.job import Job, prepare, run
+from deeptwist.training.run import Job, prepare, run
 from deeptwist.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.training.records import DistortedAt, Epoch, Record, read_run
-from deeptwist.training.refinements import recalibrated
+from deeptwist.training.post_training import recalibrated
 
 SHORT = {
     "model": "tests:network",
@@ -282,7 +282,7 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
 
 
 def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Dataset) -> None:
-    from deeptwist.training.controls import RandomNoise
+    from deeptwist.training.ablations import RandomNoise
 
     model = network()
     made = job_of(digits, model=model).plan

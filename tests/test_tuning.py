@@ -9,10 +9,10 @@ from cases import difference, error_of
 from torch import nn
 
 from deeptwist import SVD, DeepTwist, Plan, TiledSVD, decompose, load, plan, save
-from deeptwist.convolution import Convolution
-from deeptwist.decompositions.tiled_layer import GROUPED, IM2COL, WINDOWS
-from deeptwist.factorization import plan_of
-from deeptwist.tuning import time_executors, tune
+from deeptwist.layers.geometry import Convolution
+from deeptwist.layers.tiled import GROUPED, IM2COL, WINDOWS
+from deeptwist.decompose import plan_of
+from deeptwist.plan.autotune import time_executors, tune
 
 X = torch.randn(2, 16, 9, 9)
 RAW, ALIGNED = TiledSVD(tile=(8, 20)), TiledSVD(tile=(8, 36))

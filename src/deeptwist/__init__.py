@@ -3,53 +3,65 @@
 After 'Learning Low-Rank Approximation for CNNs' (Lee, Kwon, Kim, Wei; arXiv 1905.10145).
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from deeptwist._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from deeptwist.artefact import load as load
-    from deeptwist.artefact import save as save
+    from deeptwist.decompose import decompose as decompose
     from deeptwist.decompositions import CP as CP
     from deeptwist.decompositions import SVD as SVD
     from deeptwist.decompositions import Decomposition as Decomposition
     from deeptwist.decompositions import SpatialSVD as SpatialSVD
     from deeptwist.decompositions import TiledSVD as TiledSVD
     from deeptwist.decompositions import Tucker as Tucker
-    from deeptwist.distortion import DeepTwist as DeepTwist
     from deeptwist.errors import DeepTwistError as DeepTwistError
-    from deeptwist.factorization import decompose as decompose
-    from deeptwist.planning import Plan as Plan
-    from deeptwist.planning import plan as plan
+    from deeptwist.plan import Plan as Plan
+    from deeptwist.plan import plan as plan
+    from deeptwist.serialization import load as load
+    from deeptwist.serialization import save as save
+    from deeptwist.twist import DeepTwist as DeepTwist
 
-# Where each public name lives. They are imported on first use: `deeptwist --help` must not
-# wait for torch.
-_HOMES = {
-    "load": "artefact",
-    "save": "artefact",
+# Each public name and its module, imported on first use: `deeptwist --help` must not wait for torch.
+_MODULES = {
     "CP": "decompositions",
     "SVD": "decompositions",
+    "DeepTwist": "twist",
+    "DeepTwistError": "errors",
     "Decomposition": "decompositions",
+    "Plan": "plan",
     "SpatialSVD": "decompositions",
     "TiledSVD": "decompositions",
     "Tucker": "decompositions",
-    "DeepTwist": "distortion",
-    "DeepTwistError": "errors",
-    "decompose": "factorization",
-    "Plan": "planning",
-    "plan": "planning",
+    "decompose": "decompose",
+    "load": "serialization",
+    "plan": "plan",
+    "save": "serialization",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system sets submodules on the package. `plan` and `decompose` are modules and
+        # functions: the function keeps the name.
+        if not (isinstance(value, ModuleType) and name in _MODULES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'deeptwist' has no attribute {name!r}")
-    value = getattr(import_module(f"deeptwist.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"deeptwist.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

@@ -23,11 +23,11 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # what the exporter itself flattens outputs with
 
-from deeptwist.artefact import distinct
+from deeptwist.serialization import distinct
 from deeptwist.errors import DeepTwistError, check_whole, first_line
-from deeptwist.extras import needs_extra
-from deeptwist.factorization import relative_difference
-from deeptwist.files import replacing
+from deeptwist.optional_imports import needs_extra
+from deeptwist.decompose import relative_difference
+from deeptwist.atomic_io import replacing
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeptwist.inspection import evaluating
-from deeptwist.timing import Timing, median_ratio, time_in_turn, timing
+from deeptwist.inspect.layers import evaluating
+from deeptwist.plan.timing import Timing, median_ratio, time_in_turn, timing
 
 
 @dataclass(frozen=True)

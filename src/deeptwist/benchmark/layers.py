@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from deeptwist.benchmark.comparison import Comparison, compare
-from deeptwist.cost import Call
-from deeptwist.planning import Plan, PlannedLayer
-from deeptwist.tuning import costly_call, random_dense, random_factored, random_input
+from deeptwist.layers.cost import Call
+from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.plan.autotune import costly_call, random_dense, random_factored, random_input
 
 
 @dataclass(frozen=True)

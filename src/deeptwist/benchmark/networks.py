@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deeptwist.benchmark.comparison import Comparison, compare_runs
 from deeptwist.benchmark.runtimes import DType, Runtime, prepare
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection import evaluating
-from deeptwist.memory import peak_memory
+from deeptwist.inspect.layers import evaluating
+from deeptwist.benchmark.memory import peak_memory
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export import export_onnx
-from deeptwist.extras import needs_extra
+from deeptwist.optional_imports import needs_extra
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]

@@ -20,7 +20,7 @@ from deeptwist.cli.options import (
     Several,
     TrainOptions,
 )
-from deeptwist.cli.timings import print_layers, print_networks
+from deeptwist.cli.tables import print_layers, print_networks
 from deeptwist.errors import DeepTwistError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def demo(*, out: Path = Path("runs/demo"), epochs: int = 25, seed: int = 0) -> N
         epochs: Of each training.
         seed: Of weights and data order.
     """
-    from deeptwist.demo import demo_steps, run_demo
+    from deeptwist.cli.demo import demo_steps, run_demo
 
     with progress_bar("demo", demo_steps(epochs)) as advance:
         summaries, report = run_demo(out, epochs=epochs, seed=seed, on_step=advance)
@@ -83,7 +83,7 @@ def plan(
     Args:
         out: Write the plan as JSON to this file.
     """
-    from deeptwist.files import write_text
+    from deeptwist.atomic_io import write_text
 
     made = options.build(network.build(model), network.example_input(model))
     if out is not None:
@@ -110,8 +110,8 @@ def decompose(
     Args:
         out: Folder for config.json and model.safetensors.
     """
-    from deeptwist.artefact import WEIGHTS, save
-    from deeptwist.factorization import decompose as decompose_network
+    from deeptwist.serialization import WEIGHTS, save
+    from deeptwist.decompose import decompose as decompose_network
 
     dense = network.build(model)
     made = options.build(dense, network.example_input(model))
@@ -164,7 +164,7 @@ def train(
         resume: Go on from the last checkpoint in the folder, if there is one.
     """
     from deeptwist.data import load_data
-    from deeptwist.training.job import prepare, run
+    from deeptwist.training.run import prepare, run
 
     recipe = options.recipe(network, compression.changes())
     data = load_data(recipe.data.source, image_size=recipe.data.image_size)
@@ -201,7 +201,7 @@ def evaluate(
         artefact: A folder that deeptwist saved, instead of --weights.
         image_size: Resize a folder's images to this height and width.
     """
-    from deeptwist.artefact import load
+    from deeptwist.serialization import load
     from deeptwist.data import load_data
     from deeptwist.training.evaluation import evaluate as evaluate_network
 
@@ -249,12 +249,12 @@ def benchmark(
     """
     import torch
 
-    from deeptwist.artefact import load
+    from deeptwist.serialization import load
     from deeptwist.benchmark.layers import compare_layers
     from deeptwist.benchmark.networks import measure, measure_memory
-    from deeptwist.factorization import decompose as decompose_network
-    from deeptwist.factorization import plan_of
-    from deeptwist.machine import describe_machine
+    from deeptwist.decompose import decompose as decompose_network
+    from deeptwist.decompose import plan_of
+    from deeptwist.benchmark.environment import describe_machine
 
     asked = settings.build()
     if artefact is not None:
@@ -335,9 +335,9 @@ def export(
         format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
         opset: Version of ONNX's operators; torch's choice if not given.
     """
-    from deeptwist.artefact import load
+    from deeptwist.serialization import load
     from deeptwist.export import export_onnx, export_program, export_state_dict
-    from deeptwist.factorization import decompose as decompose_network
+    from deeptwist.decompose import decompose as decompose_network
 
     if opset is not None and format != "onnx":
         raise DeepTwistError(f"--opset is of ONNX: leave it out with --format {format}")
@@ -433,9 +433,9 @@ def reproduce(
         only: Train only cells of these names or globs.
         draw_only: Train nothing; draw what is finished.
     """
-    from deeptwist.reproduce.experiments import EXPERIMENTS, experiment_of
-    from deeptwist.reproduce.job import Request
-    from deeptwist.reproduce.job import reproduce as run_experiment
+    from experiments.paper.experiments import EXPERIMENTS, experiment_of
+    from experiments.paper.job import Request
+    from experiments.paper.job import reproduce as run_experiment
 
     if list_:
         for one in EXPERIMENTS.values():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
 
-from deeptwist.cli.words import (
+from deeptwist.cli.parsing import (
     make_decomposition,
     parse_override,
     parse_rank,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from deeptwist.benchmark.networks import Setting
     from deeptwist.decompositions import Decomposition
-    from deeptwist.planning import Plan
+    from deeptwist.plan.plan import Plan
     from deeptwist.training.recipe import Recipe
 
 MethodName = Literal["svd", "tiled-svd", "spatial-svd", "tucker", "cp"]
@@ -163,8 +163,8 @@ class PlanOptions:
     def build(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
         """The plan for a network."""
         from deeptwist.benchmark.layers import compare_layers, keep_slow_layers
-        from deeptwist.planning import read_plan
-        from deeptwist.tuning import tune
+        from deeptwist.plan.plan import read_plan
+        from deeptwist.plan.autotune import tune
 
         made = read_plan(self.plan) if self.plan is not None else self._make(network, example_input)
         if self.tune:
@@ -201,7 +201,7 @@ class PlanOptions:
         return given
 
     def _make(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
-        from deeptwist.planning import plan
+        from deeptwist.plan.plan import plan
 
         return plan(
             network,

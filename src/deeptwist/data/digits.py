@@ -3,7 +3,7 @@
 import torch
 
 from deeptwist.data.dataset import Dataset, Split
-from deeptwist.extras import needs_extra
+from deeptwist.optional_imports import needs_extra
 
 
 def load_digits() -> Dataset:

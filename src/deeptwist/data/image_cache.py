@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.extras import needs_extra
-from deeptwist.files import replacing
+from deeptwist.optional_imports import needs_extra
+from deeptwist.atomic_io import replacing
 
 if TYPE_CHECKING:
     from PIL import Image

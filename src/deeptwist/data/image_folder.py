@@ -12,7 +12,7 @@ from torch import Tensor
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
 from deeptwist.data.image_cache import MixedSizesError, cache_folder, open_images, write_images
 from deeptwist.errors import DeepTwistError
-from deeptwist.extras import needs_extra
+from deeptwist.optional_imports import needs_extra
 
 _SIZE_FOR_MIXED = 224  # where images differ in size and none was asked for
 

@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from deeptwist.convolution import Convolution
+from deeptwist.layers.geometry import Convolution
 from deeptwist.errors import DeepTwistError, check_whole, unknown
-from deeptwist.ranks import check_ratio, largest_rank, multiple_of
-from deeptwist.subspace import Approximations
+from deeptwist.decompositions.ranks import check_ratio, largest_rank, multiple_of
+from deeptwist.decompositions.subspace import Approximations
 
 CONVOLUTIONS = "convolutions"  # the executor of a layer that is one convolution after the other
 

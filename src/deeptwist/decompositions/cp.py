@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deeptwist.convolution import Convolution, computing_dtype, pointwise
+from deeptwist.layers.geometry import Convolution, computing_dtype, pointwise
 from deeptwist.decompositions.base import Decomposition, Factors, Level, OneRank
 from deeptwist.decompositions.svd import SVD
-from deeptwist.linalg import leading_subspace
-from deeptwist.subspace import Approximations
+from deeptwist.decompositions.linalg import leading_subspace
+from deeptwist.decompositions.subspace import Approximations
 
 _SWEEPS = 200
 _TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last

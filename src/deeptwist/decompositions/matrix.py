@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deeptwist.decompositions.base import Factors, OneRank
-from deeptwist.linalg import product, truncated_svd
-from deeptwist.subspace import Approximations, follow, start_of
+from deeptwist.decompositions.linalg import product, truncated_svd
+from deeptwist.decompositions.subspace import Approximations, follow, start_of
 
 Pair = tuple[Tensor, Tensor]  # left (b, m, r) and right (b, r, n)
 

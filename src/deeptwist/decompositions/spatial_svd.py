@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.convolution import Convolution
+from deeptwist.layers.geometry import Convolution
 from deeptwist.decompositions.base import Level
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
-from deeptwist.lowering import lower_spatial, unlower_spatial
+from deeptwist.layers.lowering import lower_spatial, unlower_spatial
 
 
 @dataclass(frozen=True)

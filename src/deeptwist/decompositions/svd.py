@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.convolution import Convolution, pointwise
+from deeptwist.layers.geometry import Convolution, pointwise
 from deeptwist.decompositions.base import Level
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
-from deeptwist.lowering import lower, unlower
+from deeptwist.layers.lowering import lower, unlower
 
 
 @dataclass(frozen=True)

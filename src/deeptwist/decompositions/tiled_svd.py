@@ -16,13 +16,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from deeptwist.convolution import Convolution
+from deeptwist.layers.geometry import Convolution
 from deeptwist.decompositions.base import Level, OneRank
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
-from deeptwist.decompositions.tiled_layer import Plumbing
+from deeptwist.layers.tiled import Plumbing
 from deeptwist.errors import DeepTwistError, check_whole
-from deeptwist.lowering import lower, unlower
-from deeptwist.tiling import Grid, Span
+from deeptwist.layers.lowering import lower, unlower
+from deeptwist.layers.tiling import Grid, Span
 
 _CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 

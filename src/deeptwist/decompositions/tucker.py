@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from deeptwist.convolution import Convolution, computing_dtype, pointwise
+from deeptwist.layers.geometry import Convolution, computing_dtype, pointwise
 from deeptwist.decompositions.base import (
     Decomposition,
     Factors,
@@ -23,9 +23,9 @@ from deeptwist.decompositions.base import (
 )
 from deeptwist.decompositions.svd import SVD
 from deeptwist.errors import DeepTwistError, check_whole
-from deeptwist.linalg import leading_subspace
-from deeptwist.ranks import check_ratio, fraction_of, largest_rank, multiple_of
-from deeptwist.subspace import (
+from deeptwist.decompositions.linalg import leading_subspace
+from deeptwist.decompositions.ranks import check_ratio, fraction_of, largest_rank, multiple_of
+from deeptwist.decompositions.subspace import (
     STEPS,
     Approximations,
     Orthonormalize,

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from deeptwist.distortion import DeepTwist
-from deeptwist.extras import needs_extra
-from deeptwist.integrations.steps import after_each_step
+from deeptwist.twist.distortion import DeepTwist
+from deeptwist.optional_imports import needs_extra
+from deeptwist.integrations.optimizer_hooks import after_each_step
 
 with needs_extra():
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeptwist.distortion import DeepTwist
+from deeptwist.twist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
-from deeptwist.extras import needs_extra
-from deeptwist.integrations.steps import after_each_step
+from deeptwist.optional_imports import needs_extra
+from deeptwist.integrations.optimizer_hooks import after_each_step
 
 with needs_extra("transformers"):
     from accelerate.utils import extract_model_from_parallel

@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import nn
 
 from deeptwist.errors import DeepTwistError, unknown
-from deeptwist.extras import needs_extra
+from deeptwist.optional_imports import needs_extra
 from deeptwist.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
 

@@ -1,8 +1,8 @@
 """Finished runs as one page that opens offline. Reads records only, never trains."""
 
-from deeptwist.extras import needs_extra
+from deeptwist.optional_imports import needs_extra
 
 with needs_extra():
-    from deeptwist.report.page import write_report
+    from deeptwist.report.html import write_report
 
 __all__ = ["write_report"]

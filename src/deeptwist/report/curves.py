@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from deeptwist.report.looks import MUTED, Look
+from deeptwist.report.styles import MUTED, Look
 from deeptwist.training.records import Run
 
 _MOST_MARKERS = 12  # on one line

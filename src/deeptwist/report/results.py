@@ -3,9 +3,9 @@
 from itertools import groupby
 from statistics import median
 
-from deeptwist.report.cases import Case
+from deeptwist.report.comparison import Case
 from deeptwist.report.tables import Cell, Column, Table
-from deeptwist.report.wording import (
+from deeptwist.report.formatting import (
     NBSP,
     NONE,
     decomposition_name,
@@ -18,7 +18,7 @@ from deeptwist.report.wording import (
     refinement,
     speed,
 )
-from deeptwist.timing import Timing
+from deeptwist.plan.timing import Timing
 from deeptwist.training.records import Refined, Run, Summary
 
 _RESULTS = (

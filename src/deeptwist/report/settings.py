@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deeptwist.report.tables import Cell, Column, Table
-from deeptwist.report.wording import NONE, listed
+from deeptwist.report.formatting import NONE, listed
 from deeptwist.training.recipe import CompressionRecipe, DistillationRecipe, Recipe, TailRecipe
 from deeptwist.training.records import Run, Summary
 

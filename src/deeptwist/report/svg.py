@@ -11,7 +11,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deeptwist.report.looks import GRID, INK, MUTED, VARIABLES
+from deeptwist.report.styles import GRID, INK, MUTED, VARIABLES
 
 WIDTH = 5.3
 _NAMESPACE = re.compile(r"^\{[^}]*\}")

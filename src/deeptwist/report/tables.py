@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deeptwist.planning import Plan, PlannedLayer
-from deeptwist.report.wording import NONE, decomposition_name, fewer, listed
+from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.report.formatting import NONE, decomposition_name, fewer, listed
 from deeptwist.training.records import Run, Summary
 
 

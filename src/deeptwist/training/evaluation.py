@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from deeptwist.data import Dataset, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection import WRONG_INPUT, evaluating
+from deeptwist.inspect.layers import WRONG_INPUT, evaluating
 from deeptwist.training.records import Evaluation
 
 _BATCH = 500

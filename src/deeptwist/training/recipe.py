@@ -15,7 +15,7 @@ from torch import nn
 
 from deeptwist.decompositions import Decomposition, from_dict
 from deeptwist.errors import DeepTwistError, unknown
-from deeptwist.planning import Plan, plan, read_plan
+from deeptwist.plan.plan import Plan, plan, read_plan
 
 Mode = Literal["dense", "deeptwist", "decomposed", "projection", "noise", "once"]
 Precision = Literal["32-true", "bf16-mixed", "64-true"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from deeptwist.benchmark.comparison import Comparison
-from deeptwist.distortion import Distortion
+from deeptwist.twist.distortion import Distortion
 from deeptwist.errors import DeepTwistError
-from deeptwist.files import write_text
-from deeptwist.planning import Plan
-from deeptwist.timing import Timing
+from deeptwist.atomic_io import write_text
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.timing import Timing
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
 ARTEFACT = "model"

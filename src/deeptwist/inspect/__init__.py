@@ -1,0 +1,1 @@
+"""Find a model's layers, and which of them are safe to touch."""

@@ -1,0 +1,48 @@
+"""Which steps of which optimizer count."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from deeptwist.twist.distortion import DeepTwist
+from deeptwist.errors import DeepTwistError
+
+
+def after_each_step(
+    twist: DeepTwist, optimizers: Sequence[Optimizer], call: Callable[[], object]
+) -> RemovableHandle:
+    """Has `call` called after every step that moves the compressed weights.
+
+    Gradients that are only accumulated make no step, nor do those that AMP skips because they are
+    not finite.
+
+    Args:
+        twist: of the network that the optimizers train.
+        optimizers: one of them holds the compressed weights; the last, where several do.
+        call: without arguments, right after the weights have moved.
+
+    Returns:
+        The handle whose ``remove()`` ends it.
+
+    Raises:
+        DeepTwistError: if no optimizer holds the compressed weights.
+    """
+    names = [layer.name for layer in twist.plan.compressed]
+    weights = {id(twist.model.get_submodule(name).weight) for name in names}
+    for optimizer in reversed(optimizers):
+        if weights & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            return optimizer.register_step_post_hook(_unless_skipped(call))
+    raise DeepTwistError(
+        f"no optimizer holds the weight of {names[0]!r}: make the twist of the network in training"
+    )
+
+
+def _unless_skipped(call: Callable[[], object]) -> Callable[..., None]:
+    def hook(optimizer: Optimizer, *_: Any) -> None:
+        # GradScaler calls a fused optimizer with infinite gradients too; it skips them inside.
+        if not getattr(optimizer, "found_inf", 0):
+            call()
+
+    return hook

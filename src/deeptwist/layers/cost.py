@@ -1,0 +1,48 @@
+"""What a network costs: parameters and MACs, and the paper's own way of counting.
+
+A multiply-accumulate (MAC) is one multiplication with its addition. Only convolutions and
+linear layers are counted, per example; biases, normalisation and activations are not.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from deeptwist.layers.geometry import Convolution
+
+MEGA = 2**20  # the paper's M
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer on the example input.
+
+    Attributes:
+        count: leading positions: the batch, and for a linear layer also tokens and the like.
+        size: the spatial input size; ``()`` for a linear layer.
+    """
+
+    count: int
+    size: tuple[int, ...]
+
+
+Work = Iterable[tuple[Convolution, tuple[int, ...]]]  # convolutions with their input sizes
+
+
+def macs(work: Work) -> int:
+    """Multiply-accumulates for one example."""
+    return sum(convolution.macs(size) for convolution, size in work)
+
+
+def paper_flops(work: Work) -> int:
+    """The paper's FLOPs for one example: 2K − 1 for an output that sums K products.
+
+    Table 2 prints these, and weight counts, in units of `MEGA`.
+    """
+    return sum(
+        2 * convolution.macs(size) - _outputs(convolution, size) for convolution, size in work
+    )
+
+
+def _outputs(convolution: Convolution, input_size: Sequence[int]) -> int:
+    return convolution.out_channels * math.prod(convolution.output_size(input_size))

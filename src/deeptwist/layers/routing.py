@@ -1,0 +1,108 @@
+"""Modules without weights that bring channels to where tiled layers need them."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deeptwist.layers.geometry import Convolution
+
+
+class Branches(nn.Module):
+    """Runs every layer on its own run of channels and joins what they give.
+
+    `dims` spatial axes follow the channels, here and in `ChannelPermutation`; a batch may precede
+    them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], channels: Sequence[int], dims: int):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.channels = list(channels)
+        self.axis = -1 - dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, Σ channels, *size) → (…, Σ outputs, *size′)."""
+        parts = x.split(self.channels, dim=self.axis)
+        # By index: torch.fx cannot iterate over what it traces.
+        found = [layer(parts[index]) for index, layer in enumerate(self.layers)]
+        return torch.cat(found, self.axis)
+
+
+class ChannelPermutation(nn.Module):
+    """Puts channels in another order: output channel j is input channel order[j]."""
+
+    order: Tensor
+
+    def __init__(self, order: Tensor, dims: int):
+        super().__init__()
+        self.register_buffer("order", order, persistent=False)  # follows from the geometry
+        self.axis = -1 - dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, c, *size) → (…, c, *size)."""
+        return x.index_select(self.axis, self.order)
+
+
+def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:
+    """The module for this order of channels; none where it changes nothing."""
+    identity = torch.arange(len(order))
+    return None if torch.equal(order, identity) else ChannelPermutation(order, dims)
+
+
+class Im2col(nn.Module):
+    """The windows that a convolution sees, as channels: `F.unfold` in any number of axes."""
+
+    def __init__(self, convolution: Convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, s, *size) → (…, s·Πk, *output size), ordered as the lowered kernel's columns."""
+        conv = self.convolution
+        if x.dim() == conv.dims + 1:
+            return cast(Tensor, self(x.unsqueeze(0)).squeeze(0))
+        spatial = x.shape[-conv.dims :]
+        windows = functional.pad(x, self._margins(), self._mode())
+        for axis, size in enumerate(conv.output_size(spatial)):
+            # Taps of this axis become a new one behind those of the axes before it.
+            taps = [
+                windows.narrow(
+                    2 + 2 * axis, tap * conv.dilation[axis], (size - 1) * conv.stride[axis] + 1
+                )
+                for tap in range(conv.kernel_size[axis])
+            ]
+            stepped = [_every(tap, 2 + 2 * axis, conv.stride[axis]) for tap in taps]
+            windows = torch.stack(stepped, dim=2 + axis)
+        return windows.flatten(1, 1 + conv.dims)
+
+    def _margins(self) -> list[int]:
+        """Padding before and after each axis, the last axis first, as `F.pad` takes it."""
+        conv, margins = self.convolution, []
+        for axis in reversed(range(conv.dims)):
+            if conv.padding == "same":
+                total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+                margins += [total // 2, total - total // 2]
+            else:
+                margins += [conv.padding[axis]] * 2
+        return margins
+
+    def _mode(self) -> str:
+        mode = self.convolution.padding_mode
+        return "constant" if mode == "zeros" else mode
+
+
+def _every(x: Tensor, axis: int, step: int) -> Tensor:
+    return x[(slice(None),) * axis + (slice(None, None, step),)]
+
+
+class OverFeatures(nn.Sequential):
+    """Runs pointwise 1-D convolutions over the last axis, where a linear layer's features are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        rows = x.unsqueeze(0).flatten(0, -2)  # (Π leading, in_features)
+        y: Tensor = super().forward(rows.unsqueeze(-1))  # type: ignore[no-untyped-call]
+        return y.reshape(x.shape[:-1] + y.shape[1:2])
