@@ -27,12 +27,12 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.layers.geometry import kernel_of
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.memory import peak_memory
+from deeptwist.decompositions.subspace import follow
+from deeptwist.layers.geometry import weight_to_kernel
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.plan import PlannedLayer
-from deeptwist.decompositions.subspace import follow
 
 TILE, RANK, INTERVAL, MOVE = 64, 8, 200, 0.02
 METHOD = dt.TiledSVD(tile=(TILE, TILE), rank=RANK)
@@ -142,14 +142,14 @@ class Weights:
 
     def keys(self, layer: PlannedLayer) -> list[tuple[int, int, int]]:
         """The shape and rank of each of a layer's batches of matrices."""
-        kernel = kernel_of(self.now[layer.name], layer.convolution)
+        kernel = weight_to_kernel(self.now[layer.name], layer.convolution)
         return [(*parts.shape[1:], rank) for parts, rank in layer.decomposition.cut(kernel)]
 
     def tiles(self) -> dict[tuple[int, int, int], Tensor]:
         """All matrices of the next distortion, by shape and rank."""
         alike: dict[tuple[int, int, int], list[Tensor]] = {}
         for layer in self.plan.compressed:
-            kernel = kernel_of(self.now[layer.name], layer.convolution)
+            kernel = weight_to_kernel(self.now[layer.name], layer.convolution)
             for parts, rank in layer.decomposition.cut(kernel):
                 alike.setdefault((*parts.shape[1:], rank), []).append(parts)
         return {key: torch.cat(parts) for key, parts in alike.items()}
@@ -403,11 +403,11 @@ def main() -> None:
         title = f"{name}: {count:,} tiles, R = {RANK}; weights {weights.origin}"
         table(title, found, optimum, "torch.linalg.svd, batched")
         # The two tensor methods on the largest kernel of the network.
-        spatial = [layer for layer in weights.plan.compressed if layer.convolution.taps > 1]
+        spatial = [layer for layer in weights.plan.compressed if layer.convolution.kernel_numel > 1]
         if not spatial:
             continue
-        layer = max(spatial, key=lambda layer: layer.num_weights)
-        now = kernel_of(weights.now[layer.name], layer.convolution).contiguous()
+        layer = max(spatial, key=lambda layer: layer.weight_numel)
+        now = weight_to_kernel(weights.now[layer.name], layer.convolution).contiguous()
         before = now + MOVE * now.norm() / now.numel() ** 0.5 * torch.randn_like(now)
         out, into = now.shape[1:3]
         for method in (dt.Tucker(rank=(out // 2, into // 2)), dt.CP(rank=16)):

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.layers.geometry import Convolution, kernel_of
-from deeptwist.decompositions import Decomposition
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.plan.timing import median_ratio, time_in_turn
+from deeptwist.decompositions import Decomposition
+from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
+from deeptwist.plan.timing import median_ratio, time_interleaved
 
 SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch
 PAPERS = "the paper's: unfold, batched GEMM"
 
 
 def forms(channels: int) -> dict[str, tuple[Decomposition, str | None, int]]:
-    """Decomposition, executor, multiple of the rank."""
+    """Decomposition, implementation, multiple of the rank."""
     raw = dt.TiledSVD(tile=(64, 64))
     return {
         "spatial SVD": (dt.SpatialSVD(), None, 1),
@@ -37,7 +37,7 @@ def forms(channels: int) -> dict[str, tuple[Decomposition, str | None, int]]:
         "tiled SVD, its own choice, ranks of 16": (dt.TiledSVD(), None, 16),
         "tiled SVD, T rows × 64 channels": (dt.TiledSVD(tile=(channels, 576)), None, 1),
         "tiled SVD, 64×64": (raw, None, 1),
-        "tiled SVD, 64×64, executor im2col": (raw, "im2col", 1),
+        "tiled SVD, 64×64, implementation im2col": (raw, "im2col", 1),
         "Tucker": (dt.Tucker(), None, 1),
     }
 
@@ -69,13 +69,13 @@ def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> 
     dense = nn.Conv2d(channels, channels, 3, padding=1).eval()
     dense = dense.to(memory_format=torch.channels_last)
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
-    convolution = Convolution.of(dense)
+    convolution = ConvGeometry.from_module(dense)
     layers: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense}
     ratios = {"dense": 1.0}
-    for name, (open_decomposition, executor, multiple) in forms(channels).items():
-        decomposition = open_decomposition.resolve(convolution, ratio).with_rank_multiple(multiple)
-        factors = decomposition.decompose(kernel_of(dense.weight, convolution))
-        layer = decomposition.layer(convolution, factors.kernels(), dense.bias, executor)
+    for name, (open_decomposition, implementation, multiple) in forms(channels).items():
+        decomposition = open_decomposition.resolve(convolution, ratio).round_ranks(multiple)
+        factors = decomposition.decompose(weight_to_kernel(dense.weight, convolution))
+        layer = decomposition.make_layer(convolution, factors.kernels(), dense.bias, implementation)
         layers[name] = layer.eval().to(memory_format=torch.channels_last)
         ratios[name] = convolution.macs((size, size)) / decomposition.macs(
             convolution, (size, size)
@@ -95,7 +95,7 @@ def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> 
     samples = dict(
         zip(
             layers,
-            time_in_turn([lambda f=f: f(x) for f in layers.values()], rounds=rounds),
+            time_interleaved([lambda f=f: f(x) for f in layers.values()], rounds=rounds),
             strict=True,
         )
     )
@@ -109,7 +109,7 @@ def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> 
 
 
 def papers_way(dense: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-    """Windows by `F.unfold`, then two batched products of matrices, one pair for each tile."""
+    """ChannelWindows by `F.unfold`, then two batched products of matrices, one pair for each tile."""
     channels = dense.out_channels
     rows, cols, rank = channels // 64, channels * 9 // 64, 8
     left, right = torch.randn(rows, cols, 64, rank), torch.randn(rows, cols, rank, 64)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.benchmark.networks import measure, measure_memory, settings_of
-from deeptwist.benchmark.runtimes import Runtime
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.memory import peak_memory
+from deeptwist.benchmark.networks import measure, measure_memory, settings_of
+from deeptwist.benchmark.runtimes import Runtime
 from deeptwist.models import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.layers.geometry import Convolution
-from deeptwist.layers.cost import Call
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.plan.timing import median_ratio, time_in_turn
+from deeptwist.layers.cost import LayerCall
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.autotune import random_dense, random_input
+from deeptwist.plan.timing import median_ratio, time_interleaved
 
 FORMS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}
 
@@ -52,19 +52,19 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(channels: int, size: int, batch: int, ranks: list[int], rounds: int) -> None:
-    convolution = Convolution.of(nn.Conv2d(channels, channels, 3, padding=1))
+    convolution = ConvGeometry.from_module(nn.Conv2d(channels, channels, 3, padding=1))
     square = torch.randn(2048, 2048)
     product = Part("2048×2048 by 2048×2048", 2048**3, lambda: square @ square)
     dense = part_of(convolution, size, batch)
     layers = {
         f"{name}, R = {rank}": [
-            part_of(stage, size, batch) for (stage,) in form(rank=rank).levels(convolution)
+            part_of(stage, size, batch) for (stage,) in form(rank=rank).convolutions(convolution)
         ]
         for name, form in FORMS.items()
         for rank in ranks
     }
     parts = [product, dense, *(part for layer in layers.values() for part in layer)]
-    taken = time_in_turn([part.run for part in parts], rounds=rounds)
+    taken = time_interleaved([part.run for part in parts], rounds=rounds)
     samples = dict(zip(map(id, parts), taken, strict=True))
 
     def row(name: str, part: Part, bound: str = "") -> None:
@@ -85,9 +85,9 @@ def measure(channels: int, size: int, batch: int, ranks: list[int], rounds: int)
             row("", part)
 
 
-def part_of(convolution: Convolution, size: int, batch: int) -> Part:
+def part_of(convolution: ConvGeometry, size: int, batch: int) -> Part:
     """A convolution with random weights, on a batch of square images."""
-    like, call = torch.empty(0), Call(batch, (size, size))
+    like, call = torch.empty(0), LayerCall(batch, (size, size))
     layer, x = random_dense(convolution, like), random_input(convolution, call, like)
     taps = "×".join(map(str, convolution.kernel_size))
     words = f"{convolution.in_channels} → {convolution.out_channels}, {taps}"

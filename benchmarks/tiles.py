@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import deeptwist as dt
-from deeptwist.layers.geometry import Convolution
-from deeptwist.decompositions.linalg import relative_error
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.plan.timing import time_in_turn
+from deeptwist.decompositions.linalg import relative_error
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.autotune import random_dense, random_factored
+from deeptwist.plan.timing import time_interleaved
 
 RATIO = 4
 
@@ -95,13 +95,13 @@ def tiles(channels: int) -> list[tuple[int, int]]:
 def measure(found: list[Tensor], size: int, batch: int, rounds: int) -> tuple[float, list[Point]]:
     channels = found[0].shape[1]
     ones = (1, 1)
-    convolution = Convolution(channels, channels, (3, 3), ones, ones, ones, output_padding=(0, 0))
+    convolution = ConvGeometry(channels, channels, (3, 3), ones, ones, ones, output_padding=(0, 0))
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
     chosen = {tile: dt.TiledSVD(tile=tile).resolve(convolution, RATIO) for tile in tiles(channels)}
     layers = [random_dense(convolution, x)] + [
         random_factored(convolution, decomposition, x, None) for decomposition in chosen.values()
     ]
-    samples = time_in_turn([partial(layer, x) for layer in layers], rounds=rounds)
+    samples = time_interleaved([partial(layer, x) for layer in layers], rounds=rounds)
     dense, *milliseconds = (statistics.median(own) for own in samples)
     points = []
     for (rows, cols), time in zip(chosen, milliseconds, strict=True):

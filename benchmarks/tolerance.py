@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 
 from deeptwist.data import load_data
-from deeptwist.training.run import prepare, run
 from deeptwist.training.recipe import make_recipe
+from deeptwist.training.run import prepare, run
 
 TOLERANCES = {"exact": 0.0, "followed": 1e-3}
 

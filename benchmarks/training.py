@@ -17,15 +17,15 @@ import torch
 from lightning.fabric import Fabric
 from torch.nn import functional
 
-from deeptwist.data import Dataset, Split, augment, normalize
-from deeptwist.twist.distortion import DeepTwist
 from deeptwist.benchmark.environment import describe_machine
+from deeptwist.data import Dataset, Split, augment, normalize
 from deeptwist.models import build_model
 from deeptwist.plan.timing import median_ratio
 from deeptwist.training.evaluation import Probe
 from deeptwist.training.loop import Hooks, Training
 from deeptwist.training.recipe import make_recipe
 from deeptwist.training.records import DistortedAt, Record
+from deeptwist.twist.distortion import DeepTwist
 
 MODEL, BATCH, INTERVAL, IMAGES = "resnet32", 128, 200, 100
 TILES = {"decomposition": "tiled_svd", "tile": [64, 64], "ratio": 4, "skip_first_conv": True}

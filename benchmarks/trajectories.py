@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.data import Dataset, load_data
-from deeptwist.twist.distortion import Distortion
 from deeptwist.benchmark.environment import describe_machine
+from deeptwist.data import Dataset, load_data
 from deeptwist.models import build_model, load_weights
 from deeptwist.training.loop import Hooks, Training
 from deeptwist.training.recipe import make_recipe
+from deeptwist.twist.distortion import Distortion
 
 # Which layers, by the fewest input channels; the paper's 128 would leave nothing of ResNet-32.
 NETWORKS = {"resnet32": 64, "vgg19_bn": 128}

@@ -13,9 +13,9 @@ from itertools import product
 from pathlib import Path
 
 from deeptwist.data import load_data
-from deeptwist.training.run import prepare, run
 from deeptwist.training.recipe import Mode, make_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, Summary
+from deeptwist.training.run import prepare, run
 
 COMPRESSION = {"ratio": 4, "skip_first_conv": True, "linear": False}
 DECOMPOSITIONS = {

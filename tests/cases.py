@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwistError, SpatialSVD, TiledSVD, Tucker
-from deeptwist.layers.geometry import Convolution, kernel_of, weight_of
 from deeptwist.decompositions import FactoredLayer, Factors
-from deeptwist.decompositions.base import OneRank
+from deeptwist.decompositions.base import SingleRankDecomposition
+from deeptwist.layers.geometry import ConvGeometry, kernel_to_weight, weight_to_kernel
 
 METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
     "svd": SVD(),
@@ -122,10 +122,10 @@ def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return message
 
 
-def at(method: Decomposition, convolution: Convolution, share: float) -> Decomposition:
+def at(method: Decomposition, convolution: ConvGeometry, share: float) -> Decomposition:
     """The method at this share of its full rank, and at rank 1 at least."""
     _, out, into, *_ = convolution.kernel_shape
-    if isinstance(method, OneRank):
+    if isinstance(method, SingleRankDecomposition):
         resolvable = method
         if isinstance(method, TiledSVD):
             resolvable = replace(method, tile=method.grid(method.lowered_shape(convolution)).tile)
@@ -155,27 +155,27 @@ def build(geometry: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module,
     return make().to(dtype).requires_grad_(False), torch.randn(shape, dtype=dtype)
 
 
-def read(layer: nn.Module) -> tuple[Convolution, Tensor]:
+def read(layer: nn.Module) -> tuple[ConvGeometry, Tensor]:
     """A layer's geometry and kernel."""
-    convolution = Convolution.of(layer)
-    return convolution, kernel_of(layer.weight.detach(), convolution)
+    convolution = ConvGeometry.from_module(layer)
+    return convolution, weight_to_kernel(layer.weight.detach(), convolution)
 
 
 def factored(
-    layer: nn.Module, decomposition: Decomposition, executor: str | None = None
+    layer: nn.Module, decomposition: Decomposition, implementation: str | None = None
 ) -> tuple[Factors, FactoredLayer]:
     """A layer's factors, and the layer that holds them."""
     convolution, kernel = read(layer)
     factors = decomposition.decompose(kernel)
     kernels = [part.to(kernel.dtype) for part in factors.kernels()]
-    return factors, decomposition.layer(convolution, kernels, layer.bias, executor)
+    return factors, decomposition.make_layer(convolution, kernels, layer.bias, implementation)
 
 
 def with_kernel(layer: nn.Module, kernel: Tensor) -> nn.Module:
     """The same layer with another kernel (g, o, i, *k)."""
     twin = copy.deepcopy(layer)
     with torch.no_grad():
-        twin.weight.copy_(weight_of(kernel, Convolution.of(layer)))
+        twin.weight.copy_(kernel_to_weight(kernel, ConvGeometry.from_module(layer)))
     return twin
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from deeptwist import Plan, SpatialSVD, decompose, plan
 from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.layers import LayerComparison, compare_layers, keep_slow_layers
+from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
 from deeptwist.benchmark.runtimes import prepare
-from deeptwist.benchmark.memory import peak_memory
 from deeptwist.models import build_model
-from deeptwist.plan.timing import Timing, median_ratio, time_in_turn, timing
+from deeptwist.plan.timing import Timing, median_ratio, time_interleaved, timing
 
 X = torch.randn(4, 8, 12, 12)
 MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)
@@ -57,7 +57,7 @@ def test_drift_that_meets_both_sides_cancels(samples: list[float], factor: float
 
 def test_functions_are_timed_in_turn() -> None:
     order: list[str] = []
-    samples = time_in_turn(
+    samples = time_interleaved(
         [lambda: order.append("a"), lambda: order.append("b")],
         rounds=5,
         on_round=lambda: order.append("|"),
@@ -75,7 +75,7 @@ def test_twice_the_work_takes_about_twice_as_long() -> None:
         for _ in range(times):
             a @ a
 
-    one, two = time_in_turn([lambda: product(8), lambda: product(16)], rounds=9)
+    one, two = time_interleaved([lambda: product(8), lambda: product(16)], rounds=9)
     assert 1.4 < median_ratio(two, one) < 2.8
 
 

@@ -8,7 +8,13 @@ from hypothesis import given
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeptwist.layers.geometry import Convolution, computing_dtype, kernel_of, pointwise, weight_of
+from deeptwist.layers.geometry import (
+    ConvGeometry,
+    compute_dtype,
+    kernel_to_weight,
+    pointwise,
+    weight_to_kernel,
+)
 
 EACH_GEOMETRY = pytest.mark.parametrize("geometry", GEOMETRIES)
 
@@ -16,12 +22,12 @@ EACH_GEOMETRY = pytest.mark.parametrize("geometry", GEOMETRIES)
 @given(layers())
 def test_sizes_and_macs_are_torchs(given_: tuple[nn.Module, tuple[int, ...]]) -> None:
     layer, size = given_
-    convolution = Convolution.of(layer)
+    convolution = ConvGeometry.from_module(layer)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         y = layer(torch.randn(2, convolution.in_channels, *size))
     assert y.shape[2:] == convolution.output_size(size)
     assert counter.get_total_flops() == 2 * 2 * convolution.macs(size)
-    assert convolution.num_weights == layer.weight.numel()
+    assert convolution.weight_numel == layer.weight.numel()
 
 
 @given(layers())
@@ -29,17 +35,17 @@ def test_a_rebuilt_layer_is_the_layer(given_: tuple[nn.Module, tuple[int, ...]])
     layer, size = given_
     convolution, kernel = read(layer)
     bias = None if layer.bias is None else layer.bias.detach()
-    twin = convolution.build(kernel, bias)
+    twin = convolution.make_module(kernel, bias)
     x = torch.randn(2, convolution.in_channels, *size)
     assert type(twin) is type(layer)
     assert torch.equal(twin(x), layer(x))
-    assert Convolution.of(twin) == convolution
+    assert ConvGeometry.from_module(twin) == convolution
 
 
 @given(layers())
 def test_json_round_trip(given_: tuple[nn.Module, tuple[int, ...]]) -> None:
-    convolution = Convolution.of(given_[0])
-    assert Convolution.from_dict(json.loads(json.dumps(convolution.to_dict()))) == convolution
+    convolution = ConvGeometry.from_module(given_[0])
+    assert ConvGeometry.from_dict(json.loads(json.dumps(convolution.to_dict()))) == convolution
 
 
 @EACH_GEOMETRY
@@ -47,11 +53,11 @@ def test_a_kernel_has_one_independent_part_per_group(geometry: str) -> None:
     layer, x = build(geometry)
     convolution, kernel = read(layer)
     assert kernel.shape == convolution.kernel_shape
-    assert torch.equal(weight_of(kernel, convolution), layer.weight)
+    assert torch.equal(kernel_to_weight(kernel, convolution), layer.weight)
     if convolution.groups > 1:
         kernel = kernel.clone()
         kernel[0] = 0  # silences the first group's outputs, and no others
-        layer.weight.copy_(weight_of(kernel, convolution))
+        layer.weight.copy_(kernel_to_weight(kernel, convolution))
         y = layer(x).unflatten(1, (convolution.groups, -1))
         spread = y[:, 0].flatten(2).std(dim=-1)
         assert not spread.any()
@@ -60,8 +66,12 @@ def test_a_kernel_has_one_independent_part_per_group(geometry: str) -> None:
 
 def test_a_linear_layer_is_a_convolution_without_axes() -> None:
     layer = nn.Linear(6, 4)
-    convolution = Convolution.of(layer)
-    assert (convolution.dims, convolution.taps, convolution.kernel_shape) == (0, 1, (1, 4, 6))
+    convolution = ConvGeometry.from_module(layer)
+    assert (convolution.dims, convolution.kernel_numel, convolution.kernel_shape) == (
+        0,
+        1,
+        (1, 4, 6),
+    )
     assert convolution.macs(()) == 24
     assert convolution == pointwise(0, 6, 4)
 
@@ -72,24 +82,28 @@ def test_work_split_over_the_axes_gives_the_same_size(geometry: str) -> None:
     size = (9, 8, 7)[: convolution.dims]
     expected = convolution.output_size(size)
     for axis in range(convolution.dims):
-        size = convolution.along((axis,), 1, 1, 1).output_size(size)
+        size = convolution.restricted_to((axis,), 1, 1, 1).output_size(size)
     assert size == expected
 
 
 def test_along_keeps_nothing_of_the_other_axes() -> None:
-    convolution = Convolution.of(nn.Conv2d(8, 8, (3, 5), (2, 3), (1, 2), (1, 2)))
-    part = convolution.along((1,), 6, 4, 2)
-    assert part == Convolution.of(nn.Conv2d(6, 4, (1, 5), (1, 3), (0, 2), (1, 2), groups=2))
-    assert convolution.along((), 6, 4, 2) == pointwise(2, 6, 4, 2)
+    convolution = ConvGeometry.from_module(nn.Conv2d(8, 8, (3, 5), (2, 3), (1, 2), (1, 2)))
+    part = convolution.restricted_to((1,), 6, 4, 2)
+    assert part == ConvGeometry.from_module(
+        nn.Conv2d(6, 4, (1, 5), (1, 3), (0, 2), (1, 2), groups=2)
+    )
+    assert convolution.restricted_to((), 6, 4, 2) == pointwise(2, 6, 4, 2)
 
 
 def test_valid_padding_is_none() -> None:
-    assert Convolution.of(nn.Conv2d(3, 4, 3, padding="valid")) == Convolution.of(nn.Conv2d(3, 4, 3))
+    assert ConvGeometry.from_module(
+        nn.Conv2d(3, 4, 3, padding="valid")
+    ) == ConvGeometry.from_module(nn.Conv2d(3, 4, 3))
 
 
 @pytest.mark.parametrize("module", [nn.BatchNorm2d(3), nn.Embedding(3, 4), nn.LSTM(3, 4)])
 def test_other_modules_are_refused(module: nn.Module) -> None:
-    assert type(module).__name__ in error_of(Convolution.of, module)
+    assert type(module).__name__ in error_of(ConvGeometry.of, module)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +128,14 @@ def test_other_modules_are_refused(module: nn.Module) -> None:
     ids=str,
 )
 def test_a_geometry_that_is_none_is_refused(values: object) -> None:
-    assert "geometry" in error_of(Convolution.from_dict, values)
+    assert "geometry" in error_of(ConvGeometry.from_dict, values)
 
 
 def test_bias_and_weights_are_held_not_copied_from_torchs_generator() -> None:
     state = torch.random.get_rng_state()
-    layer = Convolution.of(nn.Conv2d(3, 4, 3, device="meta")).build(torch.ones(1, 4, 3, 3, 3), None)
+    layer = ConvGeometry.from_module(nn.Conv2d(3, 4, 3, device="meta")).build(
+        torch.ones(1, 4, 3, 3, 3), None
+    )
     assert layer.bias is None
     assert (layer.weight == 1).all()
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -135,7 +151,7 @@ def test_bias_and_weights_are_held_not_copied_from_torchs_generator() -> None:
     ],
 )
 def test_narrow_types_compute_in_fp32(dtype: torch.dtype, computing: torch.dtype) -> None:
-    assert computing_dtype(dtype) == computing
+    assert compute_dtype(dtype) == computing
 
 
 @pytest.mark.parametrize(
@@ -147,7 +163,7 @@ def test_narrow_types_compute_in_fp32(dtype: torch.dtype, computing: torch.dtype
     ],
 )
 def test_in_words(layer: nn.Module, text: str) -> None:
-    assert str(Convolution.of(layer)) == text
+    assert str(ConvGeometry.from_module(layer)) == text
 
 
 def test_a_transposed_weight_stores_inputs_first() -> None:
@@ -155,4 +171,4 @@ def test_a_transposed_weight_stores_inputs_first() -> None:
     convolution, kernel = read(layer)
     assert kernel.shape == (2, 2, 3, 3, 3)
     assert torch.equal(kernel[1, 0, 2], layer.weight[5, 0])
-    assert torch.equal(kernel_of(layer.weight, convolution), kernel)
+    assert torch.equal(weight_to_kernel(layer.weight, convolution), kernel)

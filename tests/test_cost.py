@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
-from deeptwist.layers.geometry import Convolution
 from deeptwist.layers.cost import MEGA, macs, paper_flops
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import IM2COL
 from deeptwist.models.vgg_cifar import vgg19
 
@@ -32,7 +32,7 @@ def table2(model: nn.Module, decomposition: Decomposition) -> Plan:
 
 
 def weights(made: Plan, *, factored: bool) -> float:
-    return sum(x.factored_weights if factored else x.num_weights for x in made.compressed) / MEGA
+    return sum(x.compressed_numel if factored else x.weight_numel for x in made.compressed) / MEGA
 
 
 def test_table_2_dense(meta_vgg19: nn.Module) -> None:
@@ -59,7 +59,10 @@ def test_table_2_tucker_flops(meta_vgg19: nn.Module, fraction: float, millions: 
 
 def test_paper_flops_by_hand() -> None:
     """2K − 1 for each output element that sums K = S·d² products."""
-    work = [(Convolution.of(nn.Conv2d(6, 10, 3, padding=1)), (7, 8)), (Convolution(9, 4), ())]
+    work = [
+        (ConvGeometry.from_module(nn.Conv2d(6, 10, 3, padding=1)), (7, 8)),
+        (ConvGeometry(9, 4), ()),
+    ]
     assert macs(work) == 6 * 9 * 10 * 56 + 36
     assert paper_flops(work) == (2 * 54 - 1) * 10 * 56 + (2 * 9 - 1) * 4
 
@@ -78,8 +81,8 @@ def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
     made = plan(model, METHODS[name], ratio=1.5, example_input=x)
     assert made.compressed
     # The reference form; 'windows' multiplies by zeros besides.
-    has_it = any(IM2COL in layer.executors for layer in made.compressed)
-    small = decompose(model, made, executor=IM2COL if has_it else None)
+    has_it = any(IM2COL in layer.implementations for layer in made.compressed)
+    small = decompose(model, made, implementation=IM2COL if has_it else None)
     for network, counted, parameters in (
         (model, made.dense_macs, made.dense_parameters),
         (small, made.macs, made.parameters),
@@ -98,11 +101,11 @@ def test_macs_are_those_of_one_example(shape: tuple[int, ...]) -> None:
 
 
 def test_a_factored_layer_counts_what_its_decomposition_says() -> None:
-    convolution = Convolution.of(nn.Conv2d(16, 32, 3, stride=2, padding=1))
+    convolution = ConvGeometry.from_module(nn.Conv2d(16, 32, 3, stride=2, padding=1))
     method = at(TiledSVD(tile=(16, 64)), convolution, 0.5)  # 1×1 convolutions on the windows
-    rank, windows = method.known_rank, 4 * 4
+    rank, windows = method.resolved_rank, 4 * 4
     blocks = (144 // 64) * 2  # and two narrower tiles of 16 columns
     edge = max(1, rank * 16 * 16 * (16 + 64) // (16 * 64 * (16 + 16)))
     expected = blocks * rank * (16 + 64) + 2 * edge * (16 + 16)
-    assert method.num_weights(convolution) == expected
+    assert method.weight_numel(convolution) == expected
     assert method.macs(convolution, (8, 8)) == expected * windows

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, Tucker
-from deeptwist.layers.geometry import Convolution
 from deeptwist.decompositions import from_dict
+from deeptwist.layers.geometry import ConvGeometry
 
 KERNELS = st.builds(
     lambda shape, seed: torch.randn(
@@ -26,10 +26,10 @@ KERNELS = st.builds(
 SHARE = st.floats(0, 1)
 
 
-def geometry_of(kernel: Tensor) -> Convolution:
+def geometry_of(kernel: Tensor) -> ConvGeometry:
     groups, out, into, *size = kernel.shape
     ones = (1,) * len(size)
-    return Convolution(
+    return ConvGeometry(
         groups * into, groups * out, tuple(size), ones, ones, ones, groups, output_padding=ones
     )
 
@@ -111,7 +111,7 @@ def test_a_tile_as_large_as_the_matrix_is_the_plain_svd() -> None:
 def test_without_a_tile_it_is_all_rows_over_equal_parts_of_the_inputs(
     channels: int, cols: int
 ) -> None:
-    convolution = Convolution.of(nn.Conv2d(channels, 40, 3))
+    convolution = ConvGeometry.from_module(nn.Conv2d(channels, 40, 3))
     chosen = TiledSVD(rank=5).resolve(convolution, None)
     assert chosen == TiledSVD(rank=5, tile=(40, cols))
     assert chosen.is_aligned(convolution)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeptwist import SVD, Decomposition, DeepTwist, Plan, decompose, plan
-from deeptwist.layers.geometry import kernel_of
+from deeptwist.layers.geometry import weight_to_kernel
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -64,7 +64,7 @@ def test_a_distortion_writes_the_reconstruction_into_the_same_parameter(
     twist.step()
     for layer in twist.plan.compressed:
         old, new = before.get_submodule(layer.name).weight, model.get_submodule(layer.name).weight
-        kernel = kernel_of(old.detach(), layer.convolution)
+        kernel = weight_to_kernel(old.detach(), layer.convolution)
         expected = layer.decomposition.decompose(kernel).reconstruct()
         assert torch.equal(new, expected.reshape(old.shape))
         assert new.requires_grad

@@ -10,8 +10,8 @@ from cases import GEOMETRIES, METHODS, build, difference, error_of
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, decompose, plan
-from deeptwist.decompositions import FactoredLayer
 from deeptwist.decompose import factorize, relative_difference
+from deeptwist.decompositions import FactoredLayer
 from deeptwist.models.resnet_cifar import resnet20
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -174,9 +174,11 @@ def test_all_of_a_layer_is_where_its_kernels_are(method: Decomposition) -> None:
     for layer in plan(network(), method, ratio=1.6, example_input=X).compressed:
         assert layer.convolution is not None
         assert layer.decomposition is not None
-        parts = [part for level in layer.decomposition.levels(layer.convolution) for part in level]
+        parts = [
+            part for level in layer.decomposition.convolutions(layer.convolution) for part in level
+        ]
         kernels = [torch.empty(part.kernel_shape, device="meta") for part in parts]
-        made = layer.decomposition.layer(layer.convolution, kernels, None)
+        made = layer.decomposition.make_layer(layer.convolution, kernels, None)
         assert {t.device.type for t in chain(made.parameters(), made.buffers())} == {"meta"}
 
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, TiledSVD
-from deeptwist.layers.geometry import computing_dtype, weight_of
 from deeptwist.decompositions import METHODS as REGISTERED
 from deeptwist.decompositions import from_dict
+from deeptwist.layers.geometry import compute_dtype, kernel_to_weight
 from deeptwist.layers.tiled import WINDOWS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -80,7 +80,7 @@ def test_reconstruction_has_the_kernels_shape_and_device(
         rebuilt = at(method, convolution, 0.5).decompose(kernel).reconstruct()
         assert rebuilt.shape == kernel.shape
         assert rebuilt.device == kernel.device
-        assert rebuilt.dtype == computing_dtype(dtype)
+        assert rebuilt.dtype == compute_dtype(dtype)
         assert rebuilt.isfinite().all()
 
 
@@ -137,7 +137,7 @@ def test_counted_weights_are_the_stored_numbers(method: Decomposition, geometry:
         resolved = at(method, convolution, share)
         _, small = factored(layer, resolved)
         stored = sum(parameter.numel() for parameter in small.parameters())
-        assert stored == resolved.num_weights(convolution) + biases
+        assert stored == resolved.weight_numel(convolution) + biases
 
 
 @pytest.mark.parametrize(("method", "geometry"), pairs())
@@ -148,11 +148,11 @@ def test_counted_macs_are_the_layers(method: Decomposition, geometry: str) -> No
     size = tuple(x.shape[-convolution.dims :]) if convolution.dims else ()
     examples = x.shape[0] if convolution.dims else x.shape[:-1].numel()
     counted = 2 * examples * resolved.macs(convolution, size)
-    for executor in resolved.executors(convolution):
-        _, small = factored(layer, resolved, executor)
+    for implementation in resolved.implementations(convolution):
+        _, small = factored(layer, resolved, implementation)
         with FlopCounterMode(display=False) as counter:
             small(x)
-        if executor == WINDOWS:  # it multiplies by zeros besides
+        if implementation == WINDOWS:  # it multiplies by zeros besides
             assert counter.get_total_flops() >= counted
         else:
             assert counter.get_total_flops() == counted
@@ -166,9 +166,9 @@ def test_the_layer_is_the_convolution_with_the_reconstructed_kernel(
     convolution, _ = read(layer)
     for share in SHARES:
         resolved = at(method, convolution, share)
-        for executor in resolved.executors(convolution):
-            factors, small = factored(layer, resolved, executor)
-            assert small.executor == executor
+        for implementation in resolved.implementations(convolution):
+            factors, small = factored(layer, resolved, implementation)
+            assert small.implementation == implementation
             assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-11
 
 
@@ -184,12 +184,12 @@ def test_any_layer_by_any_method_at_any_rank(
     convolution, kernel = read(layer)
     resolved = at(method, convolution, share)
     x = torch.randn(2, convolution.in_channels, *size, dtype=torch.float64)
-    for executor in resolved.executors(convolution):
-        factors, small = factored(layer, resolved, executor)
+    for implementation in resolved.implementations(convolution):
+        factors, small = factored(layer, resolved, implementation)
         assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-10
         assert difference(kernel, factors.reconstruct()) < 1 + 1e-9
         stored = sum(p.numel() for n, p in small.named_parameters() if not n.endswith("bias"))
-        assert stored == resolved.num_weights(convolution)
+        assert stored == resolved.weight_numel(convolution)
 
 
 @pytest.mark.parametrize(("method", "geometry"), pairs())
@@ -351,4 +351,4 @@ def test_a_weight_goes_to_a_kernel_and_back(method: Decomposition) -> None:
         layer, _ = build(geometry)
         convolution, kernel = read(layer)
         assert kernel.shape == convolution.kernel_shape
-        assert torch.equal(weight_of(kernel, convolution), layer.weight)
+        assert torch.equal(kernel_to_weight(kernel, convolution), layer.weight)

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deeptwist import SVD, Decomposition, Tucker
-from deeptwist.layers.geometry import Convolution
-from deeptwist.decompositions import Unfit
-from deeptwist.decompositions.base import OneRank
-from deeptwist.decompositions.ranks import check_ratio, fraction_of, largest_rank
+from deeptwist.decompositions import CannotDecomposeError
+from deeptwist.decompositions.base import SingleRankDecomposition
+from deeptwist.decompositions.ranks import check_ratio, floor_fraction, largest_rank
+from deeptwist.layers.geometry import ConvGeometry
 
 RATIOS = st.floats(1.01, 64)
 CONVOLUTIONS = st.builds(
-    lambda groups, out, into, size: Convolution.of(
+    lambda groups, out, into, size: ConvGeometry.from_module(
         [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1](
             groups * into, groups * out, size, groups=groups, device="meta"
         )
@@ -44,18 +44,18 @@ def test_the_largest_rank_is_found(slope: int, start: int, maximum: int, budget:
 def test_fractions_are_the_decimals_that_were_written(
     channels: int, fraction: float, rank: int
 ) -> None:
-    assert fraction_of(channels, fraction) == rank
+    assert floor_fraction(channels, fraction) == rank
 
 
 @given(st.integers(1, 4096), st.integers(1, 1000))
 def test_fractions_round_down(channels: int, thousandths: int) -> None:
     exact = math.floor(Fraction(thousandths, 1000) * channels)
-    assert fraction_of(channels, thousandths / 1000) == exact
+    assert floor_fraction(channels, thousandths / 1000) == exact
 
 
 def test_a_fraction_from_numpy_is_a_fraction_too() -> None:
     numpy = pytest.importorskip("numpy")
-    convolution = Convolution.of(nn.Conv2d(8, 16, 3))
+    convolution = ConvGeometry.from_module(nn.Conv2d(8, 16, 3))
     assert Tucker(fraction=numpy.float64(0.5)).resolve(convolution, None) == Tucker(rank=(8, 4))
 
 
@@ -67,42 +67,42 @@ def test_a_ratio_that_compresses_nothing_is_refused(ratio: float) -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @given(CONVOLUTIONS, RATIOS)
 def test_a_ratio_is_a_promise(
-    method: Decomposition, convolution: Convolution, ratio: float
+    method: Decomposition, convolution: ConvGeometry, ratio: float
 ) -> None:
     try:
         resolved = method.resolve(convolution, ratio)
-    except Unfit:
+    except CannotDecomposeError:
         return  # which the next test judges
-    assert resolved.num_weights(convolution) * ratio <= convolution.num_weights
+    assert resolved.weight_numel(convolution) * ratio <= convolution.weight_numel
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @given(CONVOLUTIONS, RATIOS)
 def test_the_next_rank_would_break_the_promise(
-    method: Decomposition, convolution: Convolution, ratio: float
+    method: Decomposition, convolution: ConvGeometry, ratio: float
 ) -> None:
     try:
         resolved = method.resolve(convolution, ratio)
-    except Unfit:
+    except CannotDecomposeError:
         resolved = None
     if resolved is None:
         smallest = at(method, convolution, 0.0)
-        assert smallest.num_weights(convolution) * ratio > convolution.num_weights
-    elif isinstance(resolved, OneRank):
-        assume(resolved.known_rank < resolved.full_rank(convolution))
-        following = type(resolved)(**{**vars(resolved), "rank": resolved.known_rank + 1})
-        assert following.num_weights(convolution) * ratio > convolution.num_weights
+        assert smallest.weight_numel(convolution) * ratio > convolution.weight_numel
+    elif isinstance(resolved, SingleRankDecomposition):
+        assume(resolved.resolved_rank < resolved.full_rank(convolution))
+        following = type(resolved)(**{**vars(resolved), "rank": resolved.resolved_rank + 1})
+        assert following.weight_numel(convolution) * ratio > convolution.weight_numel
 
 
 @given(CONVOLUTIONS, RATIOS)
 def test_tucker_ranks_keep_the_proportion_of_the_channels(
-    convolution: Convolution, ratio: float
+    convolution: ConvGeometry, ratio: float
 ) -> None:
-    assume(convolution.taps > 1)
+    assume(convolution.kernel_numel > 1)
     _, out, into, *_ = convolution.kernel_shape
     try:
         rank = Tucker().resolve(convolution, ratio).rank
-    except Unfit:
+    except CannotDecomposeError:
         return
     # There is one fraction of which both are the floor (or 1).
     low = max((rank[0] / out if rank[0] > 1 else 0), (rank[1] / into if rank[1] > 1 else 0))
@@ -112,14 +112,14 @@ def test_tucker_ranks_keep_the_proportion_of_the_channels(
     assert all(
         r[0] > out
         or r[1] > into
-        or Tucker(rank=r).num_weights(convolution) * ratio > convolution.num_weights
+        or Tucker(rank=r).weight_numel(convolution) * ratio > convolution.weight_numel
         for r in larger
     )
 
 
 @given(CONVOLUTIONS, st.floats(0.01, 1))
-def test_tucker_fractions_are_the_papers(convolution: Convolution, fraction: float) -> None:
-    assume(convolution.taps > 1)
+def test_tucker_fractions_are_the_papers(convolution: ConvGeometry, fraction: float) -> None:
+    assume(convolution.kernel_numel > 1)
     _, out, into, *_ = convolution.kernel_shape
     expected = tuple(math.floor(Fraction(repr(fraction)) * side) for side in (out, into))
     if min(expected) == 0:
@@ -130,7 +130,7 @@ def test_tucker_fractions_are_the_papers(convolution: Convolution, fraction: flo
 
 def test_the_rank_of_the_formula() -> None:
     """R = ⌊T·S·d² / (ratio·(T + S·d²))⌋ for the plain SVD."""
-    convolution = Convolution.of(nn.Conv2d(64, 64, 3, device=torch.device("meta")))
+    convolution = ConvGeometry.from_module(nn.Conv2d(64, 64, 3, device=torch.device("meta")))
     assert SVD().resolve(convolution, 2) == SVD(rank=28)
     assert SVD().resolve(convolution, 4) == SVD(rank=14)
     assert "cannot be 100× smaller" in error_of(SVD().resolve, convolution, 100)

@@ -15,15 +15,14 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.benchmark.comparison import Comparison
-from deeptwist.twist.distortion import Distortion
 from deeptwist.errors import DeepTwistError
+from deeptwist.plan.timing import Timing
 from deeptwist.report import wording, write_report
 from deeptwist.report.comparison import cases_of, verdict
 from deeptwist.report.drawing import Plot
-from deeptwist.report.styles import looks_of
 from deeptwist.report.plots import plots_of
 from deeptwist.report.settings import settings
-from deeptwist.plan.timing import Timing
+from deeptwist.report.styles import looks_of
 from deeptwist.training import records
 from deeptwist.training.recipe import make_recipe
 from deeptwist.training.records import (
@@ -35,6 +34,7 @@ from deeptwist.training.records import (
     Summary,
     read_run,
 )
+from deeptwist.twist.distortion import Distortion
 
 LINE = re.compile(r'<path d="(M [^"]*)" clip-path="[^"]*" style="([^"]*)"')
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; $x$ \x07"
@@ -701,8 +701,8 @@ def test_each_distinct_plan_has_one_table(whole: Page) -> None:
         "8→16, 3×3",
         "Tucker",
         "×".join(map(str, getattr(layer.decomposition, "rank", ()))),
-        f"{layer.num_weights:,}",
-        f"{layer.factored_weights:,}",
+        f"{layer.weight_numel:,}",
+        f"{layer.compressed_numel:,}",
         f"{plan.layer_macs(layer, factored=False):,}",
         f"{plan.layer_macs(layer, factored=True):,}",
         f"{layer.relative_error:.3f}",

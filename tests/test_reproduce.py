@@ -10,17 +10,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from experiments.paper.cells import Workplace, title
+from experiments.paper.experiments import EXPERIMENTS, fig2, fig5, fig7, table1, table2
+from experiments.paper.findings import Finished
+from experiments.paper.job import Request, reproduce
+from experiments.paper.profiles import Network, ProfileName, setting_of
 from PIL import Image
 from safetensors.torch import save_file
 from test_cli import refused, run
 from torch import nn
 
 from deeptwist.models import build_model
-from experiments.paper.cells import Workplace, title
-from experiments.paper.experiments import EXPERIMENTS, fig2, fig5, fig7, table1, table2
-from experiments.paper.findings import Finished
-from experiments.paper.job import Request, reproduce
-from experiments.paper.profiles import Network, ProfileName, setting_of
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, read_run
 
@@ -377,8 +377,8 @@ def test_table_1_compresses_the_nine_layers() -> None:
     for cell in table1.cells(setting_of("paper", "resnet32")):
         made = cell.recipe.compression.make_plan(model, torch.empty(2, 3, 32, 32, device="meta"))
         assert len(made.compressed) == 9
-        dense = sum(layer.num_weights for layer in made.compressed)
-        factored = sum(layer.factored_weights for layer in made.compressed)
+        dense = sum(layer.weight_numel for layer in made.compressed)
+        factored = sum(layer.compressed_numel for layer in made.compressed)
         assert dense / factored == int(cell.name[-2])
 
 
@@ -389,7 +389,7 @@ def test_what_stays_dense_of_resnet34_is_a_seventieth() -> None:
         image = torch.empty(1, 3, 224, 224)
     tiled, tucker = fig7.cells(setting_of("paper", "resnet34"))
     made = tiled.recipe.compression.make_plan(model, image)
-    kept = sum(layer.num_weights for layer in made.kept if layer.kind == "Conv2d")
+    kept = sum(layer.weight_numel for layer in made.kept if layer.kind == "Conv2d")
     assert (kept, made.dense_parameters) == (312_512, 21_797_672)
     other = tucker.recipe.compression.make_plan(model, image)
     assert other.parameters == pytest.approx(made.parameters, rel=0.02)  # as many weights
@@ -448,6 +448,6 @@ def test_the_paper_s_points_are_its_fractions() -> None:
     for point in setting.points:
         recipe = setting.compressed("deeptwist", **point.of("tucker"))
         made = recipe.compression.make_plan(model, torch.empty(2, 3, 32, 32, device="meta"))
-        dense = sum(layer.num_weights for layer in made.compressed)
-        factored = sum(layer.factored_weights for layer in made.compressed)
+        dense = sum(layer.weight_numel for layer in made.compressed)
+        factored = sum(layer.compressed_numel for layer in made.compressed)
         assert dense / factored == pytest.approx(point.ratio, rel=0.02)

@@ -22,9 +22,9 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.data import load_digits
 from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
-from deeptwist.training.run import Job, prepare, run
 from deeptwist.training.recipe import make_recipe
 from deeptwist.training.records import read_run
+from deeptwist.training.run import Job, prepare, run
 
 # Everything that has a state: distortions with their bases, batch norm, dropout, an average, a
 # best network, a tail.

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeptwist.layers.tiling import Grid, Span, cut
+from deeptwist.layers.tiling import Grid, Segment, cut
 
 SIDE = st.integers(1, 40)
 GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.integers(1, 60)))
@@ -20,7 +20,7 @@ GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.
     ],
 )
 def test_cutting(size: int, length: int, spans: list[tuple[int, int, int]]) -> None:
-    assert cut(size, length) == tuple(Span(*span) for span in spans)
+    assert cut(size, length) == tuple(Segment(*span) for span in spans)
 
 
 @given(st.integers(1, 200), st.integers(1, 250))

@@ -17,10 +17,10 @@ import deeptwist as dt
 from deeptwist.data import Dataset, Split, load_digits, normalize
 from deeptwist.models import load_weights
 from deeptwist.training.evaluation import evaluate
-from deeptwist.training.run import Job, prepare, run
+from deeptwist.training.post_training import recalibrated
 from deeptwist.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.training.records import DistortedAt, Epoch, Record, read_run
-from deeptwist.training.post_training import recalibrated
+from deeptwist.training.run import Job, prepare, run
 
 SHORT = {
     "model": "tests:network",
@@ -297,7 +297,7 @@ def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Data
     for name, parameter in model.named_parameters():
         layer = planned.get(name.removesuffix(".weight"))
         moved = (parameter.detach() - before[name]).norm()
-        size = 0 if layer is None else record.layer_shifts[layer.name] * layer.num_weights
+        size = 0 if layer is None else record.layer_shifts[layer.name] * layer.weight_numel
         assert float(moved) == pytest.approx(size, rel=1e-4)
         if layer is not None:  # not towards low rank
             matrix = parameter.detach().flatten(1)

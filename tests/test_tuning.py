@@ -9,10 +9,10 @@ from cases import difference, error_of
 from torch import nn
 
 from deeptwist import SVD, DeepTwist, Plan, TiledSVD, decompose, load, plan, save
-from deeptwist.layers.geometry import Convolution
+from deeptwist.decompose import plan_from_model
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import GROUPED, IM2COL, WINDOWS
-from deeptwist.decompose import plan_of
-from deeptwist.plan.autotune import time_executors, tune
+from deeptwist.plan.autotune import time_implementations, tune
 
 X = torch.randn(2, 16, 9, 9)
 RAW, ALIGNED = TiledSVD(tile=(8, 20)), TiledSVD(tile=(8, 36))
@@ -32,53 +32,55 @@ def made(decomposition: TiledSVD) -> Plan:
     return plan(network(), decomposition, ratio=1.5, example_input=X)
 
 
-def executors(model: nn.Module) -> list[str]:
-    return [part.executor for part in model.modules() if hasattr(part, "executor")]
+def implementations(model: nn.Module) -> list[str]:
+    return [part.implementation for part in model.modules() if hasattr(part, "implementation")]
 
 
 def test_which_forms_there_are() -> None:
     raw, aligned = made(RAW), made(ALIGNED)
-    assert set(raw.layers[0].executors) == {WINDOWS, IM2COL}
-    assert raw.layers[1].executors == (WINDOWS,)  # transposed: no windows to take
-    assert raw.layers[2].executors == (GROUPED,)  # one tap: every tile is whole channels
-    assert aligned.layers[0].executors == (GROUPED, IM2COL)
+    assert set(raw.layers[0].implementations) == {WINDOWS, IM2COL}
+    assert raw.layers[1].implementations == (WINDOWS,)  # transposed: no windows to take
+    assert raw.layers[2].implementations == (GROUPED,)  # one tap: every tile is whole channels
+    assert aligned.layers[0].implementations == (GROUPED, IM2COL)
 
 
 def test_a_named_executor_is_taken_where_there_is_one() -> None:
     model, raw = network(), made(RAW)
-    reference = decompose(model, raw, executor=IM2COL)
-    assert executors(reference) == [IM2COL, WINDOWS, GROUPED]
+    reference = decompose(model, raw, implementation=IM2COL)
+    assert implementations(reference) == [IM2COL, WINDOWS, GROUPED]
     assert difference(decompose(model, raw)(X), reference(X)) < 1e-5
 
 
 def test_an_unknown_executor_is_refused() -> None:
-    assert "did you mean 'im2col'" in error_of(decompose, network(), made(RAW), executor="imcol")
-    assert "choose from windows" in error_of(replace, made(RAW).layers[1], executor=IM2COL)
+    assert "did you mean 'im2col'" in error_of(
+        decompose, network(), made(RAW), implementation="imcol"
+    )
+    assert "choose from windows" in error_of(replace, made(RAW).layers[1], implementation=IM2COL)
 
 
 def test_a_plan_keeps_its_executors() -> None:
     chosen = made(RAW)
-    layers = (replace(chosen.layers[0], executor=IM2COL), *chosen.layers[1:])
+    layers = (replace(chosen.layers[0], implementation=IM2COL), *chosen.layers[1:])
     chosen = replace(chosen, layers=layers)
     assert Plan.from_json(chosen.to_json()) == chosen
-    assert executors(decompose(network(), chosen))[0] == IM2COL
-    assert executors(DeepTwist(network(), chosen, 1).finish())[0] == IM2COL
+    assert implementations(decompose(network(), chosen))[0] == IM2COL
+    assert implementations(DeepTwist(network(), chosen, 1).finish())[0] == IM2COL
     text = chosen.to_json().replace('"im2col"', '"sideways"')
     assert "sideways" in error_of(Plan.from_json, text)
 
 
-@pytest.mark.parametrize("executor", [WINDOWS, IM2COL])
-def test_an_artefact_keeps_its_executors(tmp_path: Path, executor: str) -> None:
-    small = decompose(network(), made(RAW), executor=executor)
+@pytest.mark.parametrize("implementation", [WINDOWS, IM2COL])
+def test_an_artefact_keeps_its_executors(tmp_path: Path, implementation: str) -> None:
+    small = decompose(network(), made(RAW), implementation=implementation)
     loaded = load(save(small, tmp_path), network)
-    assert executors(loaded) == executors(small)
+    assert implementations(loaded) == implementations(small)
     assert torch.equal(loaded(X), small(X))
-    assert plan_of(loaded, network(), X).layers[0].executor == executor
+    assert plan_from_model(loaded, network(), X).layers[0].implementation == implementation
 
 
 def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
     before = plan(network(), RAW, ratio=1.5, example_input=X, exclude=["3"])
-    found = plan_of(decompose(network(), before), network(), X)
+    found = plan_from_model(decompose(network(), before), network(), X)
     assert [layer.decomposition for layer in found.layers] == [
         layer.decomposition for layer in before.layers
     ]
@@ -88,8 +90,8 @@ def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
 def test_tuning_takes_the_fastest_form_and_changes_nothing_else() -> None:
     before = made(TiledSVD(tile=(24, 3)))
     after = tune(network(), before)
-    assert after.layers[0].executor in before.layers[0].executors
-    assert [replace(layer, executor=None) for layer in after.layers] == list(before.layers)
+    assert after.layers[0].implementation in before.layers[0].implementations
+    assert [replace(layer, implementation=None) for layer in after.layers] == list(before.layers)
     small = decompose(network(), before, tune=True)
     assert difference(decompose(network(), before)(X), small(X)) < 1e-5
 
@@ -98,12 +100,12 @@ def test_windows_hold_the_channels_that_their_tile_touches() -> None:
     """The zero-padded weight, against the tile's columns laid out by hand."""
     layer = nn.Conv2d(5, 4, 3, bias=False)
     decomposition = TiledSVD(tile=(4, 12), rank=4)  # full rank
-    geometry = Convolution.of(layer)
+    geometry = ConvGeometry.from_module(layer)
     kernels = decomposition.decompose(layer.weight.detach()[None]).kernels()
-    built = decomposition.layer(geometry, kernels, None, WINDOWS)
+    built = decomposition.make_layer(geometry, kernels, None, WINDOWS)
     full = next(part for part in built.modules() if isinstance(part, nn.Conv2d))
     # Columns 0-11, 12-23, 24-35 of 45 touch channels 0-1, 1-2, 2-3; 36-44 are channel 4.
-    branch = next(part for part in built.modules() if type(part).__name__ == "Branches")
+    branch = next(part for part in built.modules() if type(part).__name__ == "SplitConcat")
     convolutions = list(branch.layers)
     assert [part.weight.shape[1] for part in convolutions] == [2, 1]
     weight = convolutions[0].weight.detach().reshape(3, 4, 18)
@@ -129,13 +131,13 @@ def test_the_rule_is_not_far_from_the_clock(
     model = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)).eval()
     x = torch.randn(batch, channels, size, size)
     layer = plan(model, TiledSVD(tile=tile, rank=2), example_input=x).layers[0]
-    times = time_executors(layer, x)
-    assert times[layer.executors[0]] < 1.5 * min(times.values()), times
+    times = time_implementations(layer, x)
+    assert times[layer.implementations[0]] < 1.5 * min(times.values()), times
 
 
 def test_other_decompositions_have_one_form() -> None:
     layer = plan(network(), SVD(rank=2), example_input=X).layers[0]
-    assert layer.executors == ("convolutions",)
+    assert layer.implementations == ("convolutions",)
 
 
 @pytest.mark.parametrize(("layer", "size"), [(nn.Conv1d, [9]), (nn.Conv3d, [5, 5, 5])])

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from experiments.paper.findings import Figure
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from deeptwist.report.formatting import power_of_ten
 from deeptwist.report.styles import CARD, DASHES, DOTS, INK, MUTED, VARIABLES
 from deeptwist.report.svg import render
-from deeptwist.report.formatting import power_of_ten
-from experiments.paper.findings import Figure
 
 COLORS = tuple(color for color, name in VARIABLES.items() if "series" in name)
 _MARKERS = "os^DvPX"

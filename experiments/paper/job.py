@@ -9,18 +9,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deeptwist._version import __version__
-from deeptwist.data import Dataset, contents_of, load_data
-from deeptwist.errors import DeepTwistError, check_whole, unknown
-from deeptwist.atomic_io import write_text
-from deeptwist.benchmark.environment import describe_machine
 from experiments.paper.cells import Cell, Workplace, title
 from experiments.paper.experiment import Experiment
 from experiments.paper.findings import Findings, Finished
 from experiments.paper.profiles import ProfileName, Setting, check_given, setting_of
-from deeptwist.training.run import prepare, run
+
+from deeptwist._version import __version__
+from deeptwist.atomic_io import write_text
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.data import Dataset, contents_of, load_data
+from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.records import RECIPE, SUMMARY, Run, read_run
+from deeptwist.training.run import prepare, run
 
 _IMAGES = "images.json"  # in a run's folder: what it was trained on, see `contents_of`
 _ENOUGH = 3  # seeds from which on a difference of half a point says something
@@ -91,7 +92,7 @@ def reproduce(experiment: Experiment, request: Request, *, progress: Progress = 
     """
     setting = setting_of(request.profile, experiment.network)
     for seed in request.seeds:
-        check_whole("seed", seed, 0)
+        check_int("seed", seed, 0)
     seeds = dict.fromkeys(request.seeds)
     turns = [_Turn(cell, seed) for seed in seeds for cell in experiment.cells(setting)]
     wanted = _wanted(turns, request.only)
@@ -130,7 +131,7 @@ def _wanted(turns: Sequence[_Turn], only: Sequence[str]) -> list[_Turn]:
     names = [turn.cell.name for turn in turns]
     for pattern in only:
         if not any(fnmatch(name, pattern) for name in names):
-            raise unknown("cell", pattern, names)
+            raise unknown_name_error("cell", pattern, names)
     return [
         turn
         for turn in turns

@@ -10,12 +10,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import READABLE, Convolution, computing_dtype, kernel_of
 from deeptwist.decompositions import SVD, FactoredLayer, Factors
-from deeptwist.errors import DeepTwistError, first_line, unknown
-from deeptwist.inspect.layers import carries_hooks
-from deeptwist.plan.plan import Plan, PlannedLayer, plan
+from deeptwist.errors import DeepTwistError, first_line, unknown_name_error
+from deeptwist.inspect.layers import has_hooks
+from deeptwist.layers.geometry import (
+    SUPPORTED_MODULES,
+    ConvGeometry,
+    compute_dtype,
+    weight_to_kernel,
+)
 from deeptwist.plan.autotune import tune as tuned
+from deeptwist.plan.plan import Plan, PlannedLayer, plan
 
 logger = logging.getLogger("deeptwist")
 
@@ -23,7 +28,7 @@ Inputs = Tensor | tuple[Tensor, ...]
 Dense = nn.Conv2d | nn.Linear  # what every layer that can be planned looks like: weight and bias
 
 
-def planned_module(model: nn.Module, layer: PlannedLayer) -> Dense:
+def get_planned_module(model: nn.Module, layer: PlannedLayer) -> Dense:
     """The model's module that a planned layer speaks of.
 
     Raises:
@@ -37,7 +42,10 @@ def planned_module(model: nn.Module, layer: PlannedLayer) -> Dense:
         ) from None
     if isinstance(module, FactoredLayer):
         raise DeepTwistError(f"layer {layer.name!r} is decomposed already")
-    if type(module) not in READABLE or Convolution.of(module) != layer.convolution:
+    if (
+        type(module) not in SUPPORTED_MODULES
+        or ConvGeometry.from_module(module) != layer.convolution
+    ):
         raise DeepTwistError(
             f"the plan is for another model: layer {layer.name!r} was ({layer.convolution}), "
             f"here it is {type(module).__name__}({getattr(module, 'extra_repr', str)()})"
@@ -53,13 +61,13 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
         DeepTwistError: if a weight is not finite, naming the layer; or if the plan is for
             another model.
     """
-    weights = {layer.name: planned_module(model, layer).weight for layer in plan.compressed}
+    weights = {layer.name: get_planned_module(model, layer).weight for layer in plan.compressed}
     check_finite(weights)
     factors = {}
     for layer in plan.compressed:
         assert layer.convolution is not None
         assert layer.decomposition is not None
-        kernel = kernel_of(weights[layer.name], layer.convolution)
+        kernel = weight_to_kernel(weights[layer.name], layer.convolution)
         # A loop that runs under autocast must not have its factors computed in bf16.
         with torch.autocast(kernel.device.type, enabled=False):
             factors[layer.name] = layer.decomposition.decompose(kernel)
@@ -81,7 +89,7 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 def norms(weights: Iterable[Tensor]) -> list[float]:
     """‖W‖_F of every weight; infinite where its square is beyond the computing type."""
-    return numbers([torch.linalg.vector_norm(w, dtype=computing_dtype(w.dtype)) for w in weights])
+    return numbers([torch.linalg.vector_norm(w, dtype=compute_dtype(w.dtype)) for w in weights])
 
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
@@ -90,7 +98,7 @@ def numbers(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def decompose(
-    model: nn.Module, plan: Plan, *, executor: str | None = None, tune: bool = False
+    model: nn.Module, plan: Plan, *, implementation: str | None = None, tune: bool = False
 ) -> nn.Module:
     """The decomposed model: a copy in which every planned layer is held by its factors.
 
@@ -100,22 +108,22 @@ def decompose(
     Args:
         model: the network that was planned.
         plan: see `deeptwist.plan`.
-        executor: the exact form of every layer that has one of this name (``"im2col"``: the
+        implementation: the exact form of every layer that has one of this name (``"im2col"``: the
             paper's), in place of the plan's.
         tune: whether each layer takes the form that is fastest here, by the clock.
 
     Raises:
         DeepTwistError: if a weight is not finite, if the plan is for another model, or if no
-            layer has such an executor.
+            layer has such an implementation.
     """
     if tune:
         plan = tuned(model, plan)
-    if executor is not None:
-        plan = with_executor(plan, executor)
-    return swap(model, plan, {n: f.kernels() for n, f in factorize(model, plan).items()})
+    if implementation is not None:
+        plan = with_implementation(plan, implementation)
+    return replace_layers(model, plan, {n: f.kernels() for n, f in factorize(model, plan).items()})
 
 
-def plan_of(decomposed: nn.Module, model: nn.Module, example_input: Inputs) -> Plan:
+def plan_from_model(decomposed: nn.Module, model: nn.Module, example_input: Inputs) -> Plan:
     """The plan that a decomposed model carries out, read from its factored layers.
 
     Args:
@@ -135,7 +143,7 @@ def plan_of(decomposed: nn.Module, model: nn.Module, example_input: Inputs) -> P
     return replace(
         found,
         layers=tuple(
-            replace(layer, executor=factored[layer.name].executor)
+            replace(layer, implementation=factored[layer.name].implementation)
             if layer.name in factored
             else layer
             for layer in found.layers
@@ -143,30 +151,32 @@ def plan_of(decomposed: nn.Module, model: nn.Module, example_input: Inputs) -> P
     )
 
 
-def with_executor(plan: Plan, executor: str) -> Plan:
-    """The plan with this executor wherever a layer has it.
+def with_implementation(plan: Plan, implementation: str) -> Plan:
+    """The plan with this implementation wherever a layer has it.
 
     Raises:
         DeepTwistError: if no layer has it.
     """
-    known = {name for layer in plan.compressed for name in layer.executors}
-    if executor not in known:
-        raise unknown("executor", executor, known)
+    known = {name for layer in plan.compressed for name in layer.implementations}
+    if implementation not in known:
+        raise unknown_name_error("implementation", implementation, known)
     return replace(
         plan,
         layers=tuple(
-            replace(layer, executor=executor) if executor in layer.executors else layer
+            replace(layer, implementation=implementation)
+            if implementation in layer.implementations
+            else layer
             for layer in plan.layers
         ),
     )
 
 
-def swap(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> nn.Module:
+def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> nn.Module:
     """A copy of the model with a factored layer, holding these kernels, for every planned one."""
     replaced: dict[int, object] = {}
     for layer in plan.compressed:
-        module = planned_module(model, layer)
-        if carries_hooks(module):
+        module = get_planned_module(model, layer)
+        if has_hooks(module):
             logger.warning("layer %r carries hooks, which its factors will not", layer.name)
         replaced[id(module)] = _factored(module, layer, kernels[layer.name])
     # An output that a module keeps for a loss is part of a graph, which deepcopy refuses.
@@ -188,11 +198,11 @@ def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> Fact
     assert layer.convolution is not None
     assert layer.decomposition is not None
     weight, bias = module.weight, module.bias
-    factored = layer.decomposition.layer(
+    factored = layer.decomposition.make_layer(
         layer.convolution,
         [kernel.to(weight.dtype) for kernel in kernels],
         None if bias is None else bias.detach(),
-        layer.executor,
+        layer.implementation,
     )
     if weight.dim() == 4 and _is_channels_last(weight):
         factored = factored.to(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ class DeepTwistError(ValueError):
     """A mistake the caller can mend; its message is one line."""
 
 
-def unknown(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
+def unknown_name_error(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
     """The error for a name that is not among `options`, pointing at the nearest one.
 
     Args:
@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_whole(what: str, value: object, least: int = 1) -> None:
+def check_int(what: str, value: object, least: int = 1) -> None:
     """Checks that a value is a whole number from `least` on.
 
     Raises:

@@ -23,11 +23,11 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # what the exporter itself flattens outputs with
 
-from deeptwist.serialization import distinct
-from deeptwist.errors import DeepTwistError, check_whole, first_line
-from deeptwist.optional_imports import needs_extra
+from deeptwist.atomic_io import atomic_write
 from deeptwist.decompose import relative_difference
-from deeptwist.atomic_io import replacing
+from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.optional_imports import require_extra
+from deeptwist.serialization import distinct
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
@@ -80,11 +80,11 @@ def export_onnx(
             batch or converted to the opset, is larger than 2 GB, or computes something else in
             onnxruntime; or if the file cannot be written.
     """
-    with needs_extra("onnx"):
+    with require_extra("onnx"):
         for package in ("onnx", "onnxruntime", "onnxscript"):
             import_module(package)
     if opset is not None:
-        check_whole("opset", opset)
+        check_int("opset", opset)
     size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     if size >= _LARGEST_ONNX:
         raise DeepTwistError(
@@ -376,7 +376,7 @@ def _writing(path: Path) -> Iterator[Path]:
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise DeepTwistError(f"cannot write {path}: {reason}")
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)

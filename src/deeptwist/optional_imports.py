@@ -7,7 +7,7 @@ from deeptwist.errors import DeepTwistError
 
 
 @contextmanager
-def needs_extra(extra: str = "cli") -> Iterator[None]:
+def require_extra(extra: str = "cli") -> Iterator[None]:
     """Around an import: a package that is missing becomes an error that says how to get it.
 
     Args:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deeptwist._version import __version__
-from deeptwist.layers.geometry import Convolution
+from deeptwist.atomic_io import atomic_write
+from deeptwist.decompose import get_planned_module, replace_layers
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.decompose import planned_module, swap
-from deeptwist.atomic_io import replacing
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan, PlannedLayer
 
 FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         name: {
             "convolution": module.convolution.to_dict(),
             "decomposition": module.decomposition.to_dict(),
-            "executor": module.executor,
+            "implementation": module.implementation,
         }
         for name, module in model.named_modules()
         if isinstance(module, FactoredLayer)
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Both are complete before either takes its place.
-        with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as config:
+        with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as config:
             save_file(tensors, weights)
             values = {
                 "format_version": FORMAT_VERSION,
@@ -112,9 +112,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
             "make it on the CPU"
         )
     for layer in layers:  # before anything takes the memory that the file says it needs
-        planned_module(base, layer)
+        get_planned_module(base, layer)
     kernels = {layer.name: _empty_kernels(layer) for layer in layers}
-    small = swap(base, Plan(layers), kernels).cpu()
+    small = replace_layers(base, Plan(layers), kernels).cpu()
     try:
         state = load_file(weights)
     except SafetensorError as error:
@@ -132,7 +132,7 @@ def _check_readable(module: nn.Module, layer: PlannedLayer) -> None:
     assert layer.decomposition is not None
     kernels = _empty_kernels(layer, "meta")
     bias = torch.empty(layer.convolution.out_channels, device="meta")
-    made = layer.decomposition.layer(layer.convolution, kernels, bias, layer.executor)
+    made = layer.decomposition.make_layer(layer.convolution, kernels, bias, layer.implementation)
     strangers = module.state_dict().keys() - made.state_dict().keys()
     if strangers:
         raise DeepTwistError(
@@ -167,14 +167,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _planned(name: str, values: Any) -> PlannedLayer:
     try:
-        convolution = Convolution.from_dict(values["convolution"])
+        convolution = ConvGeometry.from_dict(values["convolution"])
         return PlannedLayer(
             name=name,
             kind="",
-            num_weights=convolution.num_weights,
+            weight_numel=convolution.weight_numel,
             convolution=convolution,
             decomposition=from_dict(values["decomposition"]),
-            executor=values.get("executor"),
+            implementation=values.get("implementation"),
         )
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(
@@ -185,7 +185,7 @@ def _planned(name: str, values: Any) -> PlannedLayer:
 def _empty_kernels(layer: PlannedLayer, device: str = "cpu") -> list[Tensor]:
     assert layer.convolution is not None
     assert layer.decomposition is not None
-    levels = layer.decomposition.levels(layer.convolution)
+    levels = layer.decomposition.convolutions(layer.convolution)
     return [torch.empty(part.kernel_shape, device=device) for level in levels for part in level]
 
 

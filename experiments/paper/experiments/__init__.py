@@ -1,6 +1,5 @@
 """The experiments, one file each, which reads as the paper's paragraph does."""
 
-from deeptwist.errors import unknown
 from experiments.paper.experiment import Experiment
 from experiments.paper.experiments import (
     fig2,
@@ -15,6 +14,8 @@ from experiments.paper.experiments import (
     table2,
     tail,
 )
+
+from deeptwist.errors import unknown_name_error
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -41,5 +42,5 @@ def experiment_of(name: str) -> Experiment:
         DeepTwistError: if there is none of this name, with the nearest.
     """
     if name not in EXPERIMENTS:
-        raise unknown("experiment", name, EXPERIMENTS)
+        raise unknown_name_error("experiment", name, EXPERIMENTS)
     return EXPERIMENTS[name]

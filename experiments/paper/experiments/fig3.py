@@ -22,6 +22,7 @@ from experiments.paper.findings import (
     number,
 )
 from experiments.paper.profiles import Setting
+
 from deeptwist.training.records import Run
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
-
-from deeptwist.decompositions import TiledSVD
 from experiments.paper.cells import Cell
 from experiments.paper.drawing import Curve, chart
 from experiments.paper.experiment import Experiment
 from experiments.paper.findings import Findings, Finished, Table, printed
 from experiments.paper.profiles import Setting
+from torch import Tensor
+
+from deeptwist.decompositions import TiledSVD
 
 SIZE, RATIO = 1024, 4
 TILES = (1024, 64, 32, 16, 8)

@@ -18,6 +18,7 @@ from experiments.paper.findings import (
     number,
 )
 from experiments.paper.profiles import Setting
+
 from deeptwist.training.records import Run
 
 TILED, TUCKER = "tiled SVD R = 10, DeepTwist", "Tucker R_c = 0.46, conventional"

@@ -17,6 +17,7 @@ from experiments.paper.findings import (
     difference,
 )
 from experiments.paper.profiles import Setting
+
 from deeptwist.training.recipe import Mode
 
 CONTROLS: dict[Mode, str] = {

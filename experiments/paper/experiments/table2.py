@@ -10,11 +10,6 @@ from collections.abc import Mapping
 from functools import cache
 
 import torch
-
-from deeptwist.layers.cost import MEGA
-from deeptwist.decompositions import Decomposition, TiledSVD, Tucker
-from deeptwist.models import build_model
-from deeptwist.plan.plan import plan
 from experiments.paper.cells import Cell
 from experiments.paper.drawing import Curve, chart, known
 from experiments.paper.experiment import Experiment
@@ -28,6 +23,11 @@ from experiments.paper.findings import (
     printed,
 )
 from experiments.paper.profiles import Setting
+
+from deeptwist.decompositions import Decomposition, TiledSVD, Tucker
+from deeptwist.layers.cost import MEGA
+from deeptwist.models import build_model
+from deeptwist.plan.plan import plan
 
 TILE = (64, 64)
 Row = tuple[float, float, float]  # weights and FLOPs in units of 2²⁰, accuracy in percent
@@ -87,7 +87,7 @@ def sizes(decomposition: Decomposition) -> tuple[float, float]:
         model = build_model("vgg19")
         image = torch.empty(1, 3, 32, 32)
     made = plan(model, decomposition, example_input=image, min_in_channels=128, linear=False)
-    weights = sum(layer.factored_weights for layer in made.compressed)
+    weights = sum(layer.compressed_numel for layer in made.compressed)
     return weights / MEGA, made.paper_flops(factored=True) / MEGA
 
 
@@ -98,7 +98,7 @@ def dense_sizes() -> tuple[float, float]:
         model = build_model("vgg19")
         image = torch.empty(1, 3, 32, 32)
     made = plan(model, Tucker(fraction=0.5), example_input=image, min_in_channels=128, linear=False)
-    weights = sum(layer.num_weights for layer in made.compressed)
+    weights = sum(layer.weight_numel for layer in made.compressed)
     return weights / MEGA, made.paper_flops(factored=False) / MEGA
 
 

@@ -13,6 +13,7 @@ from experiments.paper.drawing import Curve, chart, known
 from experiments.paper.experiment import Experiment
 from experiments.paper.findings import Findings, Finished, Table, above, count_note
 from experiments.paper.profiles import Point, Setting
+
 from deeptwist.training.recipe import Method, Mode, TailRecipe
 
 ALIGNED = (64, 72)  # a multiple of the nine taps: whole input channels

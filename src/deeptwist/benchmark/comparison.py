@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeptwist.inspect.layers import evaluating
-from deeptwist.plan.timing import Timing, median_ratio, time_in_turn, timing
+from deeptwist.inspect.layers import eval_mode
+from deeptwist.plan.timing import Timing, median_ratio, time_interleaved, timing
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def compare(
         rounds: how many samples are taken of each, two at least.
         on_round: called after every round.
     """
-    with evaluating(dense), evaluating(decomposed), torch.inference_mode():
+    with eval_mode(dense), eval_mode(decomposed), torch.inference_mode():
         return compare_runs(
             lambda: dense(example_input),
             lambda: decomposed(example_input),
@@ -59,5 +59,5 @@ def compare_runs(
     on_round: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """As `compare`, for two functions that each run a model once."""
-    first, second = time_in_turn([dense, decomposed], rounds=rounds, on_round=on_round)
+    first, second = time_interleaved([dense, decomposed], rounds=rounds, on_round=on_round)
     return Comparison(timing(first), timing(second), median_ratio(first, second))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from deeptwist.benchmark.comparison import Comparison, compare
-from deeptwist.layers.cost import Call
+from deeptwist.layers.cost import LayerCall
+from deeptwist.plan.autotune import most_expensive_call, random_dense, random_factored, random_input
 from deeptwist.plan.plan import Plan, PlannedLayer
-from deeptwist.plan.autotune import costly_call, random_dense, random_factored, random_input
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def compare_layers(
     for layer in plan.compressed:
         assert layer.convolution is not None
         assert layer.decomposition is not None
-        call = _at_batch(costly_call(layer), plan.examples, batch)
-        key = layer.convolution, layer.decomposition, layer.executor, call
+        call = _at_batch(most_expensive_call(layer), plan.examples, batch)
+        key = layer.convolution, layer.decomposition, layer.implementation, call
         if key not in measured:
             measured[key] = compare(
                 random_dense(layer.convolution, like),
-                random_factored(layer.convolution, layer.decomposition, like, layer.executor),
+                random_factored(layer.convolution, layer.decomposition, like, layer.implementation),
                 random_input(layer.convolution, call, like),
                 rounds=rounds,
             )
@@ -95,17 +95,17 @@ def _kept_if_slow(
     return replace(
         layer,
         decomposition=None,
-        executor=None,
+        implementation=None,
         relative_error=None,
         reason=f"not worth it: measured {speedup:.2f}× as fast, below {min_speedup:g}×",
     )
 
 
-def _at_batch(call: Call, examples: int, batch: int) -> Call:
-    return Call(max(1, call.count * batch // examples), call.size)
+def _at_batch(call: LayerCall, examples: int, batch: int) -> LayerCall:
+    return LayerCall(max(1, call.count * batch // examples), call.size)
 
 
-def _macs_ratio(layer: PlannedLayer, call: Call) -> float:
+def _macs_ratio(layer: PlannedLayer, call: LayerCall) -> float:
     assert layer.convolution is not None
     assert layer.decomposition is not None
     factored = layer.decomposition.macs(layer.convolution, call.size)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.benchmark.comparison import Comparison, compare_runs
+from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.runtimes import DType, Runtime, prepare
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.layers import evaluating
-from deeptwist.benchmark.memory import peak_memory
+from deeptwist.inspect.layers import eval_mode
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measure(
 def measure_memory(dense: nn.Module, decomposed: nn.Module, x: Tensor) -> PeakMemory:
     """The peak memory of a forward pass of both, in evaluation mode without gradients."""
     x = _channels_last(x)
-    with evaluating(dense), evaluating(decomposed), torch.inference_mode():
+    with eval_mode(dense), eval_mode(decomposed), torch.inference_mode():
         peaks = []
         for model in (dense, decomposed):
             model(x)  # what is made once is made now

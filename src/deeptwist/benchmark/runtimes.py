@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export import export_onnx
-from deeptwist.optional_imports import needs_extra
+from deeptwist.optional_imports import require_extra
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -71,7 +71,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _in_onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Callable[[], object]:
-    with needs_extra("onnx"):
+    with require_extra("onnx"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

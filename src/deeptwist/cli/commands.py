@@ -110,8 +110,8 @@ def decompose(
     Args:
         out: Folder for config.json and model.safetensors.
     """
-    from deeptwist.serialization import WEIGHTS, save
     from deeptwist.decompose import decompose as decompose_network
+    from deeptwist.serialization import WEIGHTS, save
 
     dense = network.build(model)
     made = options.build(dense, network.example_input(model))
@@ -201,8 +201,8 @@ def evaluate(
         artefact: A folder that deeptwist saved, instead of --weights.
         image_size: Resize a folder's images to this height and width.
     """
-    from deeptwist.serialization import load
     from deeptwist.data import load_data
+    from deeptwist.serialization import load
     from deeptwist.training.evaluation import evaluate as evaluate_network
 
     if (artefact is None) == (network.weights is None):
@@ -249,12 +249,12 @@ def benchmark(
     """
     import torch
 
-    from deeptwist.serialization import load
+    from deeptwist.benchmark.environment import describe_machine
     from deeptwist.benchmark.layers import compare_layers
     from deeptwist.benchmark.networks import measure, measure_memory
     from deeptwist.decompose import decompose as decompose_network
-    from deeptwist.decompose import plan_of
-    from deeptwist.benchmark.environment import describe_machine
+    from deeptwist.decompose import plan_from_model
+    from deeptwist.serialization import load
 
     asked = settings.build()
     if artefact is not None:
@@ -262,7 +262,7 @@ def benchmark(
     dense, example = network.build(model), network.example_input(model)
     if artefact is not None:
         small = load(artefact, model=network.build(model))
-        made = plan_of(small, dense, example)
+        made = plan_from_model(small, dense, example)
     else:
         made = options.build(dense, example)
         small = decompose_network(dense, made)
@@ -335,9 +335,9 @@ def export(
         format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
         opset: Version of ONNX's operators; torch's choice if not given.
     """
-    from deeptwist.serialization import load
-    from deeptwist.export import export_onnx, export_program, export_state_dict
     from deeptwist.decompose import decompose as decompose_network
+    from deeptwist.export import export_onnx, export_program, export_state_dict
+    from deeptwist.serialization import load
 
     if opset is not None and format != "onnx":
         raise DeepTwistError(f"--opset is of ONNX: leave it out with --format {format}")

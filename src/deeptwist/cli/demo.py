@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from deeptwist.atomic_io import write_text
 from deeptwist.data import load_digits
 from deeptwist.errors import DeepTwistError
-from deeptwist.atomic_io import write_text
 from deeptwist.report import write_report
-from deeptwist.training.run import prepare, run
 from deeptwist.training.loop import steps_per_epoch
 from deeptwist.training.recipe import Method, Mode, Recipe, make_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, Summary, read_run
+from deeptwist.training.run import prepare, run
 
 _BATCH = 128
 _MARK = ".demo"  # what tells a demo's run from a run of the user's own

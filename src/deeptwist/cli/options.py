@@ -14,7 +14,7 @@ from deeptwist.cli.parsing import (
     parse_sizes,
     parse_tile,
 )
-from deeptwist.errors import DeepTwistError, check_whole
+from deeptwist.errors import DeepTwistError, check_int
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -110,7 +110,7 @@ class BenchmarkOptions:
             ("rounds", (self.rounds,), 2),
         ):
             for count in counts:
-                check_whole(name, count, least)
+                check_int(name, count, least)
         threads = self.threads or (torch.get_num_threads(),)
         return settings_of(self.batch, threads, self.dtype, self.runtime)
 
@@ -163,8 +163,8 @@ class PlanOptions:
     def build(self, network: "nn.Module", example_input: "Tensor") -> "Plan":
         """The plan for a network."""
         from deeptwist.benchmark.layers import compare_layers, keep_slow_layers
-        from deeptwist.plan.plan import read_plan
         from deeptwist.plan.autotune import tune
+        from deeptwist.plan.plan import read_plan
 
         made = read_plan(self.plan) if self.plan is not None else self._make(network, example_input)
         if self.tune:

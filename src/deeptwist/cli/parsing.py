@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, unknown_name_error
 
 if TYPE_CHECKING:
     from deeptwist.decompositions import Decomposition
@@ -60,7 +60,9 @@ def make_decomposition(
 
     name = method.replace("-", "_")
     if name not in METHODS:
-        raise unknown("decomposition", method, [known.replace("_", "-") for known in METHODS])
+        raise unknown_name_error(
+            "decomposition", method, [known.replace("_", "-") for known in METHODS]
+        )
     values: dict[str, object] = {"method": name}
     if tile is not None:
         values["tile"] = parse_tile(tile)
@@ -93,7 +95,7 @@ def parse_override(text: str) -> "tuple[str, Override]":
     options = dict(option.partition("=")[::2] for option in written.split(",") if option)
     for option in options:
         if option not in ("tile", "rank", "fraction"):
-            raise unknown("decomposition option", option, ["tile", "rank", "fraction"])
+            raise unknown_name_error("decomposition option", option, ["tile", "rank", "fraction"])
     fraction = options.pop("fraction", None)
     try:
         number = None if fraction is None else float(fraction)

@@ -9,7 +9,7 @@ from deeptwist.data.cifar10 import load_cifar10
 from deeptwist.data.dataset import Dataset, Split
 from deeptwist.data.digits import load_digits
 from deeptwist.data.image_folder import count_images, load_image_folder
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, unknown_name_error
 
 __all__ = [
     "Dataset",
@@ -68,4 +68,4 @@ def contents_of(spec: str) -> dict[str, Any]:
 
 def _check_folder(spec: str) -> None:
     if Path(spec).name == spec and not Path(spec).expanduser().is_dir():
-        raise unknown("data set", spec, [*_NAMED, "path/to/folder"])
+        raise unknown_name_error("data set", spec, [*_NAMED, "path/to/folder"])

@@ -7,7 +7,7 @@ import torch
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
 from deeptwist.data.image_cache import cache_folder
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.optional_imports import needs_extra
+from deeptwist.optional_imports import require_extra
 
 
 def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
@@ -21,7 +21,7 @@ def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
     Raises:
         DeepTwistError: if it is not in the cache and cannot be downloaded.
     """
-    with needs_extra():
+    with require_extra():
         from torchvision.datasets import CIFAR10
     folder = str(cache_folder(cache))
     try:

@@ -3,7 +3,7 @@
 import torch
 
 from deeptwist.data.dataset import Dataset, Split
-from deeptwist.optional_imports import needs_extra
+from deeptwist.optional_imports import require_extra
 
 
 def load_digits() -> Dataset:
@@ -12,7 +12,7 @@ def load_digits() -> Dataset:
     The split is always the same and holds each digit in equal shares. Source: the test set of
     UCI's 'Optical Recognition of Handwritten Digits', its levels 0 to 16 scaled to 0 to 255.
     """
-    with needs_extra():
+    with require_extra():
         from sklearn import datasets
         from sklearn.model_selection import train_test_split
     digits = datasets.load_digits()

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deeptwist.atomic_io import atomic_write
 from deeptwist.errors import DeepTwistError
-from deeptwist.optional_imports import needs_extra
-from deeptwist.atomic_io import replacing
+from deeptwist.optional_imports import require_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +69,7 @@ def write_images(file: Path, paths: Sequence[str], image_size: int | None) -> No
     shape = (len(paths), *read_image(paths[0], image_size).shape)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary, temporary.open("wb") as array:
+        with atomic_write(file) as temporary, temporary.open("wb") as array:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(array, header)
             for image in _decoded(paths, image_size):
@@ -97,7 +97,7 @@ def read_image(path: str, image_size: int | None) -> Pixels:
     Raises:
         DeepTwistError: if the file cannot be read as an image.
     """
-    with needs_extra():
+    with require_extra():
         from PIL import Image
         from torchvision.transforms import functional
     try:
@@ -126,7 +126,7 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
 
 
 def _decoded(paths: Sequence[str], image_size: int | None) -> Iterator[Pixels]:
-    with needs_extra():
+    with require_extra():
         from rich.console import Console
         from rich.progress import track
     starts = track(

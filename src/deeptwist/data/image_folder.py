@@ -12,7 +12,7 @@ from torch import Tensor
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
 from deeptwist.data.image_cache import MixedSizesError, cache_folder, open_images, write_images
 from deeptwist.errors import DeepTwistError
-from deeptwist.optional_imports import needs_extra
+from deeptwist.optional_imports import require_extra
 
 _SIZE_FOR_MIXED = 224  # where images differ in size and none was asked for
 
@@ -91,7 +91,7 @@ class _Listing:
 
 
 def _listed(split: Path) -> _Listing:
-    with needs_extra():
+    with require_extra():
         from torchvision.datasets import ImageFolder
     if not split.is_dir():
         raise DeepTwistError(

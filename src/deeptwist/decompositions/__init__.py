@@ -6,25 +6,30 @@
 from dataclasses import fields
 from typing import Any
 
-from deeptwist.decompositions.base import Decomposition, FactoredLayer, Factors, Unfit
+from deeptwist.decompositions.base import (
+    CannotDecomposeError,
+    Decomposition,
+    FactoredLayer,
+    Factors,
+)
 from deeptwist.decompositions.cp import CP
 from deeptwist.decompositions.spatial_svd import SpatialSVD
 from deeptwist.decompositions.svd import SVD
 from deeptwist.decompositions.tiled_svd import TiledSVD
 from deeptwist.decompositions.tucker import Tucker
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, unknown_name_error
 
 __all__ = [
     "CP",
     "METHODS",
     "SVD",
+    "CannotDecomposeError",
     "Decomposition",
     "FactoredLayer",
     "Factors",
     "SpatialSVD",
     "TiledSVD",
     "Tucker",
-    "Unfit",
     "from_dict",
 ]
 
@@ -43,7 +48,7 @@ def from_dict(values: dict[str, Any]) -> Decomposition:
         raise DeepTwistError(f"not a decomposition: {values!r}")
     method = values["method"]
     if method not in METHODS:
-        raise unknown("decomposition", method, METHODS)
+        raise unknown_name_error("decomposition", method, METHODS)
     kind = METHODS[method]
     known = {field.name for field in fields(kind)}
     options = {
@@ -53,5 +58,5 @@ def from_dict(values: dict[str, Any]) -> Decomposition:
     }
     for key in options:
         if key not in known:
-            raise unknown(f"{kind.__name__} option", key, known)
+            raise unknown_name_error(f"{kind.__name__} option", key, known)
     return kind(**options)

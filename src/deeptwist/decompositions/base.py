@@ -1,14 +1,14 @@
 """The laws that every decomposition keeps.
 
 A `Decomposition` is a frozen value: a method and its rank, without tensors. It names the
-convolutions that a layer becomes (`levels`), from which all costs follow; it turns a kernel
+convolutions that a layer becomes (`convolutions`), from which all costs follow; it turns a kernel
 into `Factors`; and it builds the factored layer.
 
 Laws, each a test in ``tests/test_laws.py`` that every method joins:
 
 - ``factors.reconstruct()`` has the kernel's shape, and decomposing it again changes nothing.
 - The error never rises with the rank; at full rank it is zero (CP excepted).
-- ``num_weights`` counts the numbers that the layer stores, ``macs`` the work that it does.
+- ``weight_numel`` counts the numbers that the layer stores, ``macs`` the work that it does.
 - The layer equals the convolution with the reconstructed kernel.
 """
 
@@ -19,17 +19,21 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import Convolution
-from deeptwist.errors import DeepTwistError, check_whole, unknown
-from deeptwist.decompositions.ranks import check_ratio, largest_rank, multiple_of
+from deeptwist.decompositions.ranks import check_ratio, largest_rank, round_down
 from deeptwist.decompositions.subspace import Approximations
+from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.layers.geometry import ConvGeometry
 
-CONVOLUTIONS = "convolutions"  # the executor of a layer that is one convolution after the other
+CONVOLUTIONS = (
+    "convolutions"  # the implementation of a layer that is one convolution after the other
+)
 
-Level = tuple[Convolution, ...]  # convolutions that run side by side on parts of the channels
+ParallelConvs = tuple[
+    ConvGeometry, ...
+]  # convolutions that run side by side on parts of the channels
 
 
-class Unfit(DeepTwistError):
+class CannotDecomposeError(DeepTwistError):
     """A layer that a decomposition cannot hold, or not as small as asked."""
 
 
@@ -42,7 +46,7 @@ class Factors(ABC):
 
     @abstractmethod
     def kernels(self) -> list[Tensor]:
-        """The kernel (g, o, i, *k) of each convolution in `Decomposition.levels`, in order."""
+        """The kernel (g, o, i, *k) of each convolution in `Decomposition.convolutions`, in order."""
 
     @abstractmethod
     def starts(self) -> list[tuple[Tensor, ...]]:
@@ -59,14 +63,14 @@ class FactoredLayer(nn.Sequential):
     def __init__(
         self,
         stages: Sequence[nn.Module],
-        convolution: Convolution,
+        convolution: ConvGeometry,
         decomposition: "Decomposition",
-        executor: str,
+        implementation: str,
     ):
         super().__init__(*stages)
         self.convolution = convolution
         self.decomposition = decomposition
-        self.executor = executor
+        self.implementation = implementation
         if convolution.dims == 0:
             self.in_features, self.out_features = convolution.in_channels, convolution.out_channels
         else:
@@ -89,15 +93,15 @@ class Decomposition(ABC):
         """Whether its rank is open."""
 
     @abstractmethod
-    def open(self) -> "Decomposition":
+    def without_rank(self) -> "Decomposition":
         """The same decomposition with its rank open, for a ratio to set."""
 
     @abstractmethod
-    def with_rank_multiple(self, multiple: int) -> "Decomposition":
+    def round_ranks(self, multiple: int) -> "Decomposition":
         """Its ranks rounded down to multiples, where they are that large; it must be resolved."""
 
     @abstractmethod
-    def resolve(self, convolution: Convolution, ratio: float | None) -> "Decomposition":
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> "Decomposition":
         """The decomposition with every open choice made for this layer.
 
         Args:
@@ -105,15 +109,15 @@ class Decomposition(ABC):
             ratio: dense ÷ factored weights to keep at least, where no rank is given.
 
         Raises:
-            Unfit: if no rank keeps the ratio, or the given rank does not fit.
+            CannotDecomposeError: if no rank keeps the ratio, or the given rank does not fit.
         """
 
     @abstractmethod
-    def levels(self, convolution: Convolution) -> tuple[Level, ...]:
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
         """The convolutions that the layer becomes, level after level."""
 
     @abstractmethod
-    def lowered_shape(self, convolution: Convolution) -> tuple[int, int] | None:
+    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int] | None:
         """The matrix that one group's kernel is lowered to; none for a tensor method."""
 
     @abstractmethod
@@ -143,66 +147,66 @@ class Decomposition(ABC):
             shape: (g, o, i, *k).
         """
 
-    def num_weights(self, convolution: Convolution) -> int:
+    def weight_numel(self, convolution: ConvGeometry) -> int:
         """How many numbers the factors hold, the bias not counted."""
-        return sum(part.num_weights for level in self.levels(convolution) for part in level)
+        return sum(part.weight_numel for level in self.convolutions(convolution) for part in level)
 
-    def work(
-        self, convolution: Convolution, input_size: Sequence[int]
-    ) -> list[tuple[Convolution, tuple[int, ...]]]:
+    def workload(
+        self, convolution: ConvGeometry, input_size: Sequence[int]
+    ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
         """Every convolution of the factored layer with the spatial size that it is given."""
         size, work = tuple(input_size), []
-        for level in self.levels(convolution):
+        for level in self.convolutions(convolution):
             work += [(part, size) for part in level]
             size = level[0].output_size(size)
         return work
 
-    def macs(self, convolution: Convolution, input_size: Sequence[int]) -> int:
+    def macs(self, convolution: ConvGeometry, input_size: Sequence[int]) -> int:
         """Multiply-accumulates of the factored layer for one example of this spatial size."""
-        return sum(part.macs(size) for part, size in self.work(convolution, input_size))
+        return sum(part.macs(size) for part, size in self.workload(convolution, input_size))
 
-    def executors(self, convolution: Convolution) -> tuple[str, ...]:
+    def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:
         """The exact forms that the layer can run in, the one that should be fastest first."""
         return (CONVOLUTIONS,)
 
-    def layer(
+    def make_layer(
         self,
-        convolution: Convolution,
+        convolution: ConvGeometry,
         kernels: Sequence[Tensor],
         bias: Tensor | None,
-        executor: str | None = None,
+        implementation: str | None = None,
     ) -> FactoredLayer:
         """The layer that holds these kernels.
 
         Args:
             convolution: the geometry of the layer that it stands in for.
-            kernels: one for each convolution in `levels`.
+            kernels: one for each convolution in `convolutions`.
             bias: (out_channels,) or none.
-            executor: one of `executors`; the first if not given.
+            implementation: one of `implementations`; the first if not given.
 
         Raises:
-            DeepTwistError: if the layer has no such executor.
+            DeepTwistError: if the layer has no such implementation.
         """
-        executors = self.executors(convolution)
-        if executor is None:
-            executor = executors[0]
-        elif executor not in executors:
-            raise unknown("executor", executor, executors)
-        stages = self.stages(convolution, kernels, bias, executor)
+        implementations = self.implementations(convolution)
+        if implementation is None:
+            implementation = implementations[0]
+        elif implementation not in implementations:
+            raise unknown_name_error("implementation", implementation, implementations)
+        stages = self.make_modules(convolution, kernels, bias, implementation)
         # What follows from the geometry, as the order of channels, is made on the processor.
-        return FactoredLayer(stages, convolution, self, executor).to(kernels[0].device)
+        return FactoredLayer(stages, convolution, self, implementation).to(kernels[0].device)
 
-    def stages(
+    def make_modules(
         self,
-        convolution: Convolution,
+        convolution: ConvGeometry,
         kernels: Sequence[Tensor],
         bias: Tensor | None,
-        executor: str,
+        implementation: str,
     ) -> list[nn.Module]:
         """The modules of `layer`, in order."""
-        parts = [part for level in self.levels(convolution) for part in level]
+        parts = [part for level in self.convolutions(convolution) for part in level]
         biases = [None] * (len(parts) - 1) + [bias]
-        return [part.build(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
+        return [part.make_module(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `deeptwist.decompositions.from_dict` is its inverse."""
@@ -217,56 +221,60 @@ class Decomposition(ABC):
 
 
 @dataclass(frozen=True)
-class OneRank(Decomposition):
+class SingleRankDecomposition(Decomposition):
     """A decomposition whose size one rank sets."""
 
     rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
-            check_whole(f"{type(self).__name__} rank", self.rank)
+            check_int(f"{type(self).__name__} rank", self.rank)
 
     @abstractmethod
-    def full_rank(self, convolution: Convolution) -> int:
+    def full_rank(self, convolution: ConvGeometry) -> int:
         """The rank from which on nothing is lost."""
 
     @property
     def needs_ratio(self) -> bool:  # noqa: D102
         return self.rank is None
 
-    def open(self) -> Self:  # noqa: D102
+    def without_rank(self) -> Self:  # noqa: D102
         return replace(self, rank=None)
 
-    def with_rank_multiple(self, multiple: int) -> Self:  # noqa: D102
-        return replace(self, rank=multiple_of(self.known_rank, multiple))
+    def round_ranks(self, multiple: int) -> Self:  # noqa: D102
+        return replace(self, rank=round_down(self.resolved_rank, multiple))
 
     @property
-    def known_rank(self) -> int:
+    def resolved_rank(self) -> int:
         """The rank, once resolved."""
         if self.rank is None:
             raise DeepTwistError(f"{self} has no rank: resolve it for a layer first")
         return self.rank
 
-    def resolve(self, convolution: Convolution, ratio: float | None) -> Self:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Self:  # noqa: D102
         full = self.full_rank(convolution)
         if self.rank is not None:
             if self.rank > full:
-                raise Unfit(f"cannot hold {type(self).__name__} rank {self.rank}: at most {full}")
+                raise CannotDecomposeError(
+                    f"cannot hold {type(self).__name__} rank {self.rank}: at most {full}"
+                )
             return self
         if ratio is None:
             raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
-        budget = convolution.num_weights / check_ratio(ratio)
+        budget = convolution.weight_numel / check_ratio(ratio)
 
-        def num_weights(rank: int) -> int:
-            return replace(self, rank=rank).num_weights(convolution)
+        def weight_numel(rank: int) -> int:
+            return replace(self, rank=rank).weight_numel(convolution)
 
-        rank = largest_rank(num_weights, full, budget)
+        rank = largest_rank(weight_numel, full, budget)
         if rank == 0:
-            raise cannot_shrink(convolution, num_weights(1), ratio)
+            raise cannot_shrink(convolution, weight_numel(1), ratio)
         return replace(self, rank=rank)
 
 
-def cannot_shrink(convolution: Convolution, smallest: int, ratio: float) -> Unfit:
+def cannot_shrink(convolution: ConvGeometry, smallest: int, ratio: float) -> CannotDecomposeError:
     """The error for a layer that not even rank 1 makes `ratio` times smaller."""
-    dense = convolution.num_weights
-    return Unfit(f"cannot be {ratio:g}× smaller: rank 1 holds {smallest:,} of {dense:,} weights")
+    dense = convolution.weight_numel
+    return CannotDecomposeError(
+        f"cannot be {ratio:g}× smaller: rank 1 holds {smallest:,} of {dense:,} weights"
+    )

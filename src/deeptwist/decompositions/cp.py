@@ -12,11 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deeptwist.layers.geometry import Convolution, computing_dtype, pointwise
-from deeptwist.decompositions.base import Decomposition, Factors, Level, OneRank
-from deeptwist.decompositions.svd import SVD
+from deeptwist.decompositions.base import (
+    Decomposition,
+    Factors,
+    ParallelConvs,
+    SingleRankDecomposition,
+)
 from deeptwist.decompositions.linalg import leading_subspace
 from deeptwist.decompositions.subspace import Approximations
+from deeptwist.decompositions.svd import SVD
+from deeptwist.layers.geometry import ConvGeometry, compute_dtype, pointwise
 
 _SWEEPS = 200
 _TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last
@@ -26,7 +31,7 @@ _SHARE = 0.1  # of the tolerance: what ALS still has to gain is several times it
 
 
 @dataclass(frozen=True)
-class CP(OneRank):
+class CP(SingleRankDecomposition):
     """A sum of R outer products over output channels, input channels and every spatial axis.
 
     A kernel of one tap is a matrix, for which CP is the SVD: it resolves to `SVD`.
@@ -37,27 +42,31 @@ class CP(OneRank):
 
     method: ClassVar[str] = "cp"
 
-    def resolve(self, convolution: Convolution, ratio: float | None) -> Decomposition:  # type: ignore[override]  # noqa: D102
-        if convolution.taps == 1:
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # type: ignore[override]  # noqa: D102
+        if convolution.kernel_numel == 1:
             return SVD(rank=self.rank).resolve(convolution, ratio)
         return super().resolve(convolution, ratio)
 
-    def full_rank(self, convolution: Convolution) -> int:
+    def full_rank(self, convolution: ConvGeometry) -> int:
         """No tensor has a higher rank than the product of all its sides but the longest."""
         sides = convolution.kernel_shape[1:]
         return math.prod(sides) // max(sides)
 
-    def lowered_shape(self, convolution: Convolution) -> None:  # noqa: D102
+    def lowered_shape(self, convolution: ConvGeometry) -> None:  # noqa: D102
         return None
 
-    def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
         groups, dims = convolution.groups, convolution.dims
-        hidden = groups * self.known_rank
+        hidden = groups * self.resolved_rank
         wide = [axis for axis in range(dims) if convolution.kernel_size[axis] > 1]
         # An axis of one tap may still stride or pad: the first depthwise convolution does it too.
         narrow = [axis for axis in range(dims) if axis not in wide]
         depthwise = [
-            (convolution.along((axis, *narrow) if axis == wide[0] else (axis,), *[hidden] * 3),)
+            (
+                convolution.restricted_to(
+                    (axis, *narrow) if axis == wide[0] else (axis,), *[hidden] * 3
+                ),
+            )
             for axis in wide
         ]
         return (
@@ -67,16 +76,16 @@ class CP(OneRank):
         )
 
     def decompose(self, kernel: Tensor) -> "CPFactors":  # noqa: D102
-        bases, _ = _als(kernel, self.known_rank)
+        bases, _ = _als(kernel, self.resolved_rank)
         return CPFactors(tuple(bases))
 
     def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
-        return [(kernel, self.known_rank)]
+        return [(kernel, self.resolved_rank)]
 
     def follow(  # noqa: D102
         self, parts: Tensor, start: Sequence[Tensor], tolerance: float
     ) -> Approximations:
-        bases, sweeps = _als(parts, self.known_rank, start, tolerance * _SHARE)
+        bases, sweeps = _als(parts, self.resolved_rank, start, tolerance * _SHARE)
         return Approximations(tuple(bases), tuple(bases), sweeps)
 
     def factors(  # noqa: D102
@@ -179,7 +188,7 @@ def _als(
             break
         out, into, *spatial = _balance([out, into, *spatial])
     share = scale.flatten(1).pow(1 / (2 + len(wide))).unsqueeze(1)
-    dtype = computing_dtype(kernel.dtype)
+    dtype = compute_dtype(kernel.dtype)
     out, into, *spatial = ((basis * share).to(dtype) for basis in _balance([out, into, *spatial]))
     windows = iter(spatial)
     ones = torch.ones_like(out[:, :1])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deeptwist.layers.geometry import computing_dtype
+from deeptwist.layers.geometry import compute_dtype
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns:
         left (..., m, rank) and right (..., rank, n), whose product is the approximation.
     """
-    dtype = computing_dtype(matrix.dtype)
+    dtype = compute_dtype(matrix.dtype)
     if matrix.shape[-2] > matrix.shape[-1]:
         right, left = truncated_svd(matrix.mT, rank)
         return left.mT, right.mT

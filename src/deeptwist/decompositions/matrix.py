@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deeptwist.decompositions.base import Factors, OneRank
+from deeptwist.decompositions.base import Factors, SingleRankDecomposition
 from deeptwist.decompositions.linalg import product, truncated_svd
 from deeptwist.decompositions.subspace import Approximations, follow, start_of
 
@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]  # left (b, m, r) and right (b, r, n)
 
 
 @dataclass(frozen=True)
-class MatrixDecomposition(OneRank):
+class MatrixDecomposition(SingleRankDecomposition):
     """The truncated SVD of some matrices cut from the kernel."""
 
     @abstractmethod
@@ -32,7 +32,7 @@ class MatrixDecomposition(OneRank):
 
     @abstractmethod
     def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:
-        """The kernels in `levels` that the factors of the matrices are."""
+        """The kernels in `convolutions` that the factors of the matrices are."""
 
     def decompose(self, kernel: Tensor) -> "MatrixFactors":  # noqa: D102
         pairs = tuple(truncated_svd(matrices, rank) for matrices, rank in self.cut(kernel))

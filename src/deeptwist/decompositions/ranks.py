@@ -7,24 +7,24 @@ from fractions import Fraction
 from deeptwist.errors import DeepTwistError
 
 
-def largest_rank(num_weights: Callable[[int], int], maximum: int, budget: float) -> int:
+def largest_rank(weight_numel: Callable[[int], int], maximum: int, budget: float) -> int:
     """The largest rank from 1 to `maximum` whose weights fit the budget; 0 where none does.
 
     Ranks round down, so that a compression ratio is a promise.
 
     Args:
-        num_weights: the number of weights at a rank, never falling with it.
+        weight_numel: the number of weights at a rank, never falling with it.
         maximum: the full rank.
         budget: the most weights allowed.
     """
     low, high = 0, maximum
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if num_weights(middle) <= budget else (low, middle - 1)
+        low, high = (middle, high) if weight_numel(middle) <= budget else (low, middle - 1)
     return low
 
 
-def fraction_of(channels: int, fraction: float) -> int:
+def floor_fraction(channels: int, fraction: float) -> int:
     """⌊fraction · channels⌋, the paper's rank for Tucker (section 4).
 
     The fraction is read as the decimal that was written: 0.29 · 100 is 29, not 28.
@@ -32,7 +32,7 @@ def fraction_of(channels: int, fraction: float) -> int:
     return math.floor(Fraction(str(float(fraction))) * channels)
 
 
-def multiple_of(rank: int, multiple: int) -> int:
+def round_down(rank: int, multiple: int) -> int:
     """The largest multiple up to a rank; the rank itself where it is smaller than one."""
     return rank // multiple * multiple or rank
 

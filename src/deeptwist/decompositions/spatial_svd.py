@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.layers.geometry import Convolution
-from deeptwist.decompositions.base import Level
+from deeptwist.decompositions.base import ParallelConvs
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.lowering import lower_spatial, unlower_spatial
 
 
@@ -26,25 +26,25 @@ class SpatialSVD(MatrixDecomposition):
 
     method: ClassVar[str] = "spatial_svd"
 
-    def full_rank(self, convolution: Convolution) -> int:  # noqa: D102
+    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
         return min(self.lowered_shape(convolution))
 
-    def lowered_shape(self, convolution: Convolution) -> tuple[int, int]:  # noqa: D102
+    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
         _, out, into, *size = convolution.kernel_shape
         first = size[0] if len(size) > 1 else 1
-        return out * first, into * convolution.taps // first
+        return out * first, into * convolution.kernel_numel // first
 
-    def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
-        groups, hidden = convolution.groups, convolution.groups * self.known_rank
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+        groups, hidden = convolution.groups, convolution.groups * self.resolved_rank
         output_axes = range(1 if convolution.dims > 1 else 0)
         input_axes = range(len(output_axes), convolution.dims)
         return (
-            (convolution.along(input_axes, convolution.in_channels, hidden, groups),),
-            (convolution.along(output_axes, hidden, convolution.out_channels, groups),),
+            (convolution.restricted_to(input_axes, convolution.in_channels, hidden, groups),),
+            (convolution.restricted_to(output_axes, hidden, convolution.out_channels, groups),),
         )
 
     def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
-        return [(lower_spatial(kernel), self.known_rank)]
+        return [(lower_spatial(kernel), self.resolved_rank)]
 
     def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
         return unlower_spatial(matrices[0], shape)

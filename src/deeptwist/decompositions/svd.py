@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.layers.geometry import Convolution, pointwise
-from deeptwist.decompositions.base import Level
+from deeptwist.decompositions.base import ParallelConvs
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
+from deeptwist.layers.geometry import ConvGeometry, pointwise
 from deeptwist.layers.lowering import lower, unlower
 
 
@@ -25,23 +25,23 @@ class SVD(MatrixDecomposition):
 
     method: ClassVar[str] = "svd"
 
-    def full_rank(self, convolution: Convolution) -> int:  # noqa: D102
+    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
         return min(self.lowered_shape(convolution))
 
-    def lowered_shape(self, convolution: Convolution) -> tuple[int, int]:  # noqa: D102
+    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
         _, out, into, *_ = convolution.kernel_shape
-        return out, into * convolution.taps
+        return out, into * convolution.kernel_numel
 
-    def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
-        groups, hidden = convolution.groups, convolution.groups * self.known_rank
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+        groups, hidden = convolution.groups, convolution.groups * self.resolved_rank
         every = range(convolution.dims)
         return (
-            (convolution.along(every, convolution.in_channels, hidden, groups),),
+            (convolution.restricted_to(every, convolution.in_channels, hidden, groups),),
             (pointwise(convolution.dims, hidden, convolution.out_channels, groups),),
         )
 
     def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
-        return [(lower(kernel), self.known_rank)]
+        return [(lower(kernel), self.resolved_rank)]
 
     def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
         return unlower(matrices[0], shape)

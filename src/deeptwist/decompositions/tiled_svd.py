@@ -16,13 +16,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import Convolution
-from deeptwist.decompositions.base import Level, OneRank
+from deeptwist.decompositions.base import ParallelConvs, SingleRankDecomposition
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
-from deeptwist.layers.tiled import Plumbing
-from deeptwist.errors import DeepTwistError, check_whole
+from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.lowering import lower, unlower
-from deeptwist.layers.tiling import Grid, Span
+from deeptwist.layers.tiled import TiledLayerBuilder
+from deeptwist.layers.tiling import Grid, Segment
 
 _CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 
@@ -49,76 +49,76 @@ class TiledSVD(MatrixDecomposition):
             if not isinstance(self.tile, tuple) or len(self.tile) != 2:
                 raise DeepTwistError(f"TiledSVD tile {self.tile!r} is not a pair (rows, cols)")
             for length in self.tile:
-                check_whole("TiledSVD tile side", length)
+                check_int("TiledSVD tile side", length)
 
-    def lowered_shape(self, convolution: Convolution) -> tuple[int, int]:  # noqa: D102
+    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
         _, out, into, *_ = convolution.kernel_shape
-        return out, into * convolution.taps
+        return out, into * convolution.kernel_numel
 
     def grid(self, shape: tuple[int, int]) -> Grid:
         """The tiles over a lowered kernel of this shape."""
         return Grid(shape, self.tile or shape)
 
-    def full_rank(self, convolution: Convolution) -> int:  # noqa: D102
+    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
         shape = self.lowered_shape(convolution)
         tile = self.grid(shape).tile
         return min(*shape, *tile)
 
-    def resolve(self, convolution: Convolution, ratio: float | None) -> Self:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Self:  # noqa: D102
         tile = self.tile or _aligned_tile(convolution)
-        return OneRank.resolve(replace(self, tile=tile), convolution, ratio)
+        return SingleRankDecomposition.resolve(replace(self, tile=tile), convolution, ratio)
 
-    def is_aligned(self, convolution: Convolution) -> bool:
+    def is_aligned(self, convolution: ConvGeometry) -> bool:
         """Whether every tile covers whole input channels."""
         columns = self.grid(self.lowered_shape(convolution)).cols
-        return all(column.length % convolution.taps == 0 for column in columns)
+        return all(column.length % convolution.kernel_numel == 0 for column in columns)
 
     def ranks(self, grid: Grid) -> list[int]:
         """The rank of every patch of the grid: `rank` for full tiles, the same ratio for edges."""
         full_row, full_col = grid.rows[0].length, grid.cols[0].length
-        if self.known_rank >= min(full_row, full_col):
+        if self.resolved_rank >= min(full_row, full_col):
             return [min(row.length, col.length) for row, col in grid.patches]
 
-        def rank(row: Span, col: Span) -> int:
+        def rank(row: Segment, col: Segment) -> int:
             # r·(m+n) : m·n is to be the same in every tile, so r goes with m·n/(m+n).
             share = row.length * col.length * (full_row + full_col)
             whole = full_row * full_col * (row.length + col.length)
-            return max(1, min(self.known_rank * share // whole, row.length, col.length))
+            return max(1, min(self.resolved_rank * share // whole, row.length, col.length))
 
         return [rank(row, col) for row, col in grid.patches]
 
-    def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
-        return self._plumbing(convolution).levels
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+        return self._plumbing(convolution).convolutions
 
-    def work(  # noqa: D102
-        self, convolution: Convolution, input_size: Sequence[int]
-    ) -> list[tuple[Convolution, tuple[int, ...]]]:
+    def workload(  # noqa: D102
+        self, convolution: ConvGeometry, input_size: Sequence[int]
+    ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
         if convolution.dims == 0 and self._plumbing(convolution).dims == 1:
             input_size = (math.prod(input_size),)
         if self.is_aligned(convolution):
-            return super().work(convolution, input_size)
+            return super().workload(convolution, input_size)
         # Tile columns see the input as windows, of which there is one for each output position;
         # transposed, each input position is one.
         output_size = convolution.output_size(input_size)
         windows = tuple(input_size) if convolution.transposed else output_size
-        into, out = self.levels(convolution)
+        into, out = self.convolutions(convolution)
         return [(part, windows) for part in into] + [(part, output_size) for part in out]
 
-    def executors(self, convolution: Convolution) -> tuple[str, ...]:  # noqa: D102
-        return self._plumbing(convolution).executors
+    def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:  # noqa: D102
+        return self._plumbing(convolution).implementations
 
-    def stages(  # noqa: D102
+    def make_modules(  # noqa: D102
         self,
-        convolution: Convolution,
+        convolution: ConvGeometry,
         kernels: Sequence[Tensor],
         bias: Tensor | None,
-        executor: str,
+        implementation: str,
     ) -> list[nn.Module]:
-        return self._plumbing(convolution).stages(kernels, bias, executor)
+        return self._plumbing(convolution).make_modules(kernels, bias, implementation)
 
-    def _plumbing(self, convolution: Convolution) -> Plumbing:
+    def _plumbing(self, convolution: ConvGeometry) -> TiledLayerBuilder:
         grid = self.grid(self.lowered_shape(convolution))
-        return Plumbing(convolution, grid, self.ranks(grid), self.is_aligned(convolution))
+        return TiledLayerBuilder(convolution, grid, self.ranks(grid), self.is_aligned(convolution))
 
     def _grid_over(self, shape: Sequence[int]) -> Grid:
         return self.grid((shape[1], math.prod(shape[2:])))
@@ -165,13 +165,13 @@ class TiledSVD(MatrixDecomposition):
         return into + out
 
 
-def _aligned_tile(convolution: Convolution) -> tuple[int, int]:
+def _aligned_tile(convolution: ConvGeometry) -> tuple[int, int]:
     """The tile that loses little and runs fast, of the shapes in ``benchmarks/tiles.py``."""
     _, out, into, *_ = convolution.kernel_shape
     parts = max(1, into // _CHANNELS) if convolution.dims else 1
     while into % parts:
         parts -= 1
-    return out, into // parts * convolution.taps
+    return out, into // parts * convolution.kernel_numel
 
 
 def _patches(grid: Grid, batches: Sequence[Tensor], groups: int) -> list[Tensor]:

@@ -13,18 +13,15 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from deeptwist.layers.geometry import Convolution, computing_dtype, pointwise
 from deeptwist.decompositions.base import (
+    CannotDecomposeError,
     Decomposition,
     Factors,
-    Level,
-    Unfit,
+    ParallelConvs,
     cannot_shrink,
 )
-from deeptwist.decompositions.svd import SVD
-from deeptwist.errors import DeepTwistError, check_whole
 from deeptwist.decompositions.linalg import leading_subspace
-from deeptwist.decompositions.ranks import check_ratio, fraction_of, largest_rank, multiple_of
+from deeptwist.decompositions.ranks import check_ratio, floor_fraction, largest_rank, round_down
 from deeptwist.decompositions.subspace import (
     STEPS,
     Approximations,
@@ -36,6 +33,9 @@ from deeptwist.decompositions.subspace import (
     power_step,
     unit_rows,
 )
+from deeptwist.decompositions.svd import SVD
+from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.layers.geometry import ConvGeometry, compute_dtype, pointwise
 
 _SWEEPS = 100  # HOOI gains little after ten; this only bounds a matrix that never settles
 _TOLERANCE = 1e-6  # on what a sweep adds to the share of ‖W‖² that the core holds
@@ -64,7 +64,7 @@ class Tucker(Decomposition):
             if not isinstance(self.rank, tuple) or len(self.rank) != 2:
                 raise DeepTwistError(f"Tucker rank {self.rank!r} is not a pair (R_t, R_s)")
             for rank in self.rank:
-                check_whole("Tucker rank", rank)
+                check_int("Tucker rank", rank)
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise DeepTwistError(f"Tucker fraction {self.fraction} is not above 0 and at most 1")
 
@@ -72,32 +72,36 @@ class Tucker(Decomposition):
     def needs_ratio(self) -> bool:  # noqa: D102
         return self.rank is None and self.fraction is None
 
-    def open(self) -> Self:  # noqa: D102
+    def without_rank(self) -> Self:  # noqa: D102
         return replace(self, rank=None, fraction=None)
 
-    def with_rank_multiple(self, multiple: int) -> Self:  # noqa: D102
-        out, into = self.known_rank
-        return replace(self, rank=(multiple_of(out, multiple), multiple_of(into, multiple)))
+    def round_ranks(self, multiple: int) -> Self:  # noqa: D102
+        out, into = self.resolved_rank
+        return replace(self, rank=(round_down(out, multiple), round_down(into, multiple)))
 
     @property
-    def known_rank(self) -> tuple[int, int]:
+    def resolved_rank(self) -> tuple[int, int]:
         """The ranks (R_t, R_s), once resolved."""
         if self.rank is None:
             raise DeepTwistError(f"{self} has no rank: resolve it for a layer first")
         return self.rank
 
-    def resolve(self, convolution: Convolution, ratio: float | None) -> Decomposition:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # noqa: D102
         _, out, into, *_ = convolution.kernel_shape
-        if convolution.taps == 1:
+        if convolution.kernel_numel == 1:
             return self._as_svd(min(out, into)).resolve(convolution, ratio)
         if self.rank is not None:
             if self.rank[0] > out or self.rank[1] > into:
-                raise Unfit(f"cannot hold Tucker ranks {self.rank}: at most {(out, into)}")
+                raise CannotDecomposeError(
+                    f"cannot hold Tucker ranks {self.rank}: at most {(out, into)}"
+                )
             return self
         if self.fraction is not None:
-            ranks = fraction_of(out, self.fraction), fraction_of(into, self.fraction)
+            ranks = floor_fraction(out, self.fraction), floor_fraction(into, self.fraction)
             if min(ranks) == 0:
-                raise Unfit(f"has rank 0 at fraction {self.fraction} of {min(out, into)} channels")
+                raise CannotDecomposeError(
+                    f"has rank 0 at fraction {self.fraction} of {min(out, into)} channels"
+                )
             return Tucker(rank=ranks)
         if ratio is None:
             raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
@@ -107,10 +111,10 @@ class Tucker(Decomposition):
         if self.rank is not None:
             return SVD(rank=min(self.rank))
         if self.fraction is not None:
-            return SVD(rank=max(1, fraction_of(full_rank, self.fraction)))
+            return SVD(rank=max(1, floor_fraction(full_rank, self.fraction)))
         return SVD()
 
-    def _largest(self, convolution: Convolution, ratio: float) -> "Tucker":
+    def _largest(self, convolution: ConvGeometry, ratio: float) -> "Tucker":
         """The largest ranks in the proportion T : S, as the paper's fraction keeps it."""
         _, out, into, *_ = convolution.kernel_shape
         # Every fraction at which one of the floors steps up.
@@ -120,32 +124,32 @@ class Tucker(Decomposition):
             fraction = steps[step - 1]
             return Tucker(rank=(max(1, int(fraction * out)), max(1, int(fraction * into))))
 
-        def num_weights(step: int) -> int:
-            return at(step).num_weights(convolution)
+        def weight_numel(step: int) -> int:
+            return at(step).weight_numel(convolution)
 
-        step = largest_rank(num_weights, len(steps), convolution.num_weights / ratio)
+        step = largest_rank(weight_numel, len(steps), convolution.weight_numel / ratio)
         if step == 0:
-            raise cannot_shrink(convolution, num_weights(1), ratio)
+            raise cannot_shrink(convolution, weight_numel(1), ratio)
         return at(step)
 
-    def lowered_shape(self, convolution: Convolution) -> None:  # noqa: D102
+    def lowered_shape(self, convolution: ConvGeometry) -> None:  # noqa: D102
         return None
 
-    def levels(self, convolution: Convolution) -> tuple[Level, ...]:  # noqa: D102
-        rank_out, rank_in = (convolution.groups * rank for rank in self.known_rank)
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+        rank_out, rank_in = (convolution.groups * rank for rank in self.resolved_rank)
         groups, dims = convolution.groups, convolution.dims
         return (
             (pointwise(dims, convolution.in_channels, rank_in, groups),),
-            (convolution.along(range(dims), rank_in, rank_out, groups),),
+            (convolution.restricted_to(range(dims), rank_in, rank_out, groups),),
             (pointwise(dims, rank_out, convolution.out_channels, groups),),
         )
 
     def cut(self, kernel: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:  # noqa: D102
-        return [(kernel, self.known_rank)]
+        return [(kernel, self.resolved_rank)]
 
     def decompose(self, kernel: Tensor) -> "TuckerFactors":  # noqa: D102
-        rank_out, rank_in = self.known_rank
-        tensor, scale = _at_unit_scale(kernel.to(computing_dtype(kernel.dtype)))
+        rank_out, rank_in = self.resolved_rank
+        tensor, scale = _at_unit_scale(kernel.to(compute_dtype(kernel.dtype)))
         by_out, by_in = _unfoldings(tensor)
         basis_in = leading_subspace(by_in, rank_in)
         # Summed in fp64: near the optimum a sweep gains less than fp32 sums resolve.

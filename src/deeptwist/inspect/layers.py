@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from deeptwist.layers.geometry import READABLE, Convolution
-from deeptwist.layers.cost import Call
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.layers.cost import LayerCall
+from deeptwist.layers.geometry import SUPPORTED_MODULES, ConvGeometry
 
 # What networks raise where they are given what they are not made for.
-WRONG_INPUT = (
+FORWARD_ERRORS = (
     AssertionError,
     AttributeError,
     LookupError,
@@ -34,7 +34,7 @@ class Layer:
     Attributes:
         module: the module.
         names: its names in the model; more than one where the model uses it more than once.
-        num_weights: its weights, bias not counted; those of an earlier layer count there.
+        weight_numel: its weights, bias not counted; those of an earlier layer count there.
         convolution: its geometry; none where it cannot be read.
         calls: how the example input used it, in order.
         turn: when the example input first reached it: 0, 1, …; after all others if never.
@@ -43,9 +43,9 @@ class Layer:
 
     module: nn.Module
     names: tuple[str, ...]
-    num_weights: int
-    convolution: Convolution | None
-    calls: tuple[Call, ...]
+    weight_numel: int
+    convolution: ConvGeometry | None
+    calls: tuple[LayerCall, ...]
     turn: int
     reason: str | None
 
@@ -92,7 +92,7 @@ def layers_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
             Layer(
                 module=module,
                 names=tuple(found),
-                num_weights=sum(p.numel() for p in own),
+                weight_numel=sum(p.numel() for p in own),
                 convolution=convolution,
                 calls=tuple(calls[module]),
                 turn=turns[module],
@@ -121,14 +121,14 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _is_kernel(module: nn.Module, parameter: nn.Parameter) -> bool:
-    return isinstance(module, READABLE) and parameter is getattr(module, "weight", None)
+    return isinstance(module, SUPPORTED_MODULES) and parameter is getattr(module, "weight", None)
 
 
-def _geometry(module: nn.Module) -> tuple[Convolution | None, str | None]:
-    if not isinstance(module, READABLE):
+def _geometry(module: nn.Module) -> tuple[ConvGeometry | None, str | None]:
+    if not isinstance(module, SUPPORTED_MODULES):
         return None, None
     try:
-        return Convolution.of(module), None
+        return ConvGeometry.from_module(module), None
     except DeepTwistError as error:
         return None, f"has an unusual geometry: {error}"
 
@@ -138,14 +138,14 @@ def _unreadable(module: nn.Module) -> str | None:
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "has a parametrized weight: torch.nn.utils.parametrize.remove_parametrizations first"
-    if kind not in READABLE:
-        known = isinstance(module, READABLE)
+    if kind not in SUPPORTED_MODULES:
+        known = isinstance(module, SUPPORTED_MODULES)
         return f"is a {kind.__name__}, " + (
             "a subclass that may compute something else" if known else "not a convolution"
         )
     if "forward" in vars(module):
         return "has a forward of its own"
-    if carries_hooks(module):
+    if has_hooks(module):
         return "carries hooks (weight_norm, pruning, …), which a factored layer would lose"
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
@@ -155,13 +155,13 @@ def _unreadable(module: nn.Module) -> str | None:
     return None
 
 
-def carries_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
     return bool(any(hooks) or module._backward_pre_hooks)
 
 
-def inputs_of(example_input: object) -> tuple[Tensor, ...]:
+def as_tuple(example_input: object) -> tuple[Tensor, ...]:
     """A model's positional inputs, of the one or the tuple that was given.
 
     Raises:
@@ -178,9 +178,9 @@ def inputs_of(example_input: object) -> tuple[Tensor, ...]:
 
 def _record_calls(
     model: nn.Module, inputs: tuple[Tensor, ...], modules: list[nn.Module]
-) -> tuple[dict[nn.Module, list[Call]], dict[nn.Module, str]]:
+) -> tuple[dict[nn.Module, list[LayerCall]], dict[nn.Module, str]]:
     """How the inputs use each module, in order of first use, and the uses that no factors serve."""
-    calls: dict[nn.Module, list[Call]] = {}
+    calls: dict[nn.Module, list[LayerCall]] = {}
     surprises: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -190,14 +190,14 @@ def _record_calls(
             return
         calls.setdefault(module, []).append(_call(module, given[0]))
 
-    readable = [module for module in modules if isinstance(module, READABLE)]
+    readable = [module for module in modules if isinstance(module, SUPPORTED_MODULES)]
     # One that is expanded cannot be written to.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if 0 not in buffer.stride()]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in readable]
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(*inputs)
-    except WRONG_INPUT as error:
+    except FORWARD_ERRORS as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise DeepTwistError(
             f"{type(model).__name__} cannot run on the example input {shapes}: {first_line(error)}"
@@ -213,15 +213,15 @@ def _record_calls(
     return calls, surprises
 
 
-def _call(module: nn.Module, x: Tensor) -> Call:
+def _call(module: nn.Module, x: Tensor) -> LayerCall:
     if isinstance(module, nn.Linear):
-        return Call(x.shape[:-1].numel(), ())
-    dims = len(Convolution.of(module).kernel_size)
-    return Call(x.shape[0] if x.dim() == dims + 2 else 1, tuple(x.shape[-dims:]))
+        return LayerCall(x.shape[:-1].numel(), ())
+    dims = len(ConvGeometry.from_module(module).kernel_size)
+    return LayerCall(x.shape[0] if x.dim() == dims + 2 else 1, tuple(x.shape[-dims:]))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts the model in evaluation mode and every module back to what it was afterwards."""
     before = {module: module.training for module in model.modules()}
     model.eval()

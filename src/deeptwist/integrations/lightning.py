@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from deeptwist.twist.distortion import DeepTwist
-from deeptwist.optional_imports import needs_extra
 from deeptwist.integrations.optimizer_hooks import after_each_step
+from deeptwist.optional_imports import require_extra
+from deeptwist.twist.distortion import DeepTwist
 
-with needs_extra():
+with require_extra():
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 

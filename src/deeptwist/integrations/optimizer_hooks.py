@@ -6,8 +6,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from deeptwist.twist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
+from deeptwist.twist.distortion import DeepTwist
 
 
 def after_each_step(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeptwist.twist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
-from deeptwist.optional_imports import needs_extra
 from deeptwist.integrations.optimizer_hooks import after_each_step
+from deeptwist.optional_imports import require_extra
+from deeptwist.twist.distortion import DeepTwist
 
-with needs_extra("transformers"):
+with require_extra("transformers"):
     from accelerate.utils import extract_model_from_parallel
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState

@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deeptwist.layers.geometry import Convolution
+from deeptwist.layers.geometry import ConvGeometry
 
 MEGA = 2**20  # the paper's M
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One use of a layer on the example input.
 
     Attributes:
@@ -26,15 +26,15 @@ class Call:
     size: tuple[int, ...]
 
 
-Work = Iterable[tuple[Convolution, tuple[int, ...]]]  # convolutions with their input sizes
+Workload = Iterable[tuple[ConvGeometry, tuple[int, ...]]]  # convolutions with their input sizes
 
 
-def macs(work: Work) -> int:
+def macs(work: Workload) -> int:
     """Multiply-accumulates for one example."""
     return sum(convolution.macs(size) for convolution, size in work)
 
 
-def paper_flops(work: Work) -> int:
+def paper_flops(work: Workload) -> int:
     """The paper's FLOPs for one example: 2K − 1 for an output that sums K products.
 
     Table 2 prints these, and weight counts, in units of `MEGA`.
@@ -44,5 +44,5 @@ def paper_flops(work: Work) -> int:
     )
 
 
-def _outputs(convolution: Convolution, input_size: Sequence[int]) -> int:
+def _outputs(convolution: ConvGeometry, input_size: Sequence[int]) -> int:
     return convolution.out_channels * math.prod(convolution.output_size(input_size))

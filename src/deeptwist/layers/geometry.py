@@ -12,15 +12,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_whole, first_line
+from deeptwist.errors import DeepTwistError, check_int, first_line
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-READABLE: tuple[type[nn.Module], ...] = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+SUPPORTED_MODULES: tuple[type[nn.Module], ...] = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 
 
 @dataclass(frozen=True)
-class Convolution:
+class ConvGeometry:
     """The geometry of one convolution or linear layer.
 
     Attributes:
@@ -49,7 +49,7 @@ class Convolution:
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "groups"):
-            check_whole(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise DeepTwistError(
                 f"groups {self.groups} do not divide {self.in_channels}→{self.out_channels}"
@@ -64,14 +64,14 @@ class Convolution:
             if not isinstance(values, tuple) or len(values) != self.dims:
                 raise DeepTwistError(f"{name} {values!r} is not one number per spatial axis")
             for value in values:
-                check_whole(name, value, smallest)
+                check_int(name, value, smallest)
         if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise DeepTwistError(f"padding_mode {self.padding_mode!r} is not one of torch's")
         if not isinstance(self.transposed, bool):
             raise DeepTwistError(f"transposed {self.transposed!r} is neither true nor false")
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Convolution":
+    def from_module(cls, layer: nn.Module) -> "ConvGeometry":
         """Reads the geometry of a torch layer.
 
         Args:
@@ -111,7 +111,7 @@ class Convolution:
         return len(self.kernel_size)
 
     @property
-    def taps(self) -> int:
+    def kernel_numel(self) -> int:
         """The number of kernel positions, d·d in the paper; 1 for a linear layer."""
         return math.prod(self.kernel_size)
 
@@ -126,7 +126,7 @@ class Convolution:
         )
 
     @property
-    def num_weights(self) -> int:
+    def weight_numel(self) -> int:
         """How many numbers the kernel holds, the bias not counted."""
         return math.prod(self.kernel_shape)
 
@@ -148,11 +148,11 @@ class Convolution:
     def macs(self, input_size: Sequence[int]) -> int:
         """Multiply-accumulates for one example of this spatial size; the bias not counted."""
         positions = input_size if self.transposed else self.output_size(input_size)
-        return self.num_weights * math.prod(positions)
+        return self.weight_numel * math.prod(positions)
 
-    def along(
+    def restricted_to(
         self, axes: Collection[int], in_channels: int, out_channels: int, groups: int
-    ) -> "Convolution":
+    ) -> "ConvGeometry":
         """The convolution that does this one's work on some spatial axes and none on the others.
 
         It keeps kernel size, stride, padding and dilation on `axes` and is pointwise elsewhere;
@@ -164,7 +164,7 @@ class Convolution:
 
         if not axes:
             return pointwise(self.dims, in_channels, out_channels, groups)
-        return Convolution(
+        return ConvGeometry(
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=keep(self.kernel_size, 1),
@@ -177,7 +177,7 @@ class Convolution:
             output_padding=keep(self.output_padding, 0),
         )
 
-    def build(self, kernel: Tensor, bias: Tensor | None) -> nn.Module:
+    def make_module(self, kernel: Tensor, bias: Tensor | None) -> nn.Module:
         """The plain torch layer of this geometry that holds these numbers.
 
         Args:
@@ -208,7 +208,7 @@ class Convolution:
                 **options,
             )
         # Memory of their own: a slice of a larger tensor would keep, and save, the whole.
-        weight = weight_of(kernel, self).clone(memory_format=torch.contiguous_format)
+        weight = kernel_to_weight(kernel, self).clone(memory_format=torch.contiguous_format)
         layer.weight = nn.Parameter(weight)
         layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone()))
         return layer
@@ -219,7 +219,7 @@ class Convolution:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Convolution":
+    def from_dict(cls, values: dict[str, Any]) -> "ConvGeometry":
         """The inverse of `to_dict`.
 
         Raises:
@@ -242,15 +242,15 @@ class Convolution:
         return text + (", transposed" if self.transposed else "")
 
 
-def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> Convolution:
+def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> ConvGeometry:
     """The 1×1 convolution with `dims` spatial axes (the linear layer where there are none)."""
     ones, zeros = (1,) * dims, (0,) * dims
-    return Convolution(
+    return ConvGeometry(
         in_channels, out_channels, ones, ones, zeros, ones, groups, output_padding=zeros
     )
 
 
-def kernel_of(weight: Tensor, convolution: Convolution) -> Tensor:
+def weight_to_kernel(weight: Tensor, convolution: ConvGeometry) -> Tensor:
     """A torch weight as the kernel (g, o, i, *k): transposed layers store (g·i, o, *k)."""
     groups, out, into, *size = convolution.kernel_shape
     if convolution.transposed:
@@ -258,13 +258,13 @@ def kernel_of(weight: Tensor, convolution: Convolution) -> Tensor:
     return weight.reshape(groups, out, into, *size)
 
 
-def weight_of(kernel: Tensor, convolution: Convolution) -> Tensor:
-    """The inverse of `kernel_of`."""
+def kernel_to_weight(kernel: Tensor, convolution: ConvGeometry) -> Tensor:
+    """The inverse of `weight_to_kernel`."""
     if convolution.transposed:
         kernel = kernel.transpose(1, 2)
     return kernel.flatten(0, 1)
 
 
-def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that a decomposition computes in: fp64 for fp64, fp32 for all narrower ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deeptwist.layers.geometry import Convolution
+from deeptwist.layers.geometry import ConvGeometry
 
 
-class Branches(nn.Module):
+class SplitConcat(nn.Module):
     """Runs every layer on its own run of channels and joins what they give.
 
     `dims` spatial axes follow the channels, here and in `ChannelPermutation`; a batch may precede
@@ -52,10 +52,10 @@ def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:
     return None if torch.equal(order, identity) else ChannelPermutation(order, dims)
 
 
-class Im2col(nn.Module):
+class Unfold(nn.Module):
     """The windows that a convolution sees, as channels: `F.unfold` in any number of axes."""
 
-    def __init__(self, convolution: Convolution):
+    def __init__(self, convolution: ConvGeometry):
         super().__init__()
         self.convolution = convolution
 
@@ -98,7 +98,7 @@ def _every(x: Tensor, axis: int, step: int) -> Tensor:
     return x[(slice(None),) * axis + (slice(None, None, step),)]
 
 
-class OverFeatures(nn.Sequential):
+class PointwiseOnLastDim(nn.Sequential):
     """Runs pointwise 1-D convolutions over the last axis, where a linear layer's features are."""
 
     def forward(self, x: Tensor) -> Tensor:

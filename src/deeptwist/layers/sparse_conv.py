@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deeptwist.layers.geometry import Convolution, weight_of
-from deeptwist.layers.tiling import Span
+from deeptwist.layers.geometry import ConvGeometry, kernel_to_weight
+from deeptwist.layers.tiling import Segment
 
 
 @dataclass(frozen=True)
-class Windows:
+class ChannelWindows:
     """The channels that the tiles of one span of columns touch, in each group.
 
     Attributes:
@@ -26,7 +26,7 @@ class Windows:
         channels: input channels of one group.
     """
 
-    span: Span
+    span: Segment
     taps: int
     channels: int
 
@@ -64,12 +64,12 @@ class Windows:
         return range(self.span.offset, self.span.stop, self.span.length)
 
 
-class ZeroPadded(nn.Module):
+class ScatterWeight(nn.Module):
     """Parametrization of a convolution over windows: from its tiles' numbers to its weight."""
 
     places: Tensor
 
-    def __init__(self, convolution: Convolution, windows: Windows):
+    def __init__(self, convolution: ConvGeometry, windows: ChannelWindows):
         super().__init__()
         self.convolution = convolution
         shifts = torch.tensor(windows.shifts).repeat(
@@ -84,10 +84,12 @@ class ZeroPadded(nn.Module):
         tiles = columns.unflatten(0, (blocks, hidden))
         padded = tiles.new_zeros(blocks, hidden, torch.Size(rest).numel())
         padded = padded.scatter(2, self.places.expand(-1, hidden, -1), tiles)
-        return weight_of(padded.unflatten(2, rest), self.convolution)
+        return kernel_to_weight(padded.unflatten(2, rest), self.convolution)
 
 
-def window_convolution(convolution: Convolution, windows: Windows, kernel: Tensor) -> nn.Module:
+def window_convolution(
+    convolution: ConvGeometry, windows: ChannelWindows, kernel: Tensor
+) -> nn.Module:
     """The convolution over windows, one group for every tile; without bias.
 
     Args:
@@ -95,10 +97,10 @@ def window_convolution(convolution: Convolution, windows: Windows, kernel: Tenso
         windows: where the tiles lie.
         kernel: (blocks, hidden, tile columns, …), the tiles' numbers.
     """
-    layer = convolution.build(torch.empty(convolution.kernel_shape, device="meta"), None)
+    layer = convolution.make_module(torch.empty(convolution.kernel_shape, device="meta"), None)
     layer.weight = nn.Parameter(kernel.flatten(2).flatten(0, 1).clone())
     # 'unsafe' allows the stored numbers to be fewer than the weight's.
     parametrize.register_parametrization(
-        layer, "weight", ZeroPadded(convolution, windows), unsafe=True
+        layer, "weight", ScatterWeight(convolution, windows), unsafe=True
     )
     return layer

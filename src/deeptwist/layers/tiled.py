@@ -1,7 +1,7 @@
 """How a tiled layer runs: the channels' way from tile columns over hidden channels to tile rows.
 
 The second round, tile rows, is always a 1×1 convolution grouped by tile row. The first has several
-exact forms, the executors:
+exact forms, the implementations:
 
 - ``grouped``: tiles of whole channels are one d×d convolution, grouped by tile column.
 - ``windows``: tiles that cut through channels, as one d×d convolution over the channels that they
@@ -18,10 +18,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import Convolution, pointwise
-from deeptwist.decompositions.base import Level
-from deeptwist.layers.routing import Branches, Im2col, OverFeatures, permutation
-from deeptwist.layers.sparse_conv import Windows, window_convolution
+from deeptwist.decompositions.base import ParallelConvs
+from deeptwist.layers.geometry import ConvGeometry, pointwise
+from deeptwist.layers.routing import PointwiseOnLastDim, SplitConcat, Unfold, permutation
+from deeptwist.layers.sparse_conv import ChannelWindows, window_convolution
 from deeptwist.layers.tiling import Grid
 
 GROUPED, WINDOWS, IM2COL = "grouped", "windows", "im2col"
@@ -31,10 +31,10 @@ _MACS_PER_NUMBER = 40
 
 
 @dataclass(frozen=True)
-class Plumbing:
+class TiledLayerBuilder:
     """How the channels run from tile columns to tile rows."""
 
-    convolution: Convolution
+    convolution: ConvGeometry
     grid: Grid
     ranks: list[int]
     aligned: bool
@@ -45,7 +45,7 @@ class Plumbing:
         return self.convolution.dims or int(self.grid.num_tiles > 1)
 
     @property
-    def levels(self) -> tuple[Level, ...]:
+    def convolutions(self) -> tuple[ParallelConvs, ...]:
         """The convolutions of tile columns, then those of tile rows."""
         conv, groups = self.convolution, self.convolution.groups
         width = len(self.grid.cols)
@@ -55,8 +55,8 @@ class Plumbing:
             hidden = sum(row.count * rank for row, rank in zip(self.grid.rows, ranks, strict=True))
             blocks = groups * col.count
             if self.aligned and conv.dims:
-                channels = blocks * col.length // conv.taps
-                into.append(conv.along(range(conv.dims), channels, blocks * hidden, blocks))
+                channels = blocks * col.length // conv.kernel_numel
+                into.append(conv.restricted_to(range(conv.dims), channels, blocks * hidden, blocks))
             else:
                 into.append(pointwise(self.dims, blocks * col.length, blocks * hidden, blocks))
         for r, row in enumerate(self.grid.rows):
@@ -67,44 +67,45 @@ class Plumbing:
         return tuple(into), tuple(out)
 
     @property
-    def executors(self) -> tuple[str, ...]:
+    def implementations(self) -> tuple[str, ...]:
         """Every form that is exact for this layer, the one that should be fastest first.
 
         The rule, per output position: the first round costs its MACs, zero taps included, and
         `_MACS_PER_NUMBER` for every number that it gathers.
         """
         conv = self.convolution
-        if conv.taps == 1:
+        if conv.kernel_numel == 1:
             return (GROUPED,)
         if conv.transposed:
             return (GROUPED,) if self.aligned else (WINDOWS,)
         if self.aligned:
             return GROUPED, IM2COL
-        into, _ = self.levels
-        macs = sum(part.num_weights for part in into)
+        into, _ = self.convolutions
+        macs = sum(part.weight_numel for part in into)
         padded = [self._over_windows(column) for column in range(len(into))]
         gathered = sum(part.in_channels for part in padded) * math.prod(conv.stride)
         cost = {
-            WINDOWS: sum(p.num_weights for p in padded) + _MACS_PER_NUMBER * gathered,
-            IM2COL: macs + _MACS_PER_NUMBER * conv.in_channels * conv.taps,
+            WINDOWS: sum(p.weight_numel for p in padded) + _MACS_PER_NUMBER * gathered,
+            IM2COL: macs + _MACS_PER_NUMBER * conv.in_channels * conv.kernel_numel,
         }
         return tuple(sorted(cost, key=lambda name: cost[name]))
 
-    def stages(
-        self, kernels: Sequence[Tensor], bias: Tensor | None, executor: str
+    def make_modules(
+        self, kernels: Sequence[Tensor], bias: Tensor | None, implementation: str
     ) -> list[nn.Module]:
         """The layer's modules, in order."""
-        conv, (into, out) = self.convolution, self.levels
+        conv, (into, out) = self.convolution, self.convolutions
         exchange, departure = self._hidden_order(), self._output_order()
-        arrival, columns = self._first_round(kernels[: len(into)], executor)
+        arrival, columns = self._first_round(kernels[: len(into)], implementation)
         biases: Sequence[Tensor | None] = [None] * len(out)
         if bias is not None:
             biases = bias[departure.argsort()].split([part.out_channels for part in out])
         rows = [
-            part.build(k, b) for part, k, b in zip(out, kernels[len(into) :], biases, strict=True)
+            part.make_module(k, b)
+            for part, k, b in zip(out, kernels[len(into) :], biases, strict=True)
         ]
         stages: list[nn.Module | None] = [
-            Im2col(conv) if executor == IM2COL else None,
+            Unfold(conv) if implementation == IM2COL else None,
             permutation(arrival, self.dims),
             _abreast(columns, self.dims),
             permutation(exchange, self.dims),
@@ -112,44 +113,48 @@ class Plumbing:
             permutation(departure, self.dims),
         ]
         present = [stage for stage in stages if stage is not None]
-        return present if self.dims == conv.dims else [OverFeatures(*present)]
+        return present if self.dims == conv.dims else [PointwiseOnLastDim(*present)]
 
     def _first_round(
-        self, kernels: Sequence[Tensor], executor: str
+        self, kernels: Sequence[Tensor], implementation: str
     ) -> tuple[Tensor, list[nn.Module]]:
         """The order in which channels arrive, and a layer for each column patch."""
-        into, _ = self.levels
-        if executor == WINDOWS:
+        into, _ = self.convolutions
+        if implementation == WINDOWS:
             windows = [self._windows(column) for column in range(len(into))]
             order = [window.order(self.convolution.groups) for window in windows]
             return torch.cat(order), [
                 window_convolution(self._over_windows(column), windows[column], kernel)
                 for column, kernel in enumerate(kernels)
             ]
-        if executor == IM2COL:
+        if implementation == IM2COL:
             into = tuple(self._over_columns(part) for part in into)
             kernels = [
                 kernel.reshape(part.kernel_shape)
                 for part, kernel in zip(into, kernels, strict=True)
             ]
-        layers = [part.build(kernel, None) for part, kernel in zip(into, kernels, strict=True)]
-        return self._input_order(1 if executor == IM2COL else self.convolution.taps), layers
+        layers = [
+            part.make_module(kernel, None) for part, kernel in zip(into, kernels, strict=True)
+        ]
+        return self._input_order(
+            1 if implementation == IM2COL else self.convolution.kernel_numel
+        ), layers
 
-    def _windows(self, column: int) -> Windows:
-        taps = self.convolution.taps
-        return Windows(self.grid.cols[column], taps, self.grid.shape[1] // taps)
+    def _windows(self, column: int) -> ChannelWindows:
+        taps = self.convolution.kernel_numel
+        return ChannelWindows(self.grid.cols[column], taps, self.grid.shape[1] // taps)
 
-    def _over_windows(self, column: int) -> Convolution:
-        part, windows = self.levels[0][column], self._windows(column)
-        return self.convolution.along(
+    def _over_windows(self, column: int) -> ConvGeometry:
+        part, windows = self.convolutions[0][column], self._windows(column)
+        return self.convolution.restricted_to(
             range(self.convolution.dims),
             part.groups * windows.width,
             part.out_channels,
             part.groups,
         )
 
-    def _over_columns(self, part: Convolution) -> Convolution:
-        columns = part.in_channels * part.taps
+    def _over_columns(self, part: ConvGeometry) -> ConvGeometry:
+        columns = part.in_channels * part.kernel_numel
         return pointwise(self.dims, columns, part.out_channels, part.groups)
 
     def _input_order(self, taps: int) -> Tensor:
@@ -197,4 +202,4 @@ class Plumbing:
 def _abreast(layers: list[nn.Module], dims: int) -> nn.Module:
     if len(layers) == 1:
         return layers[0]
-    return Branches(layers, [cast(nn.Conv2d, layer).in_channels for layer in layers], dims)
+    return SplitConcat(layers, [cast(nn.Conv2d, layer).in_channels for layer in layers], dims)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Span:
+class Segment:
     """A run of equally long pieces of one axis."""
 
     offset: int
@@ -22,7 +22,7 @@ class Span:
 
 
 @cache  # a distortion asks for every layer's, again and again
-def cut(size: int, length: int) -> tuple[Span, ...]:
+def cut(size: int, length: int) -> tuple[Segment, ...]:
     """Cuts an axis into pieces of `length`; what is left over is one shorter piece.
 
     Returns:
@@ -30,8 +30,8 @@ def cut(size: int, length: int) -> tuple[Span, ...]:
     """
     length = min(length, size)
     count, edge = divmod(size, length)
-    full = Span(0, length, count)
-    return (full, Span(full.stop, edge, 1)) if edge else (full,)
+    full = Segment(0, length, count)
+    return (full, Segment(full.stop, edge, 1)) if edge else (full,)
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Grid:
     tile: tuple[int, int]
 
     @property
-    def rows(self) -> tuple[Span, ...]:
+    def rows(self) -> tuple[Segment, ...]:
         """How the rows are cut."""
         return cut(self.shape[0], self.tile[0])
 
     @property
-    def cols(self) -> tuple[Span, ...]:
+    def cols(self) -> tuple[Segment, ...]:
         """How the columns are cut."""
         return cut(self.shape[1], self.tile[1])
 
     @property
-    def patches(self) -> tuple[tuple[Span, Span], ...]:
+    def patches(self) -> tuple[tuple[Segment, Segment], ...]:
         """The (rows, cols) spans of every patch, row by row."""
         return tuple((row, col) for row in self.rows for col in self.cols)
 

@@ -10,10 +10,10 @@ from types import ModuleType
 
 from torch import nn
 
-from deeptwist.errors import DeepTwistError, unknown
-from deeptwist.optional_imports import needs_extra
+from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
+from deeptwist.optional_imports import require_extra
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
@@ -56,16 +56,16 @@ def build_model(
     if ":" in name:
         return _from_factory(name, given)
     others = [f"{package}/{network or 'NAME'}" for package in ("torchvision", "timm")]
-    raise unknown("model", name, [*MODELS, *others, "package.module:factory"])
+    raise unknown_name_error("model", name, [*MODELS, *others, "package.module:factory"])
 
 
 def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Module:
-    with needs_extra():
+    with require_extra():
         import torchvision.models as models
     # The other tasks' networks would download a backbone, and none returns plain logits.
     classifiers = models.list_models(module=models)
     if network not in classifiers:
-        raise unknown("torchvision model", network, classifiers)
+        raise unknown_name_error("torchvision model", network, classifiers)
     if in_channels != 3:
         raise DeepTwistError(
             f"torchvision/{network} takes 3 input channels, not {in_channels}: "
@@ -76,11 +76,11 @@ def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Mo
 
 
 def _from_timm(network: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
-    with needs_extra("timm"):
+    with require_extra("timm"):
         import timm
     known = {*timm.list_models(), *timm.list_pretrained()}  # bare, and with a weights' tag
     if network not in known:
-        raise unknown("timm model", network, known)
+        raise unknown_name_error("timm model", network, known)
     model: nn.Module = timm.create_model(
         network, pretrained=False, num_classes=num_classes, in_chans=in_channels
     )
@@ -92,7 +92,7 @@ def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
     module = _import_own(module_name)
     if not hasattr(module, attribute):
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise unknown(f"factory in {module_name}", attribute, public)
+        raise unknown_name_error(f"factory in {module_name}", attribute, public)
     factory = getattr(module, attribute)
     if not callable(factory) or isinstance(factory, nn.Module):
         raise DeepTwistError(f"{name} is of type {type(factory).__name__}, not a function to call")

@@ -11,17 +11,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import Convolution
-from deeptwist.layers.cost import Call
 from deeptwist.decompositions import Decomposition
+from deeptwist.layers.cost import LayerCall
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan, PlannedLayer
-from deeptwist.plan.timing import time_in_turn
+from deeptwist.plan.timing import time_interleaved
 
 _ROUNDS = 9
 
 
 def tune(model: nn.Module, plan: Plan) -> Plan:
-    """The plan with the fastest executor of every layer, by the clock, on the plan's input sizes.
+    """The plan with the fastest implementation of every layer, by the clock, on the plan's input sizes.
 
     Args:
         model: the network that was planned; its device and type are those that are timed.
@@ -31,18 +31,18 @@ def tune(model: nn.Module, plan: Plan) -> Plan:
     fastest: dict[object, str] = {}
     layers = []
     for layer in plan.layers:
-        executors = layer.executors
-        if len(executors) > 1:
+        implementations = layer.implementations
+        if len(implementations) > 1:
             key = layer.convolution, layer.decomposition, layer.calls
             if key not in fastest:
-                times = time_executors(layer, like)
+                times = time_implementations(layer, like)
                 fastest[key] = min(times, key=lambda name: times[name])
-            layer = replace(layer, executor=fastest[key])
+            layer = replace(layer, implementation=fastest[key])
         layers.append(layer)
     return replace(plan, layers=tuple(layers))
 
 
-def time_executors(layer: PlannedLayer, like: Tensor) -> Mapping[str, float]:
+def time_implementations(layer: PlannedLayer, like: Tensor) -> Mapping[str, float]:
     """Milliseconds of a planned layer in each of its exact forms, at its most costly use.
 
     Args:
@@ -51,45 +51,50 @@ def time_executors(layer: PlannedLayer, like: Tensor) -> Mapping[str, float]:
     """
     assert layer.convolution is not None
     assert layer.decomposition is not None
-    x = random_input(layer.convolution, costly_call(layer), like)
+    x = random_input(layer.convolution, most_expensive_call(layer), like)
     forms = {
         name: random_factored(layer.convolution, layer.decomposition, like, name)
-        for name in layer.executors
+        for name in layer.implementations
     }
     with torch.inference_mode():
-        samples = time_in_turn([partial(form, x) for form in forms.values()], rounds=_ROUNDS)
+        samples = time_interleaved([partial(form, x) for form in forms.values()], rounds=_ROUNDS)
     return {name: statistics.median(own) for name, own in zip(forms, samples, strict=True)}
 
 
-def costly_call(layer: PlannedLayer) -> Call:
+def most_expensive_call(layer: PlannedLayer) -> LayerCall:
     """The layer's use that takes the most MACs."""
     convolution = layer.convolution
     assert convolution is not None
     return max(layer.calls, key=lambda call: call.count * convolution.macs(call.size))
 
 
-def random_input(convolution: Convolution, call: Call, like: Tensor) -> Tensor:
+def random_input(convolution: ConvGeometry, call: LayerCall, like: Tensor) -> Tensor:
     """Standard normal numbers as one use gives them to the layer; images in channels_last."""
     x = torch.randn(call.count, convolution.in_channels, *call.size).to(like)
     return x.to(memory_format=torch.channels_last) if convolution.dims == 2 else x
 
 
-def random_dense(convolution: Convolution, like: Tensor) -> nn.Module:
+def random_dense(convolution: ConvGeometry, like: Tensor) -> nn.Module:
     """The layer of this geometry with numbers drawn, ready to be timed."""
     kernel = torch.randn(convolution.kernel_shape).to(like)
-    return _ready(convolution.build(kernel, like.new_zeros(convolution.out_channels)), convolution)
+    return _ready(
+        convolution.make_module(kernel, like.new_zeros(convolution.out_channels)), convolution
+    )
 
 
 def random_factored(
-    convolution: Convolution, decomposition: Decomposition, like: Tensor, executor: str | None
+    convolution: ConvGeometry,
+    decomposition: Decomposition,
+    like: Tensor,
+    implementation: str | None,
 ) -> nn.Module:
     """The factored layer in one of its forms with numbers drawn, ready to be timed."""
-    parts = [part for level in decomposition.levels(convolution) for part in level]
+    parts = [part for level in decomposition.convolutions(convolution) for part in level]
     kernels = [torch.randn(part.kernel_shape).to(like) for part in parts]
     bias = like.new_zeros(convolution.out_channels)
-    return _ready(decomposition.layer(convolution, kernels, bias, executor), convolution)
+    return _ready(decomposition.make_layer(convolution, kernels, bias, implementation), convolution)
 
 
-def _ready(layer: nn.Module, convolution: Convolution) -> nn.Module:
+def _ready(layer: nn.Module, convolution: ConvGeometry) -> nn.Module:
     layer = layer.eval().requires_grad_(False)
     return layer.to(memory_format=torch.channels_last) if convolution.dims == 2 else layer

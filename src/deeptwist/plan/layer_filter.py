@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from deeptwist.layers.geometry import Convolution
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.layers.geometry import ConvGeometry
 
 Override = Decomposition | float | None  # another decomposition, another ratio, or keep
 
@@ -27,7 +27,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Rules:
+class LayerFilter:
     """Which layers to compress; see `deeptwist.plan` for the fields."""
 
     skip_first_conv: bool = False
@@ -46,10 +46,10 @@ class Rules:
         names = list(names)
         for pattern in (*self.include, *self.exclude, *self.overrides):
             if pattern != "*" and not any(matches(pattern, name) for name in names):
-                raise unknown("layer", pattern, names)
+                raise unknown_name_error("layer", pattern, names)
 
-    def reason_to_keep(
-        self, names: Iterable[str], convolution: Convolution, *, is_first: bool
+    def skip_reason(
+        self, names: Iterable[str], convolution: ConvGeometry, *, is_first: bool
     ) -> str | None:
         """Why a layer is to be kept; none where it is to be compressed."""
         if any(matches(pattern, name) for pattern in self.exclude for name in names):

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers import cost
-from deeptwist.layers.geometry import Convolution, kernel_of
-from deeptwist.layers.cost import Call
-from deeptwist.decompositions import Decomposition, Unfit, from_dict
-from deeptwist.errors import DeepTwistError, check_whole, first_line, unknown
-from deeptwist.inspect.layers import Layer, inputs_of, layers_of
+from deeptwist.decompositions import CannotDecomposeError, Decomposition, from_dict
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.decompositions.ranks import check_ratio
-from deeptwist.plan.layer_filter import Override, Rules
+from deeptwist.errors import DeepTwistError, check_int, first_line, unknown_name_error
+from deeptwist.inspect.layers import Layer, as_tuple, layers_of
+from deeptwist.layers import cost
+from deeptwist.layers.cost import LayerCall
+from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
+from deeptwist.plan.layer_filter import LayerFilter, Override
 
 _FORMAT = 1
 
@@ -30,30 +30,32 @@ class PlannedLayer:
         name: the module's name in the model.
         aliases: its other names, where the model uses the module more than once.
         kind: the module's class.
-        num_weights: the dense weights, the bias not counted; 0 where another layer counts them.
+        weight_numel: the dense weights, the bias not counted; 0 where another layer counts them.
         convolution: its geometry; none where deeptwist cannot read it.
         calls: how the example input used it.
         decomposition: with every rank set; none where the layer is kept.
         reason: why the layer is kept; none where it is not.
         relative_error: ‖W − W′‖_F / ‖W‖_F of the approximation at planning time.
-        executor: which of its exact forms the factored layer takes; none for the first by rule.
+        implementation: which of its exact forms the factored layer takes; none for the first by rule.
     """
 
     name: str
     kind: str
-    num_weights: int
+    weight_numel: int
     aliases: tuple[str, ...] = ()
-    convolution: Convolution | None = None
-    calls: tuple[Call, ...] = ()
+    convolution: ConvGeometry | None = None
+    calls: tuple[LayerCall, ...] = ()
     decomposition: Decomposition | None = None
     reason: str | None = None
     relative_error: float | None = None
-    executor: str | None = None
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         self._check_fit()
-        if self.executor is not None and self.executor not in self.executors:
-            raise unknown(f"executor of layer {self.name!r}", self.executor, self.executors)
+        if self.implementation is not None and self.implementation not in self.implementations:
+            raise unknown_name_error(
+                f"implementation of layer {self.name!r}", self.implementation, self.implementations
+            )
 
     def _check_fit(self) -> None:
         if self.decomposition is None:
@@ -65,20 +67,20 @@ class PlannedLayer:
             raise DeepTwistError(f"layer {self.name!r} cannot hold {self.decomposition}")
 
     @property
-    def executors(self) -> tuple[str, ...]:
+    def implementations(self) -> tuple[str, ...]:
         """The exact forms of the factored layer, the first by rule before the others."""
         if self.decomposition is None or self.convolution is None:
             return ()
-        return self.decomposition.executors(self.convolution)
+        return self.decomposition.implementations(self.convolution)
 
     @property
-    def factored_weights(self) -> int:
+    def compressed_numel(self) -> int:
         """The weights after decomposition; the dense ones where the layer is kept."""
         if self.decomposition is None or self.convolution is None:
-            return self.num_weights
-        return self.decomposition.num_weights(self.convolution)
+            return self.weight_numel
+        return self.decomposition.weight_numel(self.convolution)
 
-    def work(self, *, factored: bool) -> list[tuple[Convolution, tuple[int, ...], int]]:
+    def workload(self, *, factored: bool) -> list[tuple[ConvGeometry, tuple[int, ...], int]]:
         """Every (convolution, input size, count) that the example input needs here."""
         if self.convolution is None:
             return []
@@ -88,7 +90,7 @@ class PlannedLayer:
             if decomposition is None:
                 work.append((self.convolution, call.size, call.count))
             else:
-                parts = decomposition.work(self.convolution, call.size)
+                parts = decomposition.workload(self.convolution, call.size)
                 work += [(part, size, call.count) for part, size in parts]
         return work
 
@@ -114,20 +116,22 @@ class PlannedLayer:
         for key, kind in kinds.items():
             if not isinstance(values[key], kind):
                 raise DeepTwistError(f"{key} of a layer is {values[key]!r}, not a {kind.__name__}")
-        check_whole("num_weights", values["num_weights"], 0)
+        check_int("weight_numel", values["weight_numel"], 0)
         for number in (number for call in values["calls"] for number in call):
-            check_whole("a size of a call", number, 0)
+            check_int("a size of a call", number, 0)
         error, reason = values["relative_error"], values["reason"]
-        if not isinstance(values.get("executor"), str | None):
-            raise DeepTwistError(f"executor of a layer is {values['executor']!r}, not a name")
+        if not isinstance(values.get("implementation"), str | None):
+            raise DeepTwistError(
+                f"implementation of a layer is {values['implementation']!r}, not a name"
+            )
         if not isinstance(error, float | int | None) or not isinstance(reason, str | None):
             raise DeepTwistError(f"layer {values['name']!r} has error {error!r}, reason {reason!r}")
         convolution, decomposition = values["convolution"], values["decomposition"]
         fields: dict[str, Any] = {
             **values,
             "aliases": tuple(str(alias) for alias in values["aliases"]),
-            "calls": tuple(Call(count, tuple(size)) for count, *size in values["calls"]),
-            "convolution": None if convolution is None else Convolution.from_dict(convolution),
+            "calls": tuple(LayerCall(count, tuple(size)) for count, *size in values["calls"]),
+            "convolution": None if convolution is None else ConvGeometry.from_dict(convolution),
             "decomposition": None if decomposition is None else from_dict(decomposition),
         }
         return cls(**fields)
@@ -162,12 +166,12 @@ class Plan:
     @property
     def dense_parameters(self) -> int:
         """All parameters of the model as it is."""
-        return self.other_parameters + sum(layer.num_weights for layer in self.layers)
+        return self.other_parameters + sum(layer.weight_numel for layer in self.layers)
 
     @property
     def parameters(self) -> int:
         """All parameters of the decomposed model."""
-        return self.other_parameters + sum(layer.factored_weights for layer in self.layers)
+        return self.other_parameters + sum(layer.compressed_numel for layer in self.layers)
 
     @property
     def compression_ratio(self) -> float:
@@ -195,14 +199,14 @@ class Plan:
     def _per_example(
         self,
         layers: Iterable[PlannedLayer],
-        count: Callable[[cost.Work], int],
+        count: Callable[[cost.Workload], int],
         *,
         factored: bool,
     ) -> int:
         total = sum(
             times * count([(convolution, size)])
             for layer in layers
-            for convolution, size, times in layer.work(factored=factored)
+            for convolution, size, times in layer.workload(factored=factored)
         )
         return total // self.examples
 
@@ -233,11 +237,11 @@ class Plan:
                 raise DeepTwistError(
                     f"plan format {values['format']!r} is unknown: this version reads {_FORMAT}"
                 )
-            check_whole("other_parameters", values["other_parameters"], 0)
-            check_whole("examples", values["examples"])
+            check_int("other_parameters", values["other_parameters"], 0)
+            check_int("examples", values["examples"])
             for shape, dtype in values["inputs"]:
                 for side in shape:
-                    check_whole("a side of an input", side, 0)
+                    check_int("a side of an input", side, 0)
                 if not isinstance(getattr(torch, dtype, None), torch.dtype):
                     raise DeepTwistError(f"an input is of unknown type {dtype!r}")
             return cls(
@@ -269,7 +273,7 @@ class Plan:
         geometry = str(layer.convolution) if layer.convolution else layer.kind
         macs = self.layer_macs(layer, factored=False)
         if layer.decomposition is None or layer.convolution is None:
-            dense = f"{layer.num_weights:,}", f"{macs:,}"
+            dense = f"{layer.weight_numel:,}", f"{macs:,}"
             return (layer.name, geometry, "", "", "", *dense, f"kept: {layer.reason}")
         lowered = layer.decomposition.lowered_shape(layer.convolution)
         tile, rank = (getattr(layer.decomposition, name, None) for name in ("tile", "rank"))
@@ -279,7 +283,7 @@ class Plan:
             "" if lowered is None else "×".join(map(str, lowered)),
             layer.decomposition.method + (f" {tile[0]}×{tile[1]}" if tile else ""),
             "×".join(map(str, rank)) if isinstance(rank, tuple) else str(rank),
-            f"{layer.num_weights:,} → {layer.factored_weights:,}",
+            f"{layer.weight_numel:,} → {layer.compressed_numel:,}",
             f"{macs:,} → {self.layer_macs(layer, factored=True):,}",
             "" if layer.relative_error is None else f"{layer.relative_error:.3f}",
         )
@@ -361,7 +365,7 @@ def plan(
         DeepTwistError: if neither rank nor ratio is given, a pattern matches no layer, or an
             override by exact name cannot be met.
     """
-    rules = Rules(
+    rules = LayerFilter(
         skip_first_conv,
         min_in_channels,
         linear,
@@ -369,7 +373,7 @@ def plan(
         (exclude,) if isinstance(exclude, str) else tuple(exclude),
         overrides or {},
     )
-    inputs = inputs_of(example_input)
+    inputs = as_tuple(example_input)
     layers = layers_of(model, inputs)
     rules.check_patterns(name for layer in layers for name in layer.names)
     for chosen in (decomposition, *rules.overrides.values()):
@@ -377,14 +381,14 @@ def plan(
             raise DeepTwistError(f"{chosen} has no rank: give it one, or give a ratio")
     if ratio is not None:
         check_ratio(ratio)
-    check_whole("rank_multiple", rank_multiple)
+    check_int("rank_multiple", rank_multiple)
     convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
     first = min(convolutions, key=lambda layer: layer.turn, default=None)
     planned = tuple(
         _plan_layer(layer, decomposition, ratio, rules, rank_multiple, is_first=layer is first)
         for layer in layers
     )
-    counted = sum(layer.num_weights for layer in layers)
+    counted = sum(layer.weight_numel for layer in layers)
     total = sum(p.numel() for p in model.parameters())
     # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
     batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
@@ -400,7 +404,7 @@ def _plan_layer(
     layer: Layer,
     decomposition: Decomposition,
     ratio: float | None,
-    rules: Rules,
+    rules: LayerFilter,
     rank_multiple: int,
     *,
     is_first: bool,
@@ -409,7 +413,7 @@ def _plan_layer(
     kept = PlannedLayer(
         name=name,
         kind=type(layer.module).__name__,
-        num_weights=layer.num_weights,
+        weight_numel=layer.weight_numel,
         aliases=tuple(aliases),
         convolution=layer.convolution,
         calls=layer.calls,
@@ -421,19 +425,19 @@ def _plan_layer(
     if isinstance(choice, Decomposition):
         decomposition = choice
     else:
-        ratio, decomposition = check_ratio(choice), decomposition.open()
+        ratio, decomposition = check_ratio(choice), decomposition.without_rank()
     reason = layer.reason
     if reason is None and pattern is None and layer.convolution is not None:
-        reason = rules.reason_to_keep(layer.names, layer.convolution, is_first=is_first)
+        reason = rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
     if reason is None and layer.convolution is not None:
         try:
             resolved = decomposition.resolve(layer.convolution, ratio)
             if decomposition.needs_ratio:
-                resolved = resolved.with_rank_multiple(rank_multiple)
+                resolved = resolved.round_ranks(rank_multiple)
             planned = replace(kept, reason=None, decomposition=resolved)
             _check_shrinks(planned)
             return replace(planned, relative_error=_error_today(layer, planned))
-        except Unfit as error:
+        except CannotDecomposeError as error:
             reason = str(error)
     if pattern in layer.names:  # asked for by its exact name: to keep it would be no answer
         raise DeepTwistError(f"layer {name!r} ({layer.convolution or kept.kind}) {reason}")
@@ -441,14 +445,16 @@ def _plan_layer(
 
 
 def _check_shrinks(layer: PlannedLayer) -> None:
-    if layer.factored_weights >= layer.num_weights:
-        raise Unfit(f"would grow: {layer.factored_weights:,} weights for {layer.num_weights:,}")
+    if layer.compressed_numel >= layer.weight_numel:
+        raise CannotDecomposeError(
+            f"would grow: {layer.compressed_numel:,} weights for {layer.weight_numel:,}"
+        )
     before, after = (
-        sum(count * conv.macs(size) for conv, size, count in layer.work(factored=factored))
+        sum(count * conv.macs(size) for conv, size, count in layer.workload(factored=factored))
         for factored in (False, True)
     )
     if after >= before:
-        raise Unfit(f"would slow down: {after:,} MACs for {before:,}")
+        raise CannotDecomposeError(f"would slow down: {after:,} MACs for {before:,}")
 
 
 def _error_today(layer: Layer, planned: PlannedLayer) -> float | None:
@@ -456,7 +462,7 @@ def _error_today(layer: Layer, planned: PlannedLayer) -> float | None:
     assert isinstance(weight, Tensor)
     if weight.is_meta or planned.convolution is None or planned.decomposition is None:
         return None
-    kernel = kernel_of(weight.detach(), planned.convolution)
+    kernel = weight_to_kernel(weight.detach(), planned.convolution)
     if not kernel.isfinite().all():
         raise DeepTwistError(f"layer {planned.name!r} has weights that are NaN or infinite")
     return relative_error(kernel, planned.decomposition.decompose(kernel).reconstruct())

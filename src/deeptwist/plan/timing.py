@@ -20,7 +20,7 @@ class Timing:
     upper: float
 
 
-def time_in_turn(
+def time_interleaved(
     runs: Sequence[Callable[[], object]],
     *,
     rounds: int = 15,

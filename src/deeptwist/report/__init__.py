@@ -1,8 +1,8 @@
 """Finished runs as one page that opens offline. Reads records only, never trains."""
 
-from deeptwist.optional_imports import needs_extra
+from deeptwist.optional_imports import require_extra
 
-with needs_extra():
+with require_extra():
     from deeptwist.report.html import write_report
 
 __all__ = ["write_report"]

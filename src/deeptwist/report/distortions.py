@@ -9,8 +9,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from deeptwist.report.curves import Line, draw_lines, lines_of
 from deeptwist.report.drawing import Drawn, Plot, plot
-from deeptwist.report.styles import DOTS, MUTED, Look, before_and_after
 from deeptwist.report.formatting import power_of_ten
+from deeptwist.report.styles import DOTS, MUTED, Look, before_and_after
 from deeptwist.training.records import Run
 
 _LINEAR_UP_TO = 0.5  # a ΔL/L beyond it would flatten all others on a linear axis

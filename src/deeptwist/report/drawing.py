@@ -7,9 +7,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from deeptwist.report.curves import Line
+from deeptwist.report.formatting import listed, printable
 from deeptwist.report.styles import Look
 from deeptwist.report.svg import render
-from deeptwist.report.formatting import listed, printable
 from deeptwist.training.records import Run
 
 Drawn = Sequence[tuple[Run, Look]]

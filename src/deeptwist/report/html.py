@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deeptwist.errors import DeepTwistError
 from deeptwist.atomic_io import write_text
+from deeptwist.errors import DeepTwistError
 from deeptwist.report.comparison import cases_of, verdict
 from deeptwist.report.drawing import Plot
 from deeptwist.report.plots import plots_of

@@ -10,9 +10,16 @@ from deeptwist.report.comparison import Case
 from deeptwist.report.curves import draw_lines, draw_markers, draw_ratios, draw_refined, lines_of
 from deeptwist.report.distortions import distortion_plots
 from deeptwist.report.drawing import Drawn, Plot, label, plot
+from deeptwist.report.formatting import (
+    METHOD_MODES,
+    listed,
+    milliseconds,
+    percent,
+    printable,
+    speed,
+)
 from deeptwist.report.styles import DOTS, INK, MUTED, Look, looks_of, refined_looks
 from deeptwist.report.svg import render
-from deeptwist.report.formatting import METHOD_MODES, listed, milliseconds, percent, printable, speed
 from deeptwist.training.records import Run, Summary
 
 _REFINED = " At a run's right, in its colour: the networks under it in the table."

@@ -3,8 +3,8 @@
 from itertools import groupby
 from statistics import median
 
+from deeptwist.plan.timing import Timing
 from deeptwist.report.comparison import Case
-from deeptwist.report.tables import Cell, Column, Table
 from deeptwist.report.formatting import (
     NBSP,
     NONE,
@@ -18,7 +18,7 @@ from deeptwist.report.formatting import (
     refinement,
     speed,
 )
-from deeptwist.plan.timing import Timing
+from deeptwist.report.tables import Cell, Column, Table
 from deeptwist.training.records import Refined, Run, Summary
 
 _RESULTS = (

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deeptwist.report.tables import Cell, Column, Table
 from deeptwist.report.formatting import NONE, listed
+from deeptwist.report.tables import Cell, Column, Table
 from deeptwist.training.recipe import CompressionRecipe, DistillationRecipe, Recipe, TailRecipe
 from deeptwist.training.records import Run, Summary
 

@@ -125,7 +125,7 @@ def _layer(plan: Plan, layer: PlannedLayer, number: int) -> tuple[Cell, ...]:
         return (
             *head,
             Cell(f"kept: {layer.reason}", span=2),
-            *(Cell(f"{count:,}") for count in (layer.num_weights,) * 2 + (before,) * 2),
+            *(Cell(f"{count:,}") for count in (layer.weight_numel,) * 2 + (before,) * 2),
             Cell(NONE),
         )
     rank, tile = (getattr(decomposition, name, None) for name in ("rank", "tile"))
@@ -133,8 +133,8 @@ def _layer(plan: Plan, layer: PlannedLayer, number: int) -> tuple[Cell, ...]:
         *head,
         Cell(type(decomposition).__name__ + (f" {tile[0]}×{tile[1]}" if tile else "")),
         Cell("×".join(map(str, rank)) if isinstance(rank, tuple) else str(rank)),
-        Cell(f"{layer.num_weights:,}"),
-        Cell(f"{layer.factored_weights:,}"),
+        Cell(f"{layer.weight_numel:,}"),
+        Cell(f"{layer.compressed_numel:,}"),
         Cell(f"{before:,}"),
         Cell(f"{plan.layer_macs(layer, factored=True):,}"),
         Cell(NONE if error is None else f"{error:.3f}"),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.twist.distortion import DeepTwist, Distortion
 from deeptwist.plan.plan import Plan
+from deeptwist.twist.distortion import DeepTwist, Distortion
 
 
 class RandomNoise(DeepTwist):
@@ -32,7 +32,7 @@ class RandomNoise(DeepTwist):
         generator = torch.Generator().manual_seed(hash((self._seed, self.steps)))
         for layer, weight, own in zip(self.plan.compressed, weights, undistorted, strict=True):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
-            size = record.layer_shifts[layer.name] * layer.num_weights
+            size = record.layer_shifts[layer.name] * layer.weight_numel
             weight.copy_(own + size / torch.linalg.vector_norm(noise) * noise)
         after = None if loss is None else float(loss())
         increase = (after - before) / before if before and after is not None else None

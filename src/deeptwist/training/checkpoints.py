@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from deeptwist.errors import DeepTwistError
 from deeptwist.atomic_io import write_bytes
+from deeptwist.errors import DeepTwistError
 
 logger = logging.getLogger("deeptwist")
 

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from deeptwist.data import Dataset, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspect.layers import WRONG_INPUT, evaluating
+from deeptwist.inspect.layers import FORWARD_ERRORS, eval_mode
 from deeptwist.training.records import Evaluation
 
 _BATCH = 500
@@ -70,12 +70,12 @@ def evaluate(
             per class.
     """
     outputs = []
-    with evaluating(model):
+    with eval_mode(model):
         for some, _ in batches(Split(images, labels), _BATCH, generator=None):
             x = as_input(some, model, data)
             try:
                 output = model(x)
-            except WRONG_INPUT as error:
+            except FORWARD_ERRORS as error:
                 raise DeepTwistError(
                     f"{type(model).__name__} cannot run on images of {data.name}, "
                     f"{tuple(x.shape[1:])}: {first_line(error)}"

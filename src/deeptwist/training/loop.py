@@ -21,11 +21,11 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from deeptwist.data import Dataset, Split, augment
-from deeptwist.twist.distortion import DeepTwist
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.evaluation import Probe, as_input, evaluate, logits_of
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.training.records import DistortedAt, Epoch, Record
+from deeptwist.twist.distortion import DeepTwist
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from torch import nn
 
 from deeptwist.decompositions import Decomposition, from_dict
-from deeptwist.errors import DeepTwistError, unknown
+from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.plan.plan import Plan, plan, read_plan
 
 Mode = Literal["dense", "deeptwist", "decomposed", "projection", "noise", "once"]
@@ -321,7 +321,9 @@ def _complaint(error: ValidationError, values: Mapping[str, Any]) -> DeepTwistEr
     name = ".".join(path)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
         wrong = str(first["loc"][len(path)])
-        return unknown("recipe key", ".".join([*path, wrong]), [".".join([*path, k]) for k in keys])
+        return unknown_name_error(
+            "recipe key", ".".join([*path, wrong]), [".".join([*path, k]) for k in keys]
+        )
     if first["type"] == "missing" and len(path) == len(first["loc"]):
         return DeepTwistError(f"the recipe lacks {name!r}")
     # A value that may be of several kinds has a reason from each.

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deeptwist.benchmark.comparison import Comparison
-from deeptwist.twist.distortion import Distortion
-from deeptwist.errors import DeepTwistError
 from deeptwist.atomic_io import write_text
+from deeptwist.benchmark.comparison import Comparison
+from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.timing import Timing
+from deeptwist.twist.distortion import Distortion
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
 ARTEFACT = "model"

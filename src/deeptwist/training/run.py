@@ -15,26 +15,26 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist._version import __version__
-from deeptwist.serialization import WEIGHTS, save
+from deeptwist.atomic_io import atomic_write, write_text
 from deeptwist.benchmark.comparison import Comparison, compare
-from deeptwist.data import Dataset, Split
-from deeptwist.decompositions import SVD
-from deeptwist.twist.distortion import DeepTwist
-from deeptwist.errors import DeepTwistError
-from deeptwist.decompose import decompose
-from deeptwist.atomic_io import replacing, write_text
 from deeptwist.benchmark.environment import describe_machine
+from deeptwist.data import Dataset, Split
+from deeptwist.decompose import decompose
+from deeptwist.decompositions import SVD
+from deeptwist.errors import DeepTwistError
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.plan import plan as make_plan
+from deeptwist.serialization import WEIGHTS, save
 from deeptwist.training import records
 from deeptwist.training.ablations import RandomNoise
 from deeptwist.training.evaluation import as_input, evaluate
-from deeptwist.training.run_dir import Folder, check_recipe, claimed
 from deeptwist.training.loop import Training, steps_per_epoch
+from deeptwist.training.post_training import recalibrated
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.training.records import Record, Refined, Summary, read_run
-from deeptwist.training.post_training import recalibrated
+from deeptwist.training.run_dir import Folder, check_recipe, claimed
+from deeptwist.twist.distortion import DeepTwist
 
 _TAIL = "tail"
 
@@ -314,7 +314,7 @@ def _write(fabric: Fabric, model: nn.Module, path: Path, model_name: str) -> Pat
                 name: tensor.cpu().clone(memory_format=torch.contiguous_format)
                 for name, tensor in model.state_dict().items()
             }
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file(state, temporary)
     elif fabric.is_global_zero:
         save(model, path, base_model=model_name)

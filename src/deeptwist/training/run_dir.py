@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.atomic_io import flush, write_text
+from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.training import records
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
 from deeptwist.training.loop import Hooks, Training

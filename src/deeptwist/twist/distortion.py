@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import computing_dtype
+from deeptwist.decompose import get_planned_module, numbers, relative_difference, replace_layers
 from deeptwist.decompositions import Decomposition, Factors
-from deeptwist.errors import DeepTwistError, check_whole, first_line
-from deeptwist.decompose import numbers, planned_module, relative_difference, swap
-from deeptwist.inspect.layers import WRONG_INPUT, evaluating, inputs_of
+from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.inspect.layers import FORWARD_ERRORS, as_tuple, eval_mode
+from deeptwist.layers.geometry import compute_dtype
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.distributed import broadcast, deal, processes, rank, together
 from deeptwist.twist.tracking import (
@@ -93,7 +93,7 @@ def write(tracked: Tracked) -> dict[str, float]:
         weights = block.of(tracked.weights)
         approximations = _approximations(block, factors, weights)
         squarable = all(low < tracked.norms[name] < high for name in block.names)
-        dtype = computing_dtype(weights[0].dtype) if squarable else torch.float64
+        dtype = compute_dtype(weights[0].dtype) if squarable else torch.float64
         shifts = torch._foreach_sub(
             [weight.to(dtype) for weight in weights], [found.to(dtype) for found in approximations]
         )
@@ -155,13 +155,13 @@ class DeepTwist:
             DeepTwistError: if the interval is not positive, the tolerance is not from 0 to 1, the
                 plan compresses nothing, or it is for another model.
         """
-        check_whole("interval", interval)
+        check_int("interval", interval)
         if not 0 <= tolerance <= 1:
             raise DeepTwistError(f"tolerance {tolerance} is not from 0 (exact) to 1")
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         for layer in plan.compressed:
-            planned_module(model, layer)
+            get_planned_module(model, layer)
         self.model = model
         self.plan = plan
         self.interval = interval
@@ -173,7 +173,7 @@ class DeepTwist:
         self._starts: Starts = {}
 
     def step(self, loss: Callable[[], Tensor | float] | None = None) -> Distortion | None:
-        """Call once after every optimizer step (after the last of accumulated gradients).
+        """LayerCall once after every optimizer step (after the last of accumulated gradients).
 
         Args:
             loss: a closure that gives the training loss on some fixed batch; it is called just
@@ -263,7 +263,7 @@ class DeepTwist:
     ) -> Distortion:
         moved = {name: shift for theirs in shifts for name, shift in theirs.items()}
         fallbacks = {name: n for theirs in tidings for name, n in theirs.fallbacks.items()}
-        sizes = {layer.name: layer.num_weights for layer in self.plan.compressed}
+        sizes = {layer.name: layer.weight_numel for layer in self.plan.compressed}
         whole = math.hypot(*(moved[name] for name in sizes))
         return Distortion(
             step=self.steps,
@@ -290,7 +290,7 @@ class DeepTwist:
         """
         together(self._check_parameters, lambda _: None)
         # The same factors serve both: CP's could not be found again from their product.
-        small = swap(self.model, self.plan, self._distort({}, 0, loss, last=True))
+        small = replace_layers(self.model, self.plan, self._distort({}, 0, loss, last=True))
         self.output_difference, _ = together(lambda: self._compare(small), lambda _: None)
         return small
 
@@ -301,17 +301,17 @@ class DeepTwist:
                 raise DeepTwistError(f"layer {owner!r} has parameters that are NaN or infinite")
 
     def _compare(self, small: nn.Module) -> float | None:
-        with evaluating(self.model), evaluating(small), torch.no_grad():
+        with eval_mode(self.model), eval_mode(small), torch.no_grad():
             try:
                 inputs = self._inputs()
                 expected = _outputs(self.model, inputs)
-            except WRONG_INPUT as error:
+            except FORWARD_ERRORS as error:
                 raise DeepTwistError(
                     f"the model cannot run on the example input: {first_line(error)}"
                 ) from error
             try:
                 found = _outputs(small, inputs)
-            except WRONG_INPUT as error:
+            except FORWARD_ERRORS as error:
                 raise DeepTwistError(
                     f"the decomposed model cannot run: {first_line(error)}: a layer is used in "
                     "other ways than calling it; exclude it"
@@ -334,7 +334,7 @@ class DeepTwist:
     def _inputs(self) -> tuple[Tensor, ...]:
         reference = next(self.model.parameters())
         if self._example_input is not None:
-            return tuple(x.to(reference.device) for x in inputs_of(self._example_input))
+            return tuple(x.to(reference.device) for x in as_tuple(self._example_input))
         generator = torch.Generator().manual_seed(0)
         return tuple(
             torch.randn(shape, generator=generator).to(reference)
@@ -398,7 +398,7 @@ class _Tidings:
 
 def _empty(shapes: list[list[torch.Size]], weight: Tensor) -> list[tuple[Tensor, ...]]:
     """Tensors of these shapes, for numbers computed from a weight."""
-    dtype = computing_dtype(weight.dtype)
+    dtype = compute_dtype(weight.dtype)
     return [tuple(weight.new_empty(shape, dtype=dtype) for shape in some) for some in shapes]
 
 

@@ -1,4 +1,4 @@
-"""Work shared out among the processes of a `torch.distributed` job.
+"""Workload shared out among the processes of a `torch.distributed` job.
 
 A process by itself is a job of one: the same code then runs without any communication. All
 functions but `deal` are collective where there are more: every process must call them, in turn.

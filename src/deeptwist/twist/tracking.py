@@ -9,13 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.geometry import Convolution, computing_dtype, kernel_of, weight_of
+from deeptwist.decompose import Dense, check_finite, factorize, get_planned_module, norms
 from deeptwist.decompositions import Decomposition, Factors
 from deeptwist.decompositions.matrix import MatrixDecomposition
-from deeptwist.errors import DeepTwistError
-from deeptwist.decompose import Dense, check_finite, factorize, norms, planned_module
-from deeptwist.plan.plan import Plan, PlannedLayer
 from deeptwist.decompositions.subspace import Approximations
+from deeptwist.errors import DeepTwistError
+from deeptwist.layers.geometry import (
+    ConvGeometry,
+    compute_dtype,
+    kernel_to_weight,
+    weight_to_kernel,
+)
+from deeptwist.plan.plan import Plan, PlannedLayer
 
 # Numbers handled at once, so that what is computed from them is found in a processor's cache; a
 # layer that holds more, and cannot be divided, is taken alone.
@@ -39,7 +44,7 @@ class Block:
 
     names: tuple[str, ...]
     decomposition: Decomposition
-    convolution: Convolution
+    convolution: ConvGeometry
     rows: range | None = None
 
     @property
@@ -57,12 +62,12 @@ class Block:
         """Its kernel (g, o, i, *k), of the weights of a network."""
         weight = _cat(self.of(weights))
         if self.convolution.transposed:
-            return kernel_of(weight, self.convolution)
+            return weight_to_kernel(weight, self.convolution)
         return weight.reshape(self.shape)
 
     def split(self, kernel: Tensor) -> Sequence[Tensor]:
         """A kernel of its shape as one weight, or part of a weight, for each of its layers."""
-        return weight_of(kernel, self.convolution).chunk(len(self.names))
+        return kernel_to_weight(kernel, self.convolution).chunk(len(self.names))
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def track(
     weights = {}
     for layer in plan.compressed:
         # To compare a layer with its plan takes as long as to follow it.
-        module = planned_module(model, layer) if exact else model.get_submodule(layer.name)
+        module = get_planned_module(model, layer) if exact else model.get_submodule(layer.name)
         weights[layer.name] = cast(Dense, module).weight.detach()
     sizes = dict(zip(weights, norms(weights.values()), strict=True))
     if not all(map(math.isfinite, sizes.values())):
@@ -191,7 +196,7 @@ def costs(plan: Plan) -> dict[str, float]:
 
 def _blocks(plan: Plan, weights: Weights) -> list[Block]:
     """Alike layers side by side and large ones in parts, so that each block is of bounded size."""
-    alike: dict[tuple[Decomposition, Convolution, torch.dtype, torch.device], list[str]] = {}
+    alike: dict[tuple[Decomposition, ConvGeometry, torch.dtype, torch.device], list[str]] = {}
     for layer in plan.compressed:
         assert layer.convolution is not None
         weight = weights[layer.name]
@@ -200,7 +205,7 @@ def _blocks(plan: Plan, weights: Weights) -> list[Block]:
     blocks = []
     for (decomposition, convolution, _, device), names in alike.items():
         limit = _at_once(device)
-        count = max(1, limit // convolution.num_weights)
+        count = max(1, limit // convolution.weight_numel)
         for some in (names[n : n + count] for n in range(0, len(names), count)):
             together = _side_by_side(convolution, len(some))
             blocks += [
@@ -210,10 +215,12 @@ def _blocks(plan: Plan, weights: Weights) -> list[Block]:
     return blocks
 
 
-def _rows(decomposition: Decomposition, convolution: Convolution, limit: int) -> list[range | None]:
+def _rows(
+    decomposition: Decomposition, convolution: ConvGeometry, limit: int
+) -> list[range | None]:
     """The parts of its rows in which a kernel can be cut, to at most `limit` numbers if it can."""
     groups, out, *rest = convolution.kernel_shape
-    if convolution.num_weights <= limit or groups > 1 or convolution.transposed:
+    if convolution.weight_numel <= limit or groups > 1 or convolution.transposed:
         return [None]
     apart = out
     if isinstance(decomposition, MatrixDecomposition):
@@ -223,7 +230,7 @@ def _rows(decomposition: Decomposition, convolution: Convolution, limit: int) ->
 
 
 @lru_cache(maxsize=1024)
-def _side_by_side(convolution: Convolution, count: int) -> Convolution:
+def _side_by_side(convolution: ConvGeometry, count: int) -> ConvGeometry:
     return replace(
         convolution,
         groups=count * convolution.groups,
@@ -238,7 +245,7 @@ def _stacks(blocks: list[Block], weights: Weights) -> Iterator[list[_Share]]:
     for place, block in enumerate(blocks):
         weight = weights[block.names[0]]
         kind = type(block.decomposition).follow
-        dtype = computing_dtype(weight.dtype)
+        dtype = compute_dtype(weight.dtype)
         for number, ((count, *shape), rank) in enumerate(_cuts(block.decomposition, block.shape)):
             key = kind, tuple(shape), rank, dtype, weight.device
             share = _Share(block, place, number, count)
@@ -259,7 +266,7 @@ def _follow(
     stack: list[_Share], weights: Weights, starts: Starts, tolerance: float
 ) -> Approximations:
     parts = _cat([s.block.decomposition.cut(s.block.kernel(weights))[s.number][0] for s in stack])
-    parts = parts.to(computing_dtype(parts.dtype))
+    parts = parts.to(compute_dtype(parts.dtype))
     given = [bases for share in stack for bases in _bases(share, starts)]
     start = tuple(_cat(tensors).to(parts) for tensors in zip(*given, strict=True))
     with torch.autocast(parts.device.type, enabled=False):
