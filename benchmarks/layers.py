@@ -109,7 +109,7 @@ def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> 
 
 
 def papers_way(dense: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-    """ChannelWindows by `F.unfold`, then two batched products of matrices, one pair for each tile."""
+    """Run `F.unfold`, then two batched matrix products, one pair for each tile."""
     channels = dense.out_channels
     rows, cols, rank = channels // 64, channels * 9 // 64, 8
     left, right = torch.randn(rows, cols, 64, rank), torch.randn(rows, cols, rank, 64)

@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from deeptwist.decompositions import TiledSVD as TiledSVD
     from deeptwist.decompositions import Tucker as Tucker
     from deeptwist.errors import DeepTwistError as DeepTwistError
-    from deeptwist.plan import Plan as Plan
-    from deeptwist.plan import plan as plan
+    from deeptwist.plan.plan import Plan as Plan
+    from deeptwist.plan.plan import plan as plan
     from deeptwist.serialization import load as load
     from deeptwist.serialization import save as save
     from deeptwist.twist import DeepTwist as DeepTwist
 
-# Each public name and its module, imported on first use: `deeptwist --help` must not wait for torch.
+# Imported on first use: `deeptwist --help` must not wait for torch.
 _MODULES = {
     "CP": "decompositions",
     "SVD": "decompositions",
     "DeepTwist": "twist",
     "DeepTwistError": "errors",
     "Decomposition": "decompositions",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "SpatialSVD": "decompositions",
     "TiledSVD": "decompositions",
     "Tucker": "decompositions",
     "decompose": "decompose",
     "load": "serialization",
-    "plan": "plan",
+    "plan": "plan.plan",
     "save": "serialization",
 }
 __all__ = ["__version__", *_MODULES]

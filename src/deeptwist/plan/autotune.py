@@ -21,7 +21,7 @@ _ROUNDS = 9
 
 
 def tune(model: nn.Module, plan: Plan) -> Plan:
-    """The plan with the fastest implementation of every layer, by the clock, on the plan's input sizes.
+    """Return the plan with every layer in the implementation that is fastest by the clock.
 
     Args:
         model: the network that was planned; its device and type are those that are timed.

@@ -1,0 +1,94 @@
+"""The options of a plan as plain values: what recipes and the command line read and pass on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deeptwist.errors import DeepTwistError, check_int
+
+if TYPE_CHECKING:  # the command line shows these fields in its help, which must not wait for torch
+    from torch import Tensor, nn
+
+    from deeptwist.decompositions import Decomposition
+    from deeptwist.plan.layer_filter import Override
+    from deeptwist.plan.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """Which layers are compressed, and how: `deeptwist.plan`'s arguments without tensors or code.
+
+    Attributes:
+        decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp.
+        ratio: Dense ÷ factored weights that every compressed layer keeps at least.
+        rank: An explicit rank instead; two numbers for Tucker.
+        fraction: For Tucker, the paper's fraction of the channels instead.
+        tile: For tiled_svd: rows and columns of the lowered kernel.
+        skip_first_conv: Keep the convolution that runs first.
+        min_in_channels: Keep layers with fewer input channels.
+        linear: Whether linear layers are compressed too.
+        rank_multiple: Round ranks that the ratio sets down to a multiple of this.
+        include: Compress only layers of these names, globs, or expressions after re:.
+        exclude: Keep layers of these names, globs, or expressions after re:.
+        min_speedup: Keep layers that are not this many times as fast factored, timed here.
+        tune: Time the exact forms of every layer and take the fastest.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (what pydantic looks for)
+
+    decomposition: str = "tiled_svd"
+    ratio: float | None = None
+    rank: int | tuple[int, int] | None = None
+    fraction: float | None = None
+    tile: tuple[int, int] | None = None
+    skip_first_conv: bool = False
+    min_in_channels: int = 1
+    linear: bool = True
+    rank_multiple: int = 1
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    min_speedup: float | None = None
+    tune: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("min_in_channels", self.min_in_channels)
+        check_int("rank_multiple", self.rank_multiple)
+        if self.min_speedup is not None and not self.min_speedup > 0:
+            raise DeepTwistError(f"min_speedup {self.min_speedup} is not above 0")
+
+    @property
+    def method(self) -> "Decomposition":
+        """Return the decomposition that `decomposition`, `rank`, `fraction` and `tile` name.
+
+        Raises:
+            DeepTwistError: if there is no such method, or it does not take an option or its value.
+        """
+        from deeptwist.decompositions import from_dict
+
+        options = {"rank": self.rank, "fraction": self.fraction, "tile": self.tile}
+        values = {name: value for name, value in options.items() if value is not None}
+        name = self.decomposition.replace("-", "_")  # the command line writes tiled-svd
+        return from_dict({"method": name, **values})
+
+    def make_plan(
+        self,
+        model: "nn.Module",
+        example_input: "Tensor | tuple[Tensor, ...]",
+        overrides: "Mapping[str, Override] | None" = None,
+    ) -> "Plan":
+        """Plan a model with these options; see `deeptwist.plan`."""
+        from deeptwist.plan.plan import plan
+
+        return plan(
+            model,
+            self.method,
+            example_input=example_input,
+            ratio=self.ratio,
+            skip_first_conv=self.skip_first_conv,
+            min_in_channels=self.min_in_channels,
+            linear=self.linear,
+            rank_multiple=self.rank_multiple,
+            include=self.include,
+            exclude=self.exclude,
+            overrides=overrides,
+        )
