@@ -1,4 +1,4 @@
-"""The house of ../shared/design.md: a module imports only from lower floors."""
+"""The rooms of the package: each imports only from the rooms before it, without circles."""
 
 import ast
 import subprocess
@@ -12,34 +12,22 @@ import deeptwist
 
 ROOT = Path(deeptwist.__file__).parent
 
-# From the ground up; a module imports only from floors below its own.
-FLOORS = [
-    {"_version", "errors", "files", "machine", "memory", "timing", "lowering", "tiling"},
-    {"convolution", "extras", "ranks", "sharing"},
-    {"cost", "linalg", "decompositions.routing"},
-    {"subspace", "decompositions.windows"},
-    {"decompositions.base"},
-    {"decompositions.matrix", "decompositions.tiled_layer"},
-    {"decompositions.svd", "decompositions.spatial_svd", "decompositions.tiled_svd"},
-    {"decompositions.tucker", "decompositions.cp"},
-    {"decompositions"},
-    {"inspection", "rules"},
-    {"planning"},
-    {"tuning"},
-    {"factorization"},
-    {"tracking"},
-    {"distortion", "artefact"},
-    {""},  # the package itself: the public names
-    {"export"},
-    {"benchmark"},
-    {"models", "data"},
-    {"training", "integrations"},
-    {"report"},
-    {"demo", "reproduce"},
-    {"cli"},
-    {"__main__"},
+# From the ground up; a room imports only from the rooms above it in this list.
+LIBRARY = [
+    "_version",
+    "errors",
+    "layers",
+    "decompositions",
+    "inspect",
+    "plan",
+    "decompose",
+    "twist",
+    "serialization",
+    "export",
+    "benchmark",
+    "integrations",
 ]
-CORE = set.union(*FLOORS[: FLOORS.index({""}) + 1])
+EXTRAS = ["models", "data", "training", "report", "cli"]  # the library imports none of them
 ALLOWED = {"torch", "numpy", "safetensors"} | set(sys.stdlib_module_names)
 HEAVY = {
     "torchvision",
@@ -47,7 +35,7 @@ HEAVY = {
     "lightning",
     "transformers",
     "accelerate",
-    "typer",
+    "cyclopts",
     "rich",
     "matplotlib",
     "sklearn",
@@ -60,19 +48,19 @@ HEAVY = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module's name, without the package's, and its file."""
-    found = {}
+    """Return every module's file by its name, without the package's."""
+    files = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 MODULES = modules()
 
 
-def imports_of(path: Path) -> set[str]:
-    """All absolute names that a file imports, at its head or in a function."""
+def imported_names(path: Path) -> set[str]:
+    """Return all absolute names that a file imports, at its head or in a function."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -84,8 +72,8 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def own(name: str) -> str | None:
-    """The module of ours that an import reads; none where it is another package's."""
+def own_module(name: str) -> str | None:
+    """Return the module of this package that an import reads, `None` for another package's."""
     head, _, rest = name.partition(".")
     if head != "deeptwist":
         return None
@@ -94,40 +82,38 @@ def own(name: str) -> str | None:
     return rest
 
 
-def floor_of(module: str) -> int:
-    """A module's floor, or that of the folder that holds it."""
-    while not any(module in floor for floor in FLOORS):
-        assert module, "no floor for the module: add it to FLOORS"
-        module = module.rpartition(".")[0]
-    return next(number for number, floor in enumerate(FLOORS) if module in floor)
-
-
 def room_of(module: str) -> str:
-    """The folder of a module above the core; one of its own for a single file."""
     return module.partition(".")[0]
 
 
 IMPORTS = {
-    module: {target for name in imports_of(path) if (target := own(name)) is not None}
+    module: {own for name in imported_names(path) if (own := own_module(name)) is not None}
     for module, path in MODULES.items()
 }
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_lower_floors(module: str) -> None:
-    for target in IMPORTS[module] - {module}:
-        neighbours = module not in CORE and room_of(module) == room_of(target)
-        assert floor_of(target) < floor_of(module) or neighbours, f"{module} imports {target}"
+def test_the_root_shows_the_rooms_and_nothing_else() -> None:
+    entries = {p.stem for p in ROOT.iterdir() if p.name not in ("__pycache__", "py.typed")}
+    assert entries == {*LIBRARY, *EXTRAS, "__init__", "__main__"}
 
 
-def test_there_is_no_circle() -> None:
-    order = list(TopologicalSorter(IMPORTS).static_order())
-    assert set(order) == set(MODULES)
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("", "__main__")])
+def test_a_room_imports_only_from_rooms_before_it(module: str) -> None:
+    rooms = [*LIBRARY, *EXTRAS]
+    allowed = {*rooms[: rooms.index(room_of(module)) + 1]}
+    if room_of(module) in EXTRAS:
+        allowed.add("")  # the public names
+    assert {room_of(target) for target in IMPORTS[module]} <= allowed
 
 
-@pytest.mark.parametrize("module", sorted(CORE & set(MODULES)))
-def test_the_core_needs_torch_numpy_and_safetensors_alone(module: str) -> None:
-    heads = {name.partition(".")[0] for name in imports_of(MODULES[module])}
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module: targets - {module} for module, targets in IMPORTS.items()}
+    assert set(TopologicalSorter(graph).static_order()) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in LIBRARY[:9]])
+def test_the_library_needs_torch_numpy_and_safetensors_alone(module: str) -> None:
+    heads = {name.partition(".")[0] for name in imported_names(MODULES[module])}
     assert heads - {"deeptwist"} <= ALLOWED
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,3 +80,11 @@ def test_relative_error_of_zero() -> None:
     zero = torch.zeros(3)
     assert relative_error(zero, zero) == 0
     assert relative_error(zero, torch.ones(3)) > 0
+
+
+def test_relative_error_of_other_tensors() -> None:
+    y = torch.tensor([3.0, 4.0])
+    assert math.isnan(relative_error(y, y * math.nan))
+    assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    assert relative_error(torch.tensor([3, 4]), torch.tensor([3, 3])) == pytest.approx(0.2)
+    assert relative_error(torch.tensor([3 + 4j]), torch.tensor([3 + 3j])) == pytest.approx(0.2)

@@ -15,10 +15,10 @@ from experiments.paper.findings import Findings, Finished
 from experiments.paper.profiles import ProfileName, Setting, check_given, setting_of
 
 from deeptwist._version import __version__
-from deeptwist.atomic_io import write_text
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import Dataset, contents_of, load_data
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.serialization import write_text
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.records import RECIPE, SUMMARY, Run, read_run
 from deeptwist.training.run import prepare, run

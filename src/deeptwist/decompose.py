@@ -218,10 +218,3 @@ def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> Fact
 
 def _is_channels_last(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-
-
-def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """‖y − y′‖ / ‖y‖ over all outputs."""
-    norm = torch.linalg.vector_norm(expected.double())
-    difference = torch.linalg.vector_norm(expected.double() - found.double())
-    return float(difference / norm) if norm > 0 else float(difference)

@@ -1,6 +1,7 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and what its messages are made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -9,34 +10,49 @@ class DeepTwistError(ValueError):
 
 
 def unknown_name_error(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
-    """The error for a name that is not among `options`, pointing at the nearest one.
+    """Return the error for a name that is not among `options`, pointing at the nearest one.
 
     Args:
         kind: what the name should have named, for example ``"model"``.
-        name: what was written.
+        name: the name that is unknown.
         options: the valid names.
-
-    Returns:
-        The error, for the caller to raise.
     """
     valid = sorted(options)
-    near = get_close_matches(name, valid, n=1, cutoff=0.5)
-    if near:
-        return DeepTwistError(f"unknown {kind} {name!r}: did you mean {near[0]!r}?")
+    nearest = get_close_matches(name, valid, n=1, cutoff=0.5)
+    if nearest:
+        return DeepTwistError(f"unknown {kind} {name!r}: did you mean {nearest[0]!r}?")
     shown = ", ".join(valid[:12]) + (", …" if len(valid) > 12 else "")
     return DeepTwistError(f"unknown {kind} {name!r}: choose from {shown or 'none'}")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, which may have many."""
+    """Return the first line of another library's message, which may have many."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_int(what: str, value: object, least: int = 1) -> None:
-    """Checks that a value is a whole number from `least` on.
+def check_int(name: str, value: object, minimum: int = 1) -> None:
+    """Check that a value is an integer of at least `minimum`.
 
     Raises:
         DeepTwistError: if it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise DeepTwistError(f"{what} {value!r} is not a whole number from {least} on")
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise DeepTwistError(f"{name} {value!r} is not a whole number from {minimum} on")
+
+
+@contextmanager
+def require_extra(extra: str = "cli") -> Iterator[None]:
+    """Turn the failure of an import inside into an error that says how to install the package.
+
+    Args:
+        extra: the extra of deeptwist that brings the package.
+
+    Raises:
+        DeepTwistError: in place of `ModuleNotFoundError`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise DeepTwistError(
+            f"{error.name} is not installed: pip install 'deeptwist[{extra}]'"
+        ) from error

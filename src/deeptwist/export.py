@@ -21,13 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree  # what the exporter itself flattens outputs with
 
-from deeptwist.atomic_io import atomic_write
-from deeptwist.decompose import relative_difference
-from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.optional_imports import require_extra
-from deeptwist.serialization import distinct
+from deeptwist.decompositions.linalg import relative_error
+from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
+from deeptwist.inspect.layers import output_tensors
+from deeptwist.serialization import atomic_write, distinct
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
@@ -133,7 +131,7 @@ def export_program(
     with _writing(Path(path)) as temporary:
         program = _trace(plain, example)
         traced = program.module()
-        worst = _verify(plain, lambda inputs: _tensors(traced(*inputs)), example, tolerance)
+        worst = _verify(plain, lambda inputs: output_tensors(traced(*inputs)), example, tolerance)
         with temporary.open("wb") as file, _quiet():
             torch.export.save(program, file)
         bytes_ = temporary.stat().st_size
@@ -197,16 +195,12 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The model's outputs, in order."""
     try:
         with torch.no_grad():
-            return _tensors(model(*inputs))
+            return output_tensors(model(*inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise DeepTwistError(
             f"{type(model).__name__} cannot run on inputs {shapes}: {first_line(error)}"
         ) from error
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _trace(plain: nn.Module, example: Inputs) -> ExportedProgram:
@@ -320,7 +314,7 @@ def _verify(
                 f"model gives {shapes[0]}"
             )
         for y, y_found in zip(expected, found, strict=True):
-            difference = relative_difference(y, y_found)
+            difference = relative_error(y, y_found)
             limit = _tolerance(y) if tolerance is None else tolerance
             if not difference <= limit:  # NaN is not
                 raise DeepTwistError(

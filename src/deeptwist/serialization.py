@@ -4,9 +4,12 @@ Nothing is pickled. Loading replays the layer swaps on a model that the caller m
 loads strictly; nothing in the folder names code to run.
 """
 
+import errno
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deeptwist._version import __version__
-from deeptwist.atomic_io import atomic_write
 from deeptwist.decompose import get_planned_module, replace_layers
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
@@ -26,6 +28,43 @@ from deeptwist.plan.plan import Plan, PlannedLayer
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LARGEST_CONFIG = 16 * 2**20  # bytes; a network of ten thousand layers takes a fifth
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed to it once it is written in full.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if not path.name:  # "." and "/": no neighbour can be named after them
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, replacing an old one only when it is complete."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that survives a loss of power, replacing an old one only then."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's content to the disk, so that it survives a loss of power."""
+    with path.open("ab") as file:
+        os.fsync(file.fileno())
 
 
 def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.errors import DeepTwistError, first_line, require_extra
 from deeptwist.export import export_onnx
-from deeptwist.optional_imports import require_extra
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]

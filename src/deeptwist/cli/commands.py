@@ -83,7 +83,7 @@ def plan(
     Args:
         out: Write the plan as JSON to this file.
     """
-    from deeptwist.atomic_io import write_text
+    from deeptwist.serialization import write_text
 
     made = options.build(network.build(model), network.example_input(model))
     if out is not None:

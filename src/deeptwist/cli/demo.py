@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from deeptwist.atomic_io import write_text
 from deeptwist.data import load_digits
 from deeptwist.errors import DeepTwistError
 from deeptwist.report import write_report
+from deeptwist.serialization import write_text
 from deeptwist.training.loop import steps_per_epoch
 from deeptwist.training.recipe import Method, Mode, Recipe, make_recipe
 from deeptwist.training.records import DENSE_WEIGHTS, Summary, read_run

@@ -6,8 +6,7 @@ import torch
 
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
 from deeptwist.data.image_cache import cache_folder
-from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.optional_imports import require_extra
+from deeptwist.errors import DeepTwistError, first_line, require_extra
 
 
 def load_cifar10(*, cache: str | Path | None = None) -> Dataset:

@@ -3,7 +3,7 @@
 import torch
 
 from deeptwist.data.dataset import Dataset, Split
-from deeptwist.optional_imports import require_extra
+from deeptwist.errors import require_extra
 
 
 def load_digits() -> Dataset:

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deeptwist.atomic_io import atomic_write
-from deeptwist.errors import DeepTwistError
-from deeptwist.optional_imports import require_extra
+from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.serialization import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
 from deeptwist.data.image_cache import MixedSizesError, cache_folder, open_images, write_images
-from deeptwist.errors import DeepTwistError
-from deeptwist.optional_imports import require_extra
+from deeptwist.errors import DeepTwistError, require_extra
 
 _SIZE_FOR_MIXED = 224  # where images differ in size and none was asked for
 

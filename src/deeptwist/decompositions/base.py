@@ -22,15 +22,11 @@ from torch import Tensor, nn
 from deeptwist.decompositions.ranks import check_ratio, largest_rank, round_down
 from deeptwist.decompositions.subspace import Approximations
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 
 CONVOLUTIONS = (
     "convolutions"  # the implementation of a layer that is one convolution after the other
 )
-
-ParallelConvs = tuple[
-    ConvGeometry, ...
-]  # convolutions that run side by side on parts of the channels
 
 
 class CannotDecomposeError(DeepTwistError):

@@ -66,9 +66,19 @@ def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
 
 
 def relative_error(exact: Tensor, approximation: Tensor) -> float:
-    """‖W − W′‖_F / ‖W‖_F; 0 where W is zero and met exactly."""
-    exact = exact.to(torch.float64)
+    """Return ‖y − y′‖ / ‖y‖ of two tensors of one shape; ‖y′‖ where y is zero.
+
+    Computed in fp64 at unit scale, so that no square of fp32 numbers under- or overflows. NaN
+    where a number is not finite.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    exact, approximation = (_to_fp64(x) for x in (exact, approximation))
     scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    difference = torch.linalg.vector_norm((exact - approximation.to(torch.float64)) / scale)
+    difference = torch.linalg.vector_norm((exact - approximation) / scale)
     norm = torch.linalg.vector_norm(exact / scale)
     return float(difference / norm) if norm > 0 else float(difference)
+
+
+def _to_fp64(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()).double() if x.is_complex() else x.double()

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree  # what the exporters themselves flatten outputs with
 
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError, first_line
@@ -174,6 +176,22 @@ def as_tuple(example_input: object) -> tuple[Tensor, ...]:
             f"the example input ({kinds}) is neither a tensor nor a tuple of tensors"
         )
     return inputs
+
+
+def output_tensors(output: object) -> list[Tensor]:
+    """Return all tensors of a model's output: nested containers, dataclasses, plain objects."""
+    return _tensors_in(output, set())
+
+
+def _tensors_in(output: object, visited: set[int]) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif id(leaf) not in visited and not isinstance(leaf, type | ModuleType | nn.Module):
+            visited.add(id(leaf))  # an object may hold itself
+            tensors += _tensors_in(dict(getattr(leaf, "__dict__", {})), visited)
+    return tensors
 
 
 def _record_calls(

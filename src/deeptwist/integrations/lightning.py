@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from deeptwist.errors import require_extra
 from deeptwist.integrations.optimizer_hooks import after_each_step
-from deeptwist.optional_imports import require_extra
 from deeptwist.twist.distortion import DeepTwist
 
 with require_extra():

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.integrations.optimizer_hooks import after_each_step
-from deeptwist.optional_imports import require_extra
 from deeptwist.twist.distortion import DeepTwist
 
 with require_extra("transformers"):

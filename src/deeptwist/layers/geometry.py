@@ -242,6 +242,9 @@ class ConvGeometry:
         return text + (", transposed" if self.transposed else "")
 
 
+ParallelConvs = tuple[ConvGeometry, ...]  # side by side, each on its part of the channels
+
+
 def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> ConvGeometry:
     """The 1×1 convolution with `dims` spatial axes (the linear layer where there are none)."""
     ones, zeros = (1,) * dims, (0,) * dims

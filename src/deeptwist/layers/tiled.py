@@ -18,8 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions.base import ParallelConvs
-from deeptwist.layers.geometry import ConvGeometry, pointwise
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
 from deeptwist.layers.routing import PointwiseOnLastDim, SplitConcat, Unfold, permutation
 from deeptwist.layers.sparse_conv import ChannelWindows, window_convolution
 from deeptwist.layers.tiling import Grid

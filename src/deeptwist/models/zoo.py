@@ -10,10 +10,9 @@ from types import ModuleType
 
 from torch import nn
 
-from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.errors import DeepTwistError, require_extra, unknown_name_error
 from deeptwist.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
-from deeptwist.optional_imports import require_extra
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,

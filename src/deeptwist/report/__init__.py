@@ -1,6 +1,6 @@
 """Finished runs as one page that opens offline. Reads records only, never trains."""
 
-from deeptwist.optional_imports import require_extra
+from deeptwist.errors import require_extra
 
 with require_extra():
     from deeptwist.report.html import write_report

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deeptwist.atomic_io import write_text
 from deeptwist.errors import DeepTwistError
 from deeptwist.report.comparison import cases_of, verdict
 from deeptwist.report.drawing import Plot
@@ -14,6 +13,7 @@ from deeptwist.report.plots import plots_of
 from deeptwist.report.results import results, training
 from deeptwist.report.settings import settings
 from deeptwist.report.tables import Table, plans
+from deeptwist.serialization import write_text
 from deeptwist.training.records import Run
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from deeptwist.atomic_io import write_bytes
 from deeptwist.errors import DeepTwistError
+from deeptwist.serialization import write_bytes
 
 logger = logging.getLogger("deeptwist")
 

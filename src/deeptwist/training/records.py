@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deeptwist.atomic_io import write_text
 from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.timing import Timing
+from deeptwist.serialization import write_text
 from deeptwist.twist.distortion import Distortion
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"

@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist._version import __version__
-from deeptwist.atomic_io import atomic_write, write_text
 from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import Dataset, Split
@@ -25,7 +24,7 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.plan import plan as make_plan
-from deeptwist.serialization import WEIGHTS, save
+from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
 from deeptwist.training import records
 from deeptwist.training.ablations import RandomNoise
 from deeptwist.training.evaluation import as_input, evaluate

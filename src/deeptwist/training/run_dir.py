@@ -10,8 +10,8 @@ from filelock import FileLock, Timeout
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from deeptwist.atomic_io import flush, write_text
 from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.serialization import fsync, write_text
 from deeptwist.training import records
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
 from deeptwist.training.loop import Hooks, Training
@@ -97,7 +97,7 @@ class Folder:
 
     def _checkpoint(self, training: Training) -> None:
         if self._fabric.is_global_zero:
-            flush(self._metrics)  # a checkpoint must not outlive the records that it counts on
+            fsync(self._metrics)  # a checkpoint must not outlive the records that it counts on
             state = {
                 "training": training.state_dict(),
                 "metrics": self._metrics.stat().st_size,

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompose import get_planned_module, numbers, relative_difference, replace_layers
+from deeptwist.decompose import get_planned_module, numbers, replace_layers
 from deeptwist.decompositions import Decomposition, Factors
+from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspect.layers import FORWARD_ERRORS, as_tuple, eval_mode
+from deeptwist.inspect.layers import FORWARD_ERRORS, as_tuple, eval_mode, output_tensors
 from deeptwist.layers.geometry import compute_dtype
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.distributed import broadcast, deal, processes, rank, together
@@ -319,7 +320,7 @@ class DeepTwist:
         if not expected:
             logger.warning("the model returns no tensors: decomposed and distorted not compared")
             return None
-        differences = [relative_difference(e, f) for e, f in zip(expected, found, strict=True)]
+        differences = [relative_error(e, f) for e, f in zip(expected, found, strict=True)]
         # NaN is no number to compare with: it must count as the worst.
         worst = max(math.inf if math.isnan(d) else d for d in differences)
         allowed = _coarsest([*self.model.parameters(), *expected]) ** 0.5
@@ -442,7 +443,7 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """All tensors in the model's output; what it draws at random is the same every time."""
     gpus = {x.device for x in (*inputs, *model.parameters()) if x.is_cuda}
     with torch.random.fork_rng(devices=list(gpus)):
-        return _tensors(model(*inputs))
+        return output_tensors(model(*inputs))
 
 
 def _coarsest(tensors: list[Tensor]) -> float:
@@ -453,16 +454,3 @@ def _coarsest(tensors: list[Tensor]) -> float:
     types |= {torch.get_autocast_dtype(kind) for kind in devices if torch.is_autocast_enabled(kind)}
     found = [torch.finfo(dtype).eps for dtype in types]
     return max(*found, _TF32) if "cuda" in devices and torch.float32 in types else max(found)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors in a model's output, whatever holds them."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        parts = list(output.values())
-    elif isinstance(output, (list, tuple)):
-        parts = list(output)
-    else:
-        parts = list(getattr(output, "__dict__", {}).values())  # a dataclass, say
-    return [tensor for part in parts for tensor in _tensors(part)]

@@ -10,7 +10,7 @@ from cases import GEOMETRIES, METHODS, build, difference, error_of
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, decompose, plan
-from deeptwist.decompose import factorize, relative_difference
+from deeptwist.decompose import factorize
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.models.resnet_cifar import resnet20
 
@@ -300,14 +300,6 @@ def test_a_decomposed_network_can_be_exported() -> None:
         small = decompose(model, made).eval()
         exported = torch.export.export(small, (x,)).module()
         assert difference(small(x), exported(x)) < 1e-5
-
-
-def test_relative_difference() -> None:
-    y = torch.tensor([3.0, 4.0])
-    assert relative_difference(y, torch.tensor([3.0, 3.0])) == pytest.approx(0.2)
-    assert relative_difference(0 * y, 0 * y) == 0
-    assert relative_difference(0 * y, y) > 0
-    assert math.isnan(relative_difference(y, y * math.nan))
 
 
 def test_a_tensor_is_read_by_nobody_else(tmp_path: Any) -> None:
