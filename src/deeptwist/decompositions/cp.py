@@ -21,7 +21,7 @@ from deeptwist.decompositions.base import (
 from deeptwist.decompositions.linalg import leading_subspace
 from deeptwist.decompositions.subspace import Approximations
 from deeptwist.decompositions.svd import SVD
-from deeptwist.layers.geometry import ConvGeometry, compute_dtype, pointwise
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype, pointwise
 
 _SWEEPS = 200
 _TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last

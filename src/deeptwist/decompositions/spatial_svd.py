@@ -10,9 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.decompositions.base import ParallelConvs
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 from deeptwist.layers.lowering import lower_spatial, unlower_spatial
 
 

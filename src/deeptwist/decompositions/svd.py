@@ -9,9 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.decompositions.base import ParallelConvs
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
-from deeptwist.layers.geometry import ConvGeometry, pointwise
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
 from deeptwist.layers.lowering import lower, unlower
 
 

@@ -16,10 +16,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions.base import ParallelConvs, SingleRankDecomposition
+from deeptwist.decompositions.base import SingleRankDecomposition
 from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
 from deeptwist.errors import DeepTwistError, check_int
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 from deeptwist.layers.lowering import lower, unlower
 from deeptwist.layers.tiled import TiledLayerBuilder
 from deeptwist.layers.tiling import Grid, Segment

@@ -35,7 +35,7 @@ from deeptwist.decompositions.subspace import (
 )
 from deeptwist.decompositions.svd import SVD
 from deeptwist.errors import DeepTwistError, check_int
-from deeptwist.layers.geometry import ConvGeometry, compute_dtype, pointwise
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype, pointwise
 
 _SWEEPS = 100  # HOOI gains little after ten; this only bounds a matrix that never settles
 _TOLERANCE = 1e-6  # on what a sweep adds to the share of ‖W‖² that the core holds
