@@ -15,7 +15,6 @@ from torch import Tensor
 from deeptwist.decompositions.base import (
     Decomposition,
     Factors,
-    ParallelConvs,
     SingleRankDecomposition,
 )
 from deeptwist.decompositions.linalg import leading_subspace

@@ -17,7 +17,6 @@ from deeptwist.decompositions.base import (
     CannotDecomposeError,
     Decomposition,
     Factors,
-    ParallelConvs,
     cannot_shrink,
 )
 from deeptwist.decompositions.linalg import leading_subspace
