@@ -17,5 +17,4 @@ bench:
 bench-training:
 	$(PYTHON) benchmarks/trajectories.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) benchmarks/tiles.py --weights $(WEIGHTS)/resnet32-cifar10.safetensors --vgg runs/trajectories/vgg19_bn
-	$(PYTHON) benchmarks/tolerance.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) examples/compress_resnet32.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors

@@ -21,10 +21,10 @@ from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import Dataset, Split, augment, normalize
 from deeptwist.models import build_model
 from deeptwist.plan.timing import median_ratio
-from deeptwist.training.evaluation import Probe
-from deeptwist.training.loop import Hooks, Training
+from deeptwist.training.evaluation import evaluate
+from deeptwist.training.loop import Callbacks, Trainer
+from deeptwist.training.metrics import DistortionRecord, Record
 from deeptwist.training.recipe import make_recipe
-from deeptwist.training.records import DistortedAt, Record
 from deeptwist.twist.distortion import DeepTwist
 
 MODEL, BATCH, INTERVAL, IMAGES = "resnet32", 128, 200, 100
@@ -60,10 +60,12 @@ def main() -> None:
     step = statistics.median(block.steps for block in blocks) / options.block
     distortion = statistics.median(block.distortion for block in blocks)
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    probe = Probe(fabric.setup(build_model(MODEL)), data, IMAGES)
+    model = fabric.setup(build_model(MODEL))
+    started = time.perf_counter()
     for _ in range(10):
-        probe.loss()
-    records = 2 * probe.seconds / 10
+        for split in (data.train, data.test):
+            evaluate(model, split.spread(IMAGES), data)
+    records = 2 * (time.perf_counter() - started) / 10
     slower = median_ratio([block.steps for block in blocks], loops) - 1
     whole = INTERVAL * step
     print("| what | ms | share |")
@@ -137,11 +139,11 @@ def engine_under_deeptwist(data: Dataset, block: int) -> Callable[[], Block]:
 
     def run() -> Block:
         records: list[Record] = []
-        training = Training(fabric, model, images, recipe, recipe.schedule, 0.01, twist=twist)
+        trainer = Trainer(fabric, model, images, recipe, twist=twist)
         started = time.perf_counter()
-        training.fit(Hooks(on_record=records.append))
+        trainer.fit(Callbacks(on_record=records.append))
         seconds = time.perf_counter() - started
-        distorted = next(record for record in records if isinstance(record, DistortedAt))
+        distorted = next(record for record in records if isinstance(record, DistortionRecord))
         return Block(seconds - distorted.seconds, distorted.seconds)
 
     return run

@@ -27,7 +27,7 @@ import deeptwist as dt
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import Dataset, load_data
 from deeptwist.models import build_model, load_weights
-from deeptwist.training.loop import Hooks, Training
+from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.recipe import make_recipe
 from deeptwist.twist.distortion import Distortion
 
@@ -101,10 +101,9 @@ def train(name: str, data: Dataset, weights: str | None, folder: Path, count: in
     (folder / "plan.json").write_text(plan.to_json())
     twist = Snapshots(model, plan, recipe.interval, folder, count)
     fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
-    lr = recipe.optimizer.lr
-    training = Training(fabric, model, data, recipe, recipe.schedule, lr, twist=twist)
+    trainer = Trainer(fabric, model, data, recipe, twist=twist)
     with contextlib.suppress(Done):
-        training.fit(Hooks(on_record=lambda record: print(name, record, flush=True)))
+        trainer.fit(Callbacks(on_record=lambda record: print(name, record, flush=True)))
 
 
 def main() -> None:

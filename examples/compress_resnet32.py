@@ -13,9 +13,9 @@ from itertools import product
 from pathlib import Path
 
 from deeptwist.data import load_data
+from deeptwist.training.metrics import DENSE_WEIGHTS, Summary
 from deeptwist.training.recipe import Mode, make_recipe
-from deeptwist.training.records import DENSE_WEIGHTS, Summary
-from deeptwist.training.run import prepare, run
+from deeptwist.training.run import build_run, train
 
 COMPRESSION = {"ratio": 4, "skip_first_conv": True, "linear": False}
 DECOMPOSITIONS = {
@@ -56,8 +56,8 @@ def main() -> None:
             }
         )
         name = "dense" if dense else f"{mode}-{method}"
-        return run(
-            prepare(recipe, data, name=name),
+        return train(
+            build_run(recipe, data, name=name),
             options.out / name,
             resume=True,
             on_record=lambda record: print(name, record, flush=True),
@@ -67,7 +67,7 @@ def main() -> None:
     tuned = options.out / "dense" / DENSE_WEIGHTS
     print(f"{'run':24}  accuracy  parameters      MACs  untrained")
     print(f"{'dense':24}  {dense.accuracy:8.2%}  {dense.parameters:10,}  {dense.macs:10,}")
-    modes: tuple[Mode, ...] = ("deeptwist", "decomposed")
+    modes: tuple[Mode, ...] = ("deeptwist", "finetune")
     for method, mode in product(DECOMPOSITIONS, modes):
         if not options.only or f"{mode}-{method}" in options.only:
             done = cell(tuned, mode, method)

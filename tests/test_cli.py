@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 import deeptwist as dt
 from deeptwist import Plan
 from deeptwist.cli import main
-from deeptwist.cli.commands import train
+from deeptwist.cli.runs import train
 from deeptwist.data import load_digits
 from deeptwist.models import build_model, load_weights
 from deeptwist.training.evaluation import evaluate
+from deeptwist.training.recipe import Recipe, make_recipe
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plan", "resnet20"], "give it one, or give a ratio"),
         (["plan", "resnt20", "--ratio", "4"], "did you mean 'resnet20'?"),
         (["plan", "resnet20", "--ratio", "4", "--exclude", "layer1.0.conv"], "'layer1.0.conv2'?"),
-        (["plan", "resnet20", "--ratio", "4", "--tile", "64by64"], "'64by64'"),
+        (["plan", "resnet20", "--ratio", "4", "--tile", "64by64"], "option --tile is '64by64'"),
         (["plan", "resnet20", "--ratio", "4", "--override", "conv1"], "'conv1'"),
         (["plan", "resnet20", "--ratio", "4", "--override", "conv1=sdv"], "did you mean 'svd'?"),
         (
@@ -92,12 +93,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["evaluate", "resnet20", "--data", "digits"], "--weights"),
         (["train", "resnet20", "--data", "/nowhere/at/all", "--out", "x"], "/nowhere/at/all"),
         (["train", "resnet20", "--data", "digits", "--ratio", "4", "--out", "/proc/x"], "/proc/x"),
-        (["train", "resnet20", "--ratio", "4", "--tune", "--out", "x"], "--plan plan.json"),
-        (["train", "resnet20", "--set", "interval", "--out", "x"], "KEY=VALUE"),
-        (["train", "resnet20", "--set", "optimiser.lr=1", "--out", "x"], "mean 'optimizer'?"),
-        (["train", "resnet20", "--set", "optimizer.ln=1", "--out", "x"], "mean 'optimizer.lr'?"),
-        (["train", "resnet20", "--set", "optimizer=1", "--out", "x"], "'optimizer' is 1"),
-        (["train", "resnet20", "--lr", "-1", "--out", "x"], "'optimizer.lr' is -1"),
+        (["train", "resnet20", "--optimiser.lr", "1", "--out", "x"], "mean --optimizer.lr?"),
+        (["train", "resnet20", "--optimizer.ln", "1", "--out", "x"], "mean --optimizer.lr?"),
+        (["train", "resnet20", "--lr", "-1", "--out", "x"], "'optimizer.lr' is '-1'"),
+        (["train", "resnet20", "--seed", "2.5", "--out", "x"], "'seed' is '2.5'"),
+        (["train", "resnet20", "--plan", "p", "--ratio", "2", "--out", "x"], "leave out ratio"),
         (["train", "nowhere.yaml", "--out", "x"], "nowhere.yaml"),
         (["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"], "rounds 1"),
         (
@@ -106,7 +106,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (["plan", "resnet20", "--ratio", "4", "--out", "."], "cannot write .: Is a directory"),
         (["train", "resnet20", "--ratio", "4", "--tile", "64", "--out", "x"], "'compression.tile'"),
-        (["train", "resnet20", "--rank", "8x8x8", "--out", "x"], "'compression.rank' is [8, 8, 8]"),
+        (
+            ["train", "resnet20", "--rank", "8x8x8", "--out", "x"],
+            "'compression.rank' is ['8', '8', '8']",
+        ),
         (["report", "nowhere"], "nowhere"),
     ],
 )
@@ -146,6 +149,42 @@ def test_a_plan_printed_as_json_reads_back_and_serves_as_input(tmp_path: Path) -
     assert Plan.from_json(again) == plan
 
 
+def test_a_recipe_is_read_and_the_command_line_wins_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "{model: resnet20, data: {source: nowhere, validation: 100}, tail: {epochs: 1}, "
+        "mode: once, optimizer: {lr: 1e-2, momentum: 0.5}, tolerance: 0.1, weights: null,\n"
+        "compression: {decomposition: tucker, rank: [3, 4], linear: false, exclude: []}}"
+    )
+    recipes: list[Recipe] = []
+
+    def build_run(recipe: Recipe, data: object, *, name: str) -> None:
+        recipes.append(recipe)
+        sys.exit(0)
+
+    monkeypatch.setattr("deeptwist.training.run.build_run", build_run)
+    words = ["--lr", "1e-3", "--data", "digits", "--tail.epochs", 3, "--compression.exclude", "a"]
+    assert run("train", path, "--out", tmp_path / "x", *words, "--exclude", "b").returncode == 0
+    (recipe,) = recipes
+    assert recipe == make_recipe(
+        {
+            "model": "resnet20",
+            "data": {"source": "digits", "validation": 100},
+            "tail": {"epochs": 3},
+            "mode": "decompose_at_end",
+            "optimizer": {"lr": 1e-3, "momentum": 0.5},
+            "compression": {
+                "decomposition": "tucker",
+                "rank": (3, 4),
+                "linear": False,
+                "exclude": ("a", "b"),
+            },
+        }
+    )
+
+
 def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_path: Path) -> None:
     network = ["resnet20", "--weights", weights, "--input", "1x8x8"]
     plan = ["--decomposition", "svd", "--ratio", 2, "--no-linear"]
@@ -158,7 +197,7 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
     load_weights(dense, weights)
     made = dt.plan(dense, dt.SVD(), ratio=2, linear=False, example_input=torch.zeros(2, 1, 8, 8))
     digits = load_digits()
-    test = digits.test.images, digits.test.labels, digits
+    test = digits.test, digits
     expected = evaluate(dt.decompose(dense, made), *test)
     assert found["images"] == 360
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import yaml
 from deeptwist import SVD, TiledSVD, Tucker, plan
 from deeptwist.models import build_model
 from deeptwist.training.loop import steps_per_epoch
+from deeptwist.training.modes import MODES, RandomNoise, find_mode
 from deeptwist.training.recipe import (
     CompressionRecipe,
+    Mode,
     OptimizerRecipe,
     Recipe,
     ScheduleRecipe,
@@ -66,49 +69,60 @@ def test_the_paper_s_schedules() -> None:
     assert (imagenet.optimizer.lr, imagenet.compression.min_in_channels) == (0.01, 128)
 
 
-def test_changes_come_over_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("model: resnet20\noptimizer: {lr: 1e-2, momentum: 0.5}\n")
-    recipe = read_recipe(path, ["optimizer.lr=1e-3", "compression.tile=[64, 72]", "tail.epochs=3"])
-    assert recipe.optimizer == OptimizerRecipe(lr=0.001, momentum=0.5)
-    assert recipe.compression.method == TiledSVD(tile=(64, 72))
-    assert recipe.tail is not None
-    assert recipe.tail.epochs == 3
-    assert read_recipe(path, ["tail=null"]).tail is None
-
-
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        ("intervall=3", "did you mean 'interval'?"),
-        ("schedule.epoch=3", "did you mean 'schedule.epochs'?"),
-        ("tail.epoch=3", "did you mean 'tail.epochs'?"),
-        ("distillation.weigth=0.3", "did you mean 'distillation.weight'?"),
-        ("interval=0", "'interval' is 0: Input should be greater than or equal to 1"),
-        ("optimizer.lr=fast", "'optimizer.lr' is 'fast'"),
-        ("optimizer.lr=.nan", "'optimizer.lr' is nan"),
-        ("mode=deeptwits", "'mode' is 'deeptwits'"),
-        ("schedule.milestones=[3]", "a cosine has no milestones"),
-        ("compression.tile=64", "'compression.tile' is 64"),
-        ("compression.tile=[64]", "'compression.tile' is [64]: a number is missing"),
-        ("compression.tile=[0, 64]", "is [0, 64]: Input should be greater than or equal to 1"),
-        ("compression.rank=0", "'compression.rank' is 0: Input should be greater than or equal"),
-        ("compression.rank=[8, 8, 8]", "Tuple should have at most 2 items after validation, not 3"),
-        ("compression.ratoi=3", "did you mean 'compression.ratio'?"),
-        ("model.name=x", "'model' is 'resnet20', not a section"),
-        ("=3", "write KEY=VALUE"),
-        ("seed", "write KEY=VALUE"),
-        ("seed={", "cannot read the value"),
+        ("intervall: 3", "did you mean 'interval'?"),
+        ("schedule: {epoch: 3}", "did you mean 'schedule.epochs'?"),
+        ("tail: {epoch: 3}", "did you mean 'tail.epochs'?"),
+        ("distillation: {weigth: 0.3}", "did you mean 'distillation.weight'?"),
+        ("interval: 0", "'interval' is 0: Input should be greater than 0"),
+        ("interval: 2.5", "'interval' is 2.5: Input should be a valid integer"),
+        ("seed: 18446744073709551616", "'seed' is 18446744073709551616: Input should be less"),
+        ("optimizer: {lr: fast}", "'optimizer.lr' is 'fast'"),
+        ("optimizer: {lr: .nan}", "'optimizer.lr' is nan"),
+        ("optimizer: 1", "'optimizer' is 1"),
+        ("mode: deeptwits", "'mode' is 'deeptwits'"),
+        ("schedule: {milestones: [3]}", "'schedule': a cosine has no milestones"),
+        ("compression: {tile: 64}", "'compression.tile' is 64"),
+        ("compression: {tile: [64, 64, 64]}", "'compression.tile' is [64, 64, 64]"),
+        ("compression: {tile: [0, 64]}", "'compression.tile' is 0: Input should be greater than"),
+        ("compression: {rank: 0}", "'compression.rank' is 0: Input should be greater than 0"),
+        ("compression: {rank: [8, 8, 8]}", "should have at most 2 items after validation, not 3"),
+        ("compression: {ratoi: 3}", "did you mean 'compression.ratio'?"),
+        ("compression: {plan: a.json, ratio: 3}", "leave out ratio"),
+        ("optimiser: {lr: 1}", "did you mean 'optimizer'?"),
     ],
 )
 def test_what_a_recipe_cannot_hold_is_named(
     change: str, answer: str, error_of: Callable[..., str]
 ) -> None:
-    assert answer in error_of(make_recipe, {"model": "resnet20"}, [change])
+    assert answer in error_of(make_recipe, {"model": "resnet20", **yaml.safe_load(change)})
+
+
+def test_recipes_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for old, name in (
+        ("decomposed", "finetune"),
+        ("projection", "projected"),
+        ("noise", "random_noise"),
+        ("once", "decompose_at_end"),
+    ):
+        path.write_text(f"model: resnet20\nmode: {old}\ntolerance: 0.001\n")
+        recipe = read_recipe(path)
+        assert recipe.mode == recipe.training_mode.name == name
+        assert find_mode(old) is type(recipe.training_mode)
+
+
+def test_a_mode_knows_when_it_distorts(error_of: Callable[..., str]) -> None:
+    assert set(get_args(Mode)) == set(MODES)
+    recipe = Recipe(model="resnet20", mode="random_noise", interval=7, seed=3)
+    assert recipe.training_mode == RandomNoise(interval=7, seed=3)
+    assert error_of(find_mode, "finetun").endswith("did you mean 'finetune'?")
 
 
 def test_a_tail_needs_distortions(error_of: Callable[..., str]) -> None:
-    for mode in ("dense", "decomposed"):
+    for mode in ("dense", "finetune"):
         message = error_of(make_recipe, {"model": "resnet20", "mode": mode, "tail": {"epochs": 1}})
         assert message == (
             f"the recipe contradicts itself: a tail follows distortions, mode {mode} has none"
@@ -118,7 +132,11 @@ def test_a_tail_needs_distortions(error_of: Callable[..., str]) -> None:
 def test_a_file_that_is_no_recipe(tmp_path: Path, error_of: Callable[..., str]) -> None:
     assert "lacks 'model'" in error_of(make_recipe, {})
     path = tmp_path / "recipe.yaml"
-    for text, answer in (("- 3", "holds a list"), ("a: [", "no YAML"), ("\0", "no YAML")):
+    for text, answer in (
+        ("- 3", "holds a list"),
+        ("a: [", "not valid YAML"),
+        ("\0", "not valid YAML"),
+    ):
         path.write_text(text)
         assert answer in error_of(read_recipe, path)
     path.write_bytes(b"\xff\xfe\xff")
@@ -156,6 +174,11 @@ def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(plan(model, SVD(rank=2), example_input=x).to_json())
     from_file = CompressionRecipe(plan=str(path)).make_plan(model, x)
+    overridden = CompressionRecipe(
+        decomposition="svd", ratio=2, override=("conv1=keep", "layer1*=4", "linear=svd:rank=3")
+    ).make_plan(model, x)
+    overrides = {"conv1": None, "layer1*": 4.0, "linear": SVD(rank=3)}
+    assert overridden == plan(model, SVD(), ratio=2, example_input=x, overrides=overrides)
     assert {layer.decomposition for layer in from_file.compressed} == {SVD(rank=2)}
 
 

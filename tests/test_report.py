@@ -11,6 +11,15 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from deeptwist.training.records import (
+    DistortedAt,
+    Epoch,
+    Evaluation,
+    Refined,
+    Run,
+    Summary,
+    read_run,
+)
 from torch import nn
 
 import deeptwist as dt
@@ -25,15 +34,6 @@ from deeptwist.report.settings import settings
 from deeptwist.report.styles import looks_of
 from deeptwist.training import records
 from deeptwist.training.recipe import make_recipe
-from deeptwist.training.records import (
-    DistortedAt,
-    Epoch,
-    Evaluation,
-    Refined,
-    Run,
-    Summary,
-    read_run,
-)
 from deeptwist.twist.distortion import Distortion
 
 LINE = re.compile(r'<path d="(M [^"]*)" clip-path="[^"]*" style="([^"]*)"')

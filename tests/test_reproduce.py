@@ -21,8 +21,8 @@ from test_cli import refused, run
 from torch import nn
 
 from deeptwist.models import build_model
+from deeptwist.training.metrics import DENSE_WEIGHTS, read_run
 from deeptwist.training.recipe import Recipe, read_recipe
-from deeptwist.training.records import DENSE_WEIGHTS, read_run
 
 ALL = ["fig2", "fig3", "fig4", "fig5", "table1", "fig6", "table2", "fig7", "interval", "noise"]
 ALL += ["tail"]

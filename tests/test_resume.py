@@ -22,9 +22,10 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.data import load_digits
 from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
+from deeptwist.training.metrics import read_run
 from deeptwist.training.recipe import make_recipe
-from deeptwist.training.records import read_run
-from deeptwist.training.run import Job, prepare, run
+from deeptwist.training.run import TrainingRun, build_run
+from deeptwist.training.run import train as train_run
 
 # Everything that has a state: distortions with their bases, batch norm, dropout, an average, a
 # best network, a tail.
@@ -58,8 +59,8 @@ def network() -> nn.Module:
     )
 
 
-def job(**values: Any) -> Job:
-    return prepare(make_recipe({**RECIPE, **values}), load_digits(), name="run", model=network())
+def job(**values: Any) -> TrainingRun:
+    return build_run(make_recipe({**RECIPE, **values}), load_digits(), name="run", model=network())
 
 
 def train(folder: Path, kill: Kill | None = None) -> None:
@@ -67,7 +68,7 @@ def train(folder: Path, kill: Kill | None = None) -> None:
     torch.set_num_threads(1)
     if kill is not None:
         _arm(folder, *kill)
-    run(job(), folder, resume=True, latency_batch=None)
+    train_run(job(), folder, resume=True, latency_batch=None)
 
 
 def _arm(folder: Path, moment: str, amount: float) -> None:
@@ -187,7 +188,7 @@ def test_a_finished_run_is_read_again_not_run(
 ) -> None:
     folder, _ = uninterrupted
     ticks: list[int] = []
-    summary = run(job(), folder, resume=True, on_step=lambda: ticks.append(1))
+    summary = train_run(job(), folder, resume=True, on_step=lambda: ticks.append(1))
     assert summary == read_run(folder).summary
     assert not ticks
 
@@ -196,7 +197,7 @@ def test_a_finished_run_of_another_recipe_is_not_read(
     uninterrupted: tuple[Path, float], error_of: Callable[..., str]
 ) -> None:
     folder, _ = uninterrupted
-    assert "(interval differ)" in error_of(run, job(interval=5), folder, resume=True)
+    assert "(interval differ)" in error_of(train_run, job(interval=5), folder, resume=True)
 
 
 # --- damaged and foreign files
@@ -246,7 +247,7 @@ def test_a_checkpoint_of_another_network_is_an_error(
     folder = cut(tmp_path)
     other = nn.Sequential(nn.Flatten(), *[nn.Linear(64, 64) for _ in range(8)], nn.Linear(64, 10))
     recipe = make_recipe(RECIPE)
-    stranger = Job(
+    stranger = TrainingRun(
         recipe,
         other,
         dt.plan(other, dt.SVD(rank=1), example_input=torch.zeros(2, 1, 8, 8)),
@@ -254,7 +255,7 @@ def test_a_checkpoint_of_another_network_is_an_error(
         None,
         "run",
     )
-    assert "of another run" in error_of(run, stranger, folder, resume=True)
+    assert "of another run" in error_of(train_run, stranger, folder, resume=True)
 
 
 def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
@@ -275,7 +276,7 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
             assert counted[-1] <= durable[(tmp_path / "metrics.jsonl").stat().st_ino]
 
     monkeypatch.setattr(os, "fsync", fsync)
-    run(job(), tmp_path, on_step=check, latency_batch=None)
+    train_run(job(), tmp_path, on_step=check, latency_batch=None)
     assert counted[-1] > 0
 
 
@@ -284,7 +285,7 @@ def test_records_that_are_lost_are_an_error(tmp_path: Path, error_of: Callable[.
     metrics = folder / "metrics.jsonl"
     size = metrics.stat().st_size
     os.truncate(metrics, 10)
-    message = error_of(run, job(), folder, resume=True)
+    message = error_of(train_run, job(), folder, resume=True)
     assert "metrics.jsonl' holds 10 bytes, and held" in message
     assert "to start anew" in message
     assert metrics.stat().st_size == 10 < size
@@ -292,8 +293,8 @@ def test_records_that_are_lost_are_an_error(tmp_path: Path, error_of: Callable[.
 
 def test_another_recipe_is_not_a_continuation(tmp_path: Path, error_of: Callable[..., str]) -> None:
     folder = cut(tmp_path)
-    assert "(interval differ)" in error_of(run, job(interval=5), folder, resume=True)
-    assert "--resume" in error_of(run, job(), folder)
+    assert "(interval differ)" in error_of(train_run, job(interval=5), folder, resume=True)
+    assert "--resume" in error_of(train_run, job(), folder)
 
 
 # --- other processes, full disks
@@ -307,9 +308,9 @@ def test_a_folder_in_use_is_refused_and_left_alone(
 
     def meanwhile() -> None:
         if not refusals:
-            refusals.append(error_of(run, other, tmp_path, resume=True))
+            refusals.append(error_of(train_run, other, tmp_path, resume=True))
 
-    run(job(), tmp_path, on_step=meanwhile, latency_batch=None)
+    train_run(job(), tmp_path, on_step=meanwhile, latency_batch=None)
     assert "in use by another process" in refusals[0]
     check_same(tmp_path, uninterrupted[0])
 
@@ -327,7 +328,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path
         """)
     )
     words = ["-m", "deeptwist", "train", "mine:network", "--ratio", "2", "--out", "run"]
-    words += ["--epochs", "1", "--set", "records.checkpoint_every=2"]
+    words += ["--epochs", "1", "--records.checkpoint-every", "2"]
 
     def started(limit: int) -> subprocess.CompletedProcess[str]:
         def before() -> None:
@@ -362,7 +363,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from deeptwist.data import load_digits
-from deeptwist.training.run import prepare, run
+from deeptwist.training.run import build_run, train
 from deeptwist.training.recipe import make_recipe
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -375,7 +376,7 @@ recipe = make_recipe({
     "compression": {"decomposition": "svd", "ratio": 2, "include": ["2", "4"]},
     "records": {"images": 50, "checkpoint_every": 5},
 })
-run(prepare(recipe, load_digits(), name="run", model=model), Path(sys.argv[1]), resume=True)
+train(build_run(recipe, load_digits(), name="run", model=model), Path(sys.argv[1]), resume=True)
 if dist.is_initialized():
     for name, tensor in model.state_dict().items():
         every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

@@ -17,10 +17,10 @@ import deeptwist as dt
 from deeptwist.data import Dataset, Split, load_digits, normalize
 from deeptwist.models import load_weights
 from deeptwist.training.evaluation import evaluate
-from deeptwist.training.post_training import recalibrated
+from deeptwist.training.metrics import DistortionRecord, Epoch, Record, read_run
+from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Mode, Recipe, make_recipe
-from deeptwist.training.records import DistortedAt, Epoch, Record, read_run
-from deeptwist.training.run import Job, prepare, run
+from deeptwist.training.run import TrainingRun, build_run, train
 
 SHORT = {
     "model": "tests:network",
@@ -49,9 +49,9 @@ def network() -> nn.Module:
     )
 
 
-def job_of(data: Dataset, *changes: str, model: nn.Module | None = None, **values: Any) -> Job:
-    recipe = make_recipe({**SHORT, **values}, changes)
-    return prepare(recipe, data, name="a run", model=model or network())
+def run_of(images: Dataset, model: nn.Module | None = None, **values: Any) -> TrainingRun:
+    recipe = make_recipe({**SHORT, **values})
+    return build_run(recipe, images, name="a run", model=model or network())
 
 
 def state_of(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -67,7 +67,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_evaluation_agrees_with_the_definition(digits: Dataset) -> None:
     model = network().train()
-    found = evaluate(model, digits.test.images, digits.test.labels, digits)
+    found = evaluate(model, digits.test, digits)
     with torch.no_grad():
         logits = model.eval()(normalize(digits.test.images, digits.mean, digits.std))
     labels = digits.test.labels
@@ -80,20 +80,20 @@ def test_evaluation_agrees_with_the_definition(digits: Dataset) -> None:
 def test_evaluation_leaves_the_training_flags_alone(digits: Dataset) -> None:
     model = network().train()
     model[1].eval()
-    evaluate(model, digits.test.images[:8], digits.test.labels[:8], digits)
+    evaluate(model, digits.test.spread(8), digits)
     assert [module.training for module in model] == [True, False, True, True, True, True, True]
 
 
 def test_evaluation_refuses_a_network_for_other_images_or_classes(
     digits: Dataset, error_of: Callable[..., str]
 ) -> None:
-    test = digits.test.images, digits.test.labels, digits
+    test = digits.test, digits
     assert "10 classes" in error_of(evaluate, nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), *test)
     assert "cannot run on images of digits" in error_of(evaluate, nn.Conv2d(3, 10, 3), *test)
     assert "a dict where a tensor of logits belongs" in error_of(evaluate, InDict(), *test)
     message = error_of(evaluate, Picky(), *test)
     assert "Picky cannot run on images of digits, (1, 8, 8): takes 224 pixels, not 8" in message
-    message = error_of(job_of, digits, model=Picky())
+    message = error_of(run_of, digits, model=Picky())
     assert "takes 224 pixels, not 8" in message
 
 
@@ -122,14 +122,14 @@ class InDict(nn.Linear):
 
 def test_training_learns_and_repeats_itself_bit_for_bit(digits: Dataset, tmp_path: Path) -> None:
     for name in "ab":
-        summary = run(job_of(digits, "schedule.epochs=5"), tmp_path / name)
+        summary = train(run_of(digits, schedule={"epochs": 5}), tmp_path / name)
     assert summary.accuracy > 0.8
     assert same(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
 
 
 def test_another_seed_is_another_order_of_images(digits: Dataset, tmp_path: Path) -> None:
     for seed in (0, 1):
-        run(job_of(digits, seed=seed), tmp_path / str(seed))
+        train(run_of(digits, seed=seed), tmp_path / str(seed))
     assert not same(state_of(tmp_path / "0"), state_of(tmp_path / "1"))
 
 
@@ -138,11 +138,11 @@ def test_distortions_come_at_every_interval_and_are_recorded(
 ) -> None:
     records: list[Record] = []
     ticks: list[int] = []
-    job = job_of(digits)
-    run(job, tmp_path, on_record=records.append, on_step=lambda: ticks.append(1))
-    distortions = [record for record in records if isinstance(record, DistortedAt)]
+    run = run_of(digits)
+    train(run, tmp_path, on_record=records.append, on_step=lambda: ticks.append(1))
+    distortions = [record for record in records if isinstance(record, DistortionRecord)]
     epochs = [record for record in records if isinstance(record, Epoch)]
-    assert len(ticks) == job.steps == 22
+    assert len(ticks) == run.steps == 22
     assert [record.step for record in distortions] == [4, 8, 12, 16, 20, 22]
     assert [(record.epoch, record.step) for record in epochs] == [(1, 11), (2, 22)]
     assert epochs[-1].lr == pytest.approx(0)
@@ -155,13 +155,13 @@ def test_distortions_come_at_every_interval_and_are_recorded(
     # The network that follows the last distortion is the one that is deployed.
     final = dt.load(tmp_path / "model", model=network)
     fixed = digits.test.spread(100)
-    found = evaluate(final, fixed.images, fixed.labels, digits)
+    found = evaluate(final, fixed, digits)
     assert found.loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
 
 
 def test_records_can_be_left_out(digits: Dataset, tmp_path: Path) -> None:
-    run(job_of(digits, "records.images=0"), tmp_path / "without")
-    run(job_of(digits), tmp_path / "with")
+    train(run_of(digits, records={"images": 0}), tmp_path / "without")
+    train(run_of(digits), tmp_path / "with")
     assert same(state_of(tmp_path / "without"), state_of(tmp_path / "with"))
     for line in read_run(tmp_path / "without").distortions:
         assert line["train"] == line["test"] == []
@@ -171,7 +171,7 @@ def test_records_can_be_left_out(digits: Dataset, tmp_path: Path) -> None:
 def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
     digits: Dataset, tmp_path: Path
 ) -> None:
-    run(job_of(digits), tmp_path)
+    train(run_of(digits), tmp_path)
     found = read_run(tmp_path)
     (first, *_), (epoch, *_) = found.distortions, found.epochs
     assert first["step"] == 4
@@ -191,20 +191,20 @@ def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
 def test_schedules(
     schedule: dict[str, Any], expected: list[float], digits: Dataset, tmp_path: Path
 ) -> None:
-    run(job_of(digits, mode="dense", schedule=schedule), tmp_path)
+    train(run_of(digits, mode="dense", schedule=schedule), tmp_path)
     assert [epoch["lr"] for epoch in read_run(tmp_path).epochs] == pytest.approx(expected)
 
 
 def test_a_distortion_without_effect_changes_no_training(digits: Dataset, tmp_path: Path) -> None:
     """At full rank DeepTwist is dense training, up to rounding."""
     plain, twisted = network(), network()
-    run(job_of(digits, mode="dense", model=plain), tmp_path / "dense")
-    job = job_of(digits, model=twisted)
+    train(run_of(digits, mode="dense", model=plain), tmp_path / "dense")
+    run = run_of(digits, model=twisted)
     layers = tuple(
         replace(layer, decomposition=dt.SVD(rank=24)) if layer.decomposition else layer
-        for layer in job.plan.layers
+        for layer in run.plan.layers
     )
-    run(replace(job, plan=replace(job.plan, layers=layers)), tmp_path / "twisted")
+    train(replace(run, plan=replace(run.plan, layers=layers)), tmp_path / "twisted")
     for one, other in zip(plain.parameters(), twisted.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -231,22 +231,22 @@ def test_of_several_outputs_the_first_is_trained(digits: Dataset, tmp_path: Path
     plain, other = network(), WithAuxiliaryHead()
     for name, model in (("plain", plain), ("other", other)):
         distillation = {"weight": 0.5, "temperature": 4}
-        job = job_of(digits, mode="dense", distillation=distillation, model=model)
-        run(job, tmp_path / name)
+        run = run_of(digits, mode="dense", distillation=distillation, model=model)
+        train(run, tmp_path / name)
     assert same(plain.state_dict(), other.body.state_dict())
 
 
 def test_double_precision_is_that_of_every_copy(digits: Dataset, tmp_path: Path) -> None:
     """The example, the teacher, the average, the tail; distorted, decomposed or neither."""
     beside: dict[str, Any] = {"ema": 0.5, "distillation": {"weight": 0.5, "temperature": 4}}
-    summary = run(
-        job_of(digits, precision="64-true", tail={"epochs": 1}, recalibration=2, **beside),
+    summary = train(
+        run_of(digits, precision="64-true", tail={"epochs": 1}, recalibration=2, **beside),
         tmp_path / "deeptwist",
     )
     assert summary.output_difference is not None
     assert summary.output_difference < 1e-12
-    for mode in ("dense", "decomposed"):
-        run(job_of(digits, precision="64-true", mode=mode, **beside), tmp_path / mode)
+    for mode in ("dense", "finetune"):
+        train(run_of(digits, precision="64-true", mode=mode, **beside), tmp_path / mode)
     files = [*tmp_path.rglob("*.safetensors")]
     assert len(files) == 4 + 2 + 2
     for path in files:
@@ -266,28 +266,28 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
     digits: Dataset, tmp_path: Path
 ) -> None:
     first_losses = {}
-    for mode in ("dense", "deeptwist", "decomposed", "projection", "noise", "once"):
+    for mode in ("dense", "deeptwist", "finetune", "projected", "random_noise", "decompose_at_end"):
         records: list[Record] = []
-        run(job_of(digits, mode=mode), tmp_path / mode, on_record=records.append)
+        train(run_of(digits, mode=mode), tmp_path / mode, on_record=records.append)
         first_losses[mode] = next(r.train_loss for r in records if isinstance(r, Epoch))
-    assert steps_of(tmp_path / "dense") == steps_of(tmp_path / "decomposed") == []
-    assert (
-        steps_of(tmp_path / "deeptwist") == steps_of(tmp_path / "noise") == [4, 8, 12, 16, 20, 22]
-    )
-    assert steps_of(tmp_path / "projection") == [*range(1, 23), 22]
-    assert steps_of(tmp_path / "once") == [22]
-    # Without distortions on the way, 'once' trains as 'dense' does; noise is not a distortion.
-    assert first_losses["once"] == first_losses["dense"]
-    assert len({first_losses[mode] for mode in ("dense", "deeptwist", "noise", "projection")}) == 4
+    assert steps_of(tmp_path / "dense") == steps_of(tmp_path / "finetune") == []
+    for mode in ("deeptwist", "random_noise"):
+        assert steps_of(tmp_path / mode) == [4, 8, 12, 16, 20, 22]
+    assert steps_of(tmp_path / "projected") == [*range(1, 23), 22]
+    assert steps_of(tmp_path / "decompose_at_end") == [22]
+    # Without distortions on the way, it trains as 'dense' does; noise is not a distortion.
+    assert first_losses["decompose_at_end"] == first_losses["dense"]
+    different = ("dense", "deeptwist", "random_noise", "projected")
+    assert len({first_losses[mode] for mode in different}) == 4
 
 
 def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Dataset) -> None:
-    from deeptwist.training.ablations import RandomNoise
+    from deeptwist.training.ablations import RandomNoiseBaseline
 
     model = network()
-    made = job_of(digits, model=model).plan
+    made = run_of(digits, model=model).plan
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    noise = RandomNoise(model, made, 1, seed=3)
+    noise = RandomNoiseBaseline(model, made, 1, seed=3)
     record = noise.step(lambda: 1.0)
     exact = dt.DeepTwist(network(), made, 1).step()
     assert record is not None
@@ -305,32 +305,30 @@ def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Data
     assert torch.linalg.matrix_rank(noise.finish()[3][0].weight.flatten(1)) < 24
 
 
-@pytest.mark.parametrize("mode", ["dense", "deeptwist", "decomposed", "noise"])
+@pytest.mark.parametrize("mode", ["dense", "deeptwist", "finetune", "random_noise"])
 def test_a_run_leaves_a_model_that_gives_the_accuracy_it_claims(
     mode: Mode, digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
-    job = job_of(digits, mode=mode)
-    summary = run(job, tmp_path)
+    run = run_of(digits, mode=mode)
+    summary = train(run, tmp_path)
     found = read_run(tmp_path)
     assert found.summary == summary
     assert len(found.epochs) == 2
     assert summary.steps == 22
-    assert summary.recipe == job.recipe.to_dict()
+    assert summary.recipe == run.recipe.to_dict()
     if mode == "dense":
         assert found.plan is None
-        assert summary.parameters == summary.parameters_before == job.plan.dense_parameters
+        assert summary.parameters == summary.parameters_before == run.plan.dense_parameters
         final = network()
         final.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     else:
-        assert found.plan == job.plan
-        assert summary.parameters == job.plan.parameters < job.plan.dense_parameters
-        assert summary.macs == job.plan.macs
+        assert found.plan == run.plan
+        assert summary.parameters == run.plan.parameters < run.plan.dense_parameters
+        assert summary.macs == run.plan.macs
         final = dt.load(tmp_path / "model", model=network)
-    assert (
-        evaluate(final, digits.test.images, digits.test.labels, digits).accuracy == summary.accuracy
-    )
+    assert evaluate(final, digits.test, digits).accuracy == summary.accuracy
     assert not [*tmp_path.glob("checkpoint*")]
-    assert "holds a run" in error_of(run, job_of(digits, mode=mode), tmp_path)
+    assert "holds a run" in error_of(train, run_of(digits, mode=mode), tmp_path)
 
 
 class Twice(nn.Module):
@@ -351,7 +349,7 @@ def test_a_dense_run_leaves_weights_that_load(digits: Dataset, tmp_path: Path) -
     fixed = {"decomposition": "svd", "rank": 4, "include": ["6"]}
     for name, model, values in (("shared", Twice, {}), ("fixed", network, {"fixed": fixed})):
         trained = model()
-        run(job_of(digits, mode="dense", model=trained, **values), tmp_path / name)
+        train(run_of(digits, mode="dense", model=trained, **values), tmp_path / name)
         path = tmp_path / name / "weights.safetensors"
         assert load_file(path).keys() == trained.state_dict().keys()
         found = model()
@@ -364,54 +362,54 @@ def test_a_dense_run_leaves_weights_that_load(digits: Dataset, tmp_path: Path) -
 
 
 def test_refinements_have_rows_and_weights_of_their_own(digits: Dataset, tmp_path: Path) -> None:
-    plain = run(job_of(digits), tmp_path / "plain")
-    summary = run(
-        job_of(digits, ema=0.5, recalibration=5, tail={"epochs": 2, "lr": 0.02}), tmp_path / "more"
+    plain = train(run_of(digits), tmp_path / "plain")
+    summary = train(
+        run_of(digits, ema=0.5, recalibration=5, tail={"epochs": 2, "lr": 0.02}), tmp_path / "more"
     )
     assert (summary.accuracy, summary.loss) == (plain.accuracy, plain.loss)
-    assert [one.name for one in summary.refined] == ["recalibrated", "moving average", "tail"]
-    assert len({one.loss for one in summary.refined} | {summary.loss}) == 4
-    for one in summary.refined:
+    assert [one.name for one in summary.variants] == ["recalibrated", "moving average", "tail"]
+    assert len({one.loss for one in summary.variants} | {summary.loss}) == 4
+    for one in summary.variants:
         loaded = dt.load(tmp_path / "more" / one.path, model=network)
-        found = evaluate(loaded, digits.test.images, digits.test.labels, digits)
+        found = evaluate(loaded, digits.test, digits)
         assert found.loss == pytest.approx(one.loss, rel=1e-6)
         assert sum(p.numel() for p in loaded.parameters()) == summary.parameters
 
 
 def test_a_moving_average_is_projected_before_it_is_used(digits: Dataset, tmp_path: Path) -> None:
     """With a decay near zero it is the last network, whose decomposition is the run's own."""
-    summary = run(job_of(digits, ema=1e-9), tmp_path)
-    (average,) = summary.refined
+    summary = train(run_of(digits, ema=1e-9), tmp_path)
+    (average,) = summary.variants
     assert average.loss == pytest.approx(summary.loss, rel=1e-3)
 
 
 def test_the_best_is_chosen_on_images_held_out_and_on_distorted_weights(
     digits: Dataset, tmp_path: Path
 ) -> None:
-    job = job_of(digits, "data.validation=200", "schedule.epochs=4", "optimizer.lr=0.3")
-    assert job.validation is not None
-    held_out = {image.numpy().tobytes() for image in job.validation.images}
-    assert len(job.validation.labels) == 200
-    assert len(job.data.train.labels) == len(digits.train.labels) - 200
-    assert sum(i.numpy().tobytes() in held_out for i in job.data.train.images) < 5  # twins aside
-    summary = run(job, tmp_path)
-    (best,) = summary.refined
+    run = run_of(digits, data={"validation": 200}, schedule={"epochs": 4}, optimizer={"lr": 0.3})
+    assert run.validation is not None
+    held_out = {image.numpy().tobytes() for image in run.validation.images}
+    assert len(run.validation.labels) == 200
+    assert len(run.data.train.labels) == len(digits.train.labels) - 200
+    assert sum(i.numpy().tobytes() in held_out for i in run.data.train.images) < 5  # twins aside
+    summary = train(run, tmp_path)
+    (best,) = summary.variants
     assert best.name == "best on validation"
     loaded = dt.load(tmp_path / best.path, model=network)
-    validation = job.validation.images, job.validation.labels, digits
+    validation = run.validation, digits
     final = dt.load(tmp_path / "model", model=network)
     assert evaluate(loaded, *validation).accuracy >= evaluate(final, *validation).accuracy
 
 
 def test_more_held_out_than_there_are(digits: Dataset, error_of: Callable[..., str]) -> None:
-    assert "leaves nothing" in error_of(job_of, digits, "data.validation=5000")
+    assert "leaves nothing" in error_of(run_of, digits, data={"validation": 5000})
 
 
 def test_recalibration_is_the_statistics_of_the_images(digits: Dataset) -> None:
     model = network()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2)
-    found = recalibrated(model, digits, 2, 64)
+    found = recalibrate_batch_norm(model, digits, 2, 64)
     order = torch.randperm(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
     x = normalize(digits.train.images[order[:128]], digits.mean, digits.std)
     hidden = model[0](x).detach()
@@ -427,7 +425,7 @@ def test_recalibration_sees_all_classes_where_they_lie_one_after_the_other(
     order = digits.train.labels.argsort()
     in_classes = Split(digits.train.images[order], digits.train.labels[order])
     few, whole = (
-        recalibrated(network(), replace(digits, train=in_classes), batches, 64)[1]
+        recalibrate_batch_norm(network(), replace(digits, train=in_classes), batches, 64)[1]
         for batches in (2, 100)
     )
     assert torch.allclose(few.running_mean, whole.running_mean, atol=0.01)
@@ -446,9 +444,9 @@ def test_label_smoothing_and_distillation_change_the_loss_as_defined(
             padding=0,
             flip=False,
         )
-        job = job_of(data, mode="dense", schedule={"epochs": 1}, **values)
+        run = run_of(data, mode="dense", schedule={"epochs": 1}, **values)
         records: list[Record] = []
-        run(job, tmp_path / name, on_record=records.append)
+        train(run, tmp_path / name, on_record=records.append)
         return next(r.train_loss for r in records if isinstance(r, Epoch))
 
     x = normalize(digits.train.images[:128], digits.mean, digits.std)
@@ -468,10 +466,10 @@ def test_label_smoothing_and_distillation_change_the_loss_as_defined(
 
 def test_fixed_layers_are_decomposed_and_never_change(digits: Dataset, tmp_path: Path) -> None:
     fixed = {"decomposition": "svd", "rank": 4, "include": ["6"]}
-    job = job_of(digits, fixed=fixed)
-    before = {n: t.clone() for n, t in job.model.state_dict().items() if n.startswith("6")}
-    assert [layer.name for layer in job.plan.compressed] == ["3"]
-    run(job, tmp_path)
+    run = run_of(digits, fixed=fixed)
+    before = {n: t.clone() for n, t in run.model.state_dict().items() if n.startswith("6")}
+    assert [layer.name for layer in run.plan.compressed] == ["3"]
+    train(run, tmp_path)
     after = state_of(tmp_path)
     assert len(before) == 3
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -483,8 +481,8 @@ def test_fixed_layers_are_decomposed_and_never_change(digits: Dataset, tmp_path:
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
     digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
-    job = job_of(digits, "optimizer.lr=1e9", "records.checkpoint_every=1")
-    message = error_of(run, job, tmp_path)
+    run = run_of(digits, optimizer={"lr": 1e9}, records={"checkpoint_every": 1})
+    message = error_of(train, run, tmp_path)
     assert "at step" in message
     assert "lower optimizer.lr=" in message
     step = int(message.split("at step ")[1].split(":")[0])
@@ -498,7 +496,7 @@ def test_a_batch_larger_than_the_data_is_refused(
     digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     few = replace(digits, train=Split(digits.train.images[:50], digits.train.labels[:50]))
-    assert "batch_size 128" in error_of(run, job_of(few), tmp_path)
+    assert "batch_size 128" in error_of(train, run_of(few), tmp_path)
 
 
 def test_a_damaged_run_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
@@ -510,7 +508,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path, error_of: Callable[..., str]) 
 def test_networks_by_name_start_from_their_seed(digits: Dataset) -> None:
     recipe = Recipe(model="resnet20", mode="dense")
     one, other, another = (
-        prepare(replace(recipe, seed=seed), digits, name="x").model.state_dict()
+        build_run(replace(recipe, seed=seed), digits, name="x").model.state_dict()
         for seed in (0, 0, 1)
     )
     assert same(one, other)

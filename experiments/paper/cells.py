@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.training.metrics import DENSE_WEIGHTS
 from deeptwist.training.recipe import Recipe
-from deeptwist.training.records import DENSE_WEIGHTS
+
+_MODES_IN_NAMES = {  # as the runs that are there were named
+    "finetune": "decomposed",
+    "projected": "projection",
+    "random_noise": "noise",
+    "decompose_at_end": "once",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class Workplace:
             origin = self.folder(self.start).name
         essence = _changed(recipe.to_dict(), Recipe(model="").to_dict())
         essence.pop("data", None)
+        if "mode" in essence:
+            essence["mode"] = _MODES_IN_NAMES.get(recipe.mode, recipe.mode)
         held = [essence, Path(self.data).name, recipe.data.image_size, origin]
         digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:8]
         return self.runs / f"{title(recipe)}-{digest}"
@@ -72,7 +81,7 @@ class Workplace:
 
 def title(recipe: Recipe) -> str:
     """What a run holds, in words that a folder can be called by."""
-    words = [Path(recipe.model).name, recipe.mode]
+    words = [Path(recipe.model).name, _MODES_IN_NAMES.get(recipe.mode, recipe.mode)]
     compression = recipe.compression
     if recipe.mode != "dense":
         words.append(compression.decomposition.replace("_", "-"))
@@ -80,7 +89,7 @@ def title(recipe: Recipe) -> str:
             words.append("x".join(map(str, compression.tile)))
         sizes = {"ratio": compression.ratio, "rank": compression.rank, "rc": compression.fraction}
         words += [f"{name}{size}" for name, size in sizes.items() if size is not None]
-    if recipe.mode in ("deeptwist", "noise"):
+    if recipe.training_mode.at_intervals:
         words.append(f"every{recipe.interval}")
     words.append(f"{recipe.schedule.epochs}epochs")
     if recipe.tail is not None:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 NOT_RUN = "not run"
 
@@ -110,7 +110,7 @@ class Finished:
         return [
             100 * one.accuracy
             for summary in summaries
-            for one in summary.refined
+            for one in summary.variants
             if one.name == refined
         ]
 

@@ -19,9 +19,9 @@ from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import Dataset, contents_of, load_data
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.serialization import write_text
+from deeptwist.training.metrics import RECIPE, SUMMARY, Run, read_run
 from deeptwist.training.recipe import Recipe, read_recipe
-from deeptwist.training.records import RECIPE, SUMMARY, Run, read_run
-from deeptwist.training.run import prepare, run
+from deeptwist.training.run import build_run, train
 
 _IMAGES = "images.json"  # in a run's folder: what it was trained on, see `contents_of`
 _ENOUGH = 3  # seeds from which on a difference of half a point says something
@@ -148,11 +148,11 @@ def _train(recipe: Recipe, place: Workplace, progress: Progress) -> None:
         _train(place.start, place, progress)
     bound = place.bound(recipe)
     name = title(recipe)
-    job = prepare(bound, _data(bound.data.source, bound.data.image_size), name=name)
-    job = replace(job, recipe=_as_begun(bound, folder))
+    run = build_run(bound, _data(bound.data.source, bound.data.image_size), name=name)
+    run = replace(run, recipe=_as_begun(bound, folder))
     _record_images(folder, place.data)
-    with progress(name, job.steps) as advance:
-        run(job, folder, resume=True, latency_batch=None, on_step=advance)
+    with progress(name, run.steps) as advance:
+        train(run, folder, resume=True, latency_batch=None, on_step=advance)
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:

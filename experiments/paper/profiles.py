@@ -7,7 +7,6 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.training.recipe import (
     CompressionRecipe,
     DataRecipe,
-    Method,
     Mode,
     OptimizerRecipe,
     Recipe,
@@ -33,7 +32,7 @@ class Point:
     ratio: float
     fraction: float | None = None
 
-    def of(self, method: Method, **options: Any) -> dict[str, Any]:
+    def of(self, method: str, **options: Any) -> dict[str, Any]:
         """A compression of this size, as fields of a `CompressionRecipe`."""
         if method == "tucker" and self.fraction is not None:
             return {"decomposition": method, "fraction": self.fraction, **options}
@@ -85,7 +84,7 @@ class Setting:
         compression = replace(self.recipe.compression, **options)
         interval = interval or self.recipe.interval
         recipe = replace(self.recipe, mode=mode, interval=interval, compression=compression)
-        if mode == "projection" or (interval < _OFTEN and self.profile != "smoke"):
+        if mode == "projected" or (interval < _OFTEN and self.profile != "smoke"):
             recipe = replace(recipe, records=replace(recipe.records, images=0))
         return recipe
 

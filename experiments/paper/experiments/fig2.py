@@ -49,7 +49,7 @@ def pair(setting: Setting, point: Point) -> list[Cell]:
     tucker = point.of("tucker")
     return [
         Cell(deeptwist(point), setting.compressed("deeptwist", **tucker)),
-        Cell(conventional(point), setting.compressed("decomposed", **tucker)),
+        Cell(conventional(point), setting.compressed("finetune", **tucker)),
     ]
 
 

@@ -23,7 +23,7 @@ from experiments.paper.findings import (
 )
 from experiments.paper.profiles import Setting
 
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 
 def cells(setting: Setting) -> list[Cell]:

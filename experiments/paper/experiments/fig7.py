@@ -19,7 +19,7 @@ from experiments.paper.findings import (
 )
 from experiments.paper.profiles import Setting
 
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 TILED, TUCKER = "tiled SVD R = 10, DeepTwist", "Tucker R_c = 0.46, conventional"
 PAPER = {TILED: "73.00 / 91.12", TUCKER: "72.31 / 90.73"}
@@ -29,7 +29,7 @@ PAPER_START = "73.26 / 91.24"
 def cells(setting: Setting) -> list[Cell]:
     """The two trainings."""
     tiled = setting.compressed("deeptwist", decomposition="tiled_svd", tile=(64, 64), rank=10)
-    tucker = setting.compressed("decomposed", decomposition="tucker", fraction=0.46)
+    tucker = setting.compressed("finetune", decomposition="tucker", fraction=0.46)
     return [Cell(TILED, tiled), Cell(TUCKER, tucker)]
 
 

@@ -21,9 +21,9 @@ from experiments.paper.profiles import Setting
 from deeptwist.training.recipe import Mode
 
 CONTROLS: dict[Mode, str] = {
-    "noise": "random noise of the same size at the same steps",
-    "once": "decomposed once, at the end",
-    "projection": "projection at every step",
+    "random_noise": "random noise of the same size at the same steps",
+    "decompose_at_end": "decomposed once, at the end",
+    "projected": "projection at every step",
 }
 
 

@@ -64,7 +64,7 @@ def cells(setting: Setting) -> list[Cell]:
     made = {
         **{
             tucker(fraction): setting.compressed(
-                "decomposed", decomposition="tucker", fraction=fraction
+                "finetune", decomposition="tucker", fraction=fraction
             )
             for fraction in PAPER_TUCKER
         },

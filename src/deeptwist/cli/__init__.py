@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs a command; bad input ends with one line and exit code 2, never with a traceback.
+    """Run a command; bad input ends with one line and exit code 2, never with a traceback.
 
     Args:
         words: what was written after ``deeptwist``; the process's own arguments if not given.
     """
     try:
         from cyclopts import CycloptsError
+        from pydantic import ValidationError
 
-        from deeptwist.cli.commands import app
+        from deeptwist.cli.app import app
+        from deeptwist.training.recipe import explain
     except ModuleNotFoundError as error:
         sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
     from deeptwist.errors import DeepTwistError
@@ -23,7 +25,8 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         app(words, exit_on_error=False, print_error=False)
     except (DeepTwistError, CycloptsError) as error:
-        sys.exit(_complain(" ".join(str(error).split())))
+        cause = error.__cause__
+        sys.exit(_complain(str(explain(cause) if isinstance(cause, ValidationError) else error)))
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as 'head' does: nothing to say
     except KeyboardInterrupt:
@@ -31,5 +34,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"deeptwist: {message}", file=sys.stderr)
+    print(f"deeptwist: {' '.join(message.split())}", file=sys.stderr)
     return 2

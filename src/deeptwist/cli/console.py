@@ -1,25 +1,28 @@
-"""What a person sees: tables on standard output, progress on standard error."""
+"""Tables on standard output, progress on standard error, files that cannot be written."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from deeptwist.errors import DeepTwistError
 
 # A pipe has no width to fit: a table there keeps its lines whole.
 _WIDE = None if sys.stdout.isatty() else 200
 
 
 def speaks_for_all() -> bool:
-    """Whether this is the only process, or the first of those that ``torchrun`` started."""
+    """Return whether this is the only process, or the first of those that ``torchrun`` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table, the first column to the left and the others to the right."""
+    """Print a table, the first column to the left and the others to the right."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
@@ -30,7 +33,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, if that is a terminal; gives the call that moves it."""
+    """Show progress on standard error, if that is a terminal; give the call that moves it."""
     console = Console(stderr=True, quiet=not speaks_for_all())
     columns = (
         TextColumn("{task.description}"),
@@ -41,3 +44,12 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the failure to write a file into one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error

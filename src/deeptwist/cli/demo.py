@@ -14,30 +14,30 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.report import write_report
 from deeptwist.serialization import write_text
 from deeptwist.training.loop import steps_per_epoch
-from deeptwist.training.recipe import Method, Mode, Recipe, make_recipe
-from deeptwist.training.records import DENSE_WEIGHTS, Summary, read_run
-from deeptwist.training.run import prepare, run
+from deeptwist.training.metrics import DENSE_WEIGHTS, Summary, read_run
+from deeptwist.training.recipe import Mode, Recipe, make_recipe
+from deeptwist.training.run import build_run, train
 
 _BATCH = 128
 _MARK = ".demo"  # what tells a demo's run from a run of the user's own
-_RUNS: tuple[tuple[str, Mode, Method], ...] = (
+_RUNS: tuple[tuple[str, Mode, str], ...] = (
     ("dense", "dense", "tucker"),
     ("tucker-deeptwist", "deeptwist", "tucker"),
-    ("tucker-conventional", "decomposed", "tucker"),
+    ("tucker-conventional", "finetune", "tucker"),
     ("spatial-svd-deeptwist", "deeptwist", "spatial_svd"),
-    ("spatial-svd-conventional", "decomposed", "spatial_svd"),
+    ("spatial-svd-conventional", "finetune", "spatial_svd"),
 )
 
 
 def demo_steps(epochs: int) -> int:
-    """Optimizer steps in the whole demo."""
+    """Return the number of optimizer steps in the whole demo."""
     return len(_RUNS) * epochs * steps_per_epoch(load_digits(), _BATCH)
 
 
 def run_demo(
     out: Path, *, epochs: int = 25, seed: int = 0, on_step: Callable[[], None] = lambda: None
 ) -> tuple[list[Summary], Path]:
-    """Runs the demo.
+    """Run the demo.
 
     Args:
         out: where the runs and the report go; an earlier demo there is replaced.
@@ -57,8 +57,8 @@ def run_demo(
     _clear(out)
     for name, recipe in recipes.items():
         _mark(out / name)
-        run(
-            prepare(recipe, data, name=name),
+        train(
+            build_run(recipe, data, name=name),
             out / name,
             latency_batch=256,  # 8×8 images: fewer would measure the calls, not the work
             on_step=on_step,
@@ -68,7 +68,7 @@ def run_demo(
     return [run.summary for run in runs], report
 
 
-def _recipe(out: Path, mode: Mode, method: Method, epochs: int, seed: int) -> Recipe:
+def _recipe(out: Path, mode: Mode, method: str, epochs: int, seed: int) -> Recipe:
     return make_recipe(
         {
             "model": "resnet20",
@@ -89,7 +89,7 @@ def _recipe(out: Path, mode: Mode, method: Method, epochs: int, seed: int) -> Re
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier demo's runs, or nothing at all where one of them is somebody's own."""
+    """Remove an earlier demo's runs, or nothing at all where one of them is somebody's own."""
     folders = [out / name for name, *_ in _RUNS if (out / name).exists()]
     for folder in folders:
         if not (folder / _MARK).is_file():
@@ -105,4 +105,4 @@ def _mark(folder: Path) -> None:
         folder.mkdir(parents=True)
         write_text(folder / _MARK, "This folder is the demo's: the next one replaces it.\n")
     except OSError as error:
-        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from None
+        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from error

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deeptwist.report.formatting import METHOD_MODES, fewer, method_name, mode_name, percent
-from deeptwist.training.records import Run, Summary
+from deeptwist.training.metrics import Run, Summary
 
 
 @dataclass(frozen=True)

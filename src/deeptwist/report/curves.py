@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from deeptwist.report.styles import MUTED, Look
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 _MOST_MARKERS = 12  # on one line
 
@@ -75,7 +75,7 @@ def draw_ratios(axes: Axes, lines: Iterable[Line]) -> None:
 def draw_refined(axes: Axes, lines: Iterable[Line], looks: Mapping[str, Look]) -> None:
     """Draws what comes of each run at its right, one column for each refinement."""
     for line in lines:
-        for refined in line.run.summary.refined:
+        for refined in line.run.summary.variants:
             column = list(looks).index(refined.name)
             aside = ScaledTranslation((11 + 8 * column) / 72, 0, axes.figure.dpi_scale_trans)
             point = (line.x[-1], refined.accuracy * 100)

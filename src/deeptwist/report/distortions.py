@@ -11,7 +11,7 @@ from deeptwist.report.curves import Line, draw_lines, lines_of
 from deeptwist.report.drawing import Drawn, Plot, plot
 from deeptwist.report.formatting import power_of_ten
 from deeptwist.report.styles import DOTS, MUTED, Look, before_and_after
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 _LINEAR_UP_TO = 0.5  # a ΔL/L beyond it would flatten all others on a linear axis
 _LINEAR_WITHIN = 30  # between the least and the greatest loss

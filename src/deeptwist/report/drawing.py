@@ -10,7 +10,7 @@ from deeptwist.report.curves import Line
 from deeptwist.report.formatting import listed, printable
 from deeptwist.report.styles import Look
 from deeptwist.report.svg import render
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 Drawn = Sequence[tuple[Run, Look]]
 

@@ -4,25 +4,18 @@ import re
 from collections.abc import Sequence
 
 from deeptwist.decompositions import METHODS
-from deeptwist.training.records import Summary
+from deeptwist.training.metrics import Summary
+from deeptwist.training.modes import find_mode
 
 NBSP = "\N{NO-BREAK SPACE}"
 NONE = "–"
-METHOD_MODES = ("deeptwist", "decomposed")
-_MODES = {
-    "dense": "dense",
-    "deeptwist": "DeepTwist",
-    "decomposed": "conventional fine-tuning",
-    "projection": "control: projection at every step",
-    "noise": "control: random noise",
-    "once": "control: decomposed once, at the end",
-}
+METHOD_MODES = ("deeptwist", "finetune")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def mode_name(summary: Summary) -> str:
     """The mode as readers know it."""
-    return _MODES.get(summary.mode, summary.mode)
+    return find_mode(summary.mode).label
 
 
 def decomposition_name(summary: Summary) -> str:

@@ -14,7 +14,7 @@ from deeptwist.report.results import results, training
 from deeptwist.report.settings import settings
 from deeptwist.report.tables import Table, plans
 from deeptwist.serialization import write_text
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
         plans=plans(ordered),
         settings=settings(ordered),
         modes={run.summary.mode for run in runs},
-        refined={refined.name for run in runs for refined in run.summary.refined},
+        refined={refined.name for run in runs for refined in run.summary.variants},
     )
     try:
         # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.

@@ -20,7 +20,7 @@ from deeptwist.report.formatting import (
 )
 from deeptwist.report.styles import DOTS, INK, MUTED, Look, looks_of, refined_looks
 from deeptwist.report.svg import render
-from deeptwist.training.records import Run, Summary
+from deeptwist.training.metrics import Run, Summary
 
 _REFINED = " At a run's right, in its colour: the networks under it in the table."
 
@@ -51,7 +51,7 @@ def _accuracy_against_compression(case: Case, drawn: Drawn, name: str) -> Plot |
     compressed = [(run, look) for run, look in drawn if run.summary.mode != "dense"]
     lines = lines_of(compressed, lambda run: [_compression_and_accuracy(run.summary)])
     refined = refined_looks(
-        refined.name for run in case.compressed for refined in run.summary.refined
+        refined.name for run in case.compressed for refined in run.summary.variants
     )
 
     def paint(axes: Axes) -> None:
@@ -214,7 +214,7 @@ def _modes(runs: Sequence[Run]) -> str:
     present = {run.summary.mode for run in runs}
     words = {
         "DeepTwist (filled)": "deeptwist" in present,
-        "conventional fine-tuning (hollow)": "decomposed" in present,
+        "conventional fine-tuning (hollow)": "finetune" in present,
         "a control (hollow, in a colour of its own)": not present <= set(METHOD_MODES),
     }
     return listed([word for word, there in words.items() if there], "or")

@@ -19,7 +19,7 @@ from deeptwist.report.formatting import (
     speed,
 )
 from deeptwist.report.tables import Cell, Column, Table
-from deeptwist.training.records import Refined, Run, Summary
+from deeptwist.training.metrics import Run, Summary, Variant
 
 _RESULTS = (
     Column("run", words=True),
@@ -59,7 +59,7 @@ def results(case: Case) -> Table:
 
 
 def _rows(summary: Summary) -> list[tuple[Cell, ...]]:
-    return [_result(summary), *(_refined(summary, refined) for refined in summary.refined)]
+    return [_result(summary), *(_refined(summary, refined) for refined in summary.variants)]
 
 
 def _result(summary: Summary) -> tuple[Cell, ...]:
@@ -88,7 +88,7 @@ def _result(summary: Summary) -> tuple[Cell, ...]:
     )
 
 
-def _refined(summary: Summary, refined: Refined) -> tuple[Cell, ...]:
+def _refined(summary: Summary, refined: Variant) -> tuple[Cell, ...]:
     started = f"it started from {percent(summary.accuracy_before)}"
     return (
         Cell(refined.name, tooltip=f"of {summary.name}; in {refined.path}", under=True),

@@ -6,8 +6,9 @@ from typing import Any
 
 from deeptwist.report.formatting import NONE, listed
 from deeptwist.report.tables import Cell, Column, Table
+from deeptwist.training.metrics import Run, Summary
+from deeptwist.training.modes import find_mode
 from deeptwist.training.recipe import CompressionRecipe, DistillationRecipe, Recipe, TailRecipe
-from deeptwist.training.records import Run, Summary
 
 _NAMES = {
     "weights": "starting weights",
@@ -120,7 +121,7 @@ def _says(key: str, value: Any, summary: Summary) -> bool:
     if key in _NEVER or value is None:
         return False
     if key == "interval":
-        return summary.mode in ("deeptwist", "noise")
+        return find_mode(summary.mode).at_intervals
     if key.startswith("compression.") and summary.mode == "dense":
         return False
     return key in _ALWAYS or value != _DEFAULTS.get(key)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from deeptwist.report.formatting import METHOD_MODES
-from deeptwist.training.records import Run
+from deeptwist.training.metrics import Run
 
 # matplotlib wants a colour now, the page decides on it later (light, dark, print): these stand in
 # for the variables of style.css and are replaced in the SVG.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deeptwist.plan.plan import Plan, PlannedLayer
 from deeptwist.report.formatting import NONE, decomposition_name, fewer, listed
-from deeptwist.training.records import Run, Summary
+from deeptwist.training.metrics import Run, Summary
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from deeptwist.serialization import write_bytes
 
 logger = logging.getLogger("deeptwist")
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2  # the one before the last is for when the last turns out to be damaged
 _PATTERN = "checkpoint-*.pt"
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes a checkpoint and removes those before the last two.
+    """Write a checkpoint and remove those before the last two.
 
     Args:
         folder: of the run.
@@ -37,18 +37,18 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         raise DeepTwistError(
             f"cannot write '{path}' ({error.strerror}): the checkpoint before it is whole, "
             "make room and go on with --resume"
-        ) from None
+        ) from error
     for old in sorted(folder.glob(_PATTERN))[:-_KEPT]:
         old.unlink()
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint that can be read; none where there is none at all.
+    """Return the last checkpoint that can be read, `None` if there is none at all.
 
     One that is damaged or foreign is named in a warning, and the one before it taken.
 
     Raises:
-        DeepTwistError: if there are some, and none can be read.
+        DeepTwistError: if there are checkpoints, and none can be read.
     """
     paths = sorted(folder.glob(_PATTERN), reverse=True)
     for path in paths:
@@ -59,13 +59,13 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         if isinstance(state, dict) and state.get("format") == _FORMAT:
             return state
-        logger.warning("'%s' is no checkpoint of this version of deeptwist: not used", path)
+        logger.warning("'%s' is not a checkpoint of this version of deeptwist: not used", path)
     if paths:
         raise DeepTwistError(f"no checkpoint in {folder} can be read: remove them to start anew")
     return None
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Removes a finished run's checkpoints."""
+    """Remove a finished run's checkpoints."""
     for path in folder.glob(_PATTERN):
         path.unlink()

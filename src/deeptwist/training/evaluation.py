@@ -1,28 +1,29 @@
 """Accuracy and loss on a split."""
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from deeptwist.data import Dataset, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspect.layers import FORWARD_ERRORS, eval_mode
-from deeptwist.training.records import Evaluation
+from deeptwist.training.metrics import Evaluation
 
 _BATCH = 500
 
 
-def as_input(images: Tensor, model: nn.Module, data: Dataset) -> Tensor:
-    """Stored pixels as what a model takes: normalised, of its type, on its device, channels_last.
+def preprocess(images: Tensor, model: nn.Module, data: Dataset) -> Tensor:
+    """Turn stored pixels into a model's input: normalised, of its type, on its device.
 
     Args:
         images: uint8 (B, C, H, W).
         model: whose first parameter says which type and device.
         data: says how pixels are normalised.
+
+    Returns:
+        (B, C, H, W), channels_last.
     """
     first = next(model.parameters())
     x = normalize(images.to(first.device), data.mean, data.std)
@@ -30,13 +31,13 @@ def as_input(images: Tensor, model: nn.Module, data: Dataset) -> Tensor:
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits (B, classes) in a network's output.
+    """Return the logits (B, classes) in a network's output.
 
-    The first tensor of a tuple: torchvision's GoogLeNet and Inception v3 put their auxiliary
-    heads' logits after it while they train.
+    Of a tuple these are the first tensor: torchvision's GoogLeNet and Inception v3 put their
+    auxiliary heads' logits after it while they train.
 
     Raises:
-        DeepTwistError: if it is something else.
+        DeepTwistError: if the output is something else.
     """
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor):
@@ -50,18 +51,16 @@ def logits_of(output: object) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    split: Split,
     data: Dataset,
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluates a model on images of a data set, in evaluation mode and on its own device.
+    """Evaluate a model in evaluation mode, on its own device.
 
     Args:
         model: gives logits (B, classes).
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,).
+        split: the images and labels.
         data: says how pixels are normalised and how many classes there are.
         on_batch: called after every batch of up to 500.
 
@@ -71,8 +70,8 @@ def evaluate(
     """
     outputs = []
     with eval_mode(model):
-        for some, _ in batches(Split(images, labels), _BATCH, generator=None):
-            x = as_input(some, model, data)
+        for images, _ in batches(split, _BATCH, generator=None):
+            x = preprocess(images, model, data)
             try:
                 output = model(x)
             except FORWARD_ERRORS as error:
@@ -82,45 +81,19 @@ def evaluate(
                 ) from error
             outputs.append(logits_of(output).float())
             on_batch()
-    logits, targets = torch.cat(outputs), labels.to(outputs[0].device)
+    logits, labels = torch.cat(outputs), split.labels.to(outputs[0].device)
     if logits.shape != (len(labels), len(data.classes)):
         raise DeepTwistError(
             f"the model gives outputs of shape {tuple(logits.shape[1:])}, "
             f"{data.name} has {len(data.classes)} classes"
         )
-
-    def right_among(guesses: int) -> float:
-        return float(
-            multiclass_accuracy(logits, targets, len(data.classes), average="micro", top_k=guesses)
-        )
-
     return Evaluation(
-        loss=float(functional.cross_entropy(logits, targets)),
-        accuracy=right_among(1),
-        top5=right_among(5) if len(data.classes) > 5 else None,
+        loss=float(functional.cross_entropy(logits, labels)),
+        accuracy=_accuracy(logits, labels, 1),
+        top5=_accuracy(logits, labels, 5) if len(data.classes) > 5 else None,
     )
 
 
-class Probe:
-    """A model on images spread over both splits, not augmented, each time it is asked.
-
-    Attributes:
-        train: what was found on the training split, in order.
-        test: the same on the test split.
-        seconds: that it took in all.
-    """
-
-    def __init__(self, model: nn.Module, data: Dataset, images: int):
-        self._model, self._data, self._images = model, data, images
-        self.train: list[Evaluation] = []
-        self.test: list[Evaluation] = []
-        self.seconds = 0.0
-
-    def loss(self) -> float:
-        """The loss on the training split's images; keeps all that was found."""
-        started = time.perf_counter()
-        for split, found in ((self._data.train, self.train), (self._data.test, self.test)):
-            some = split.spread(self._images)
-            found.append(evaluate(self._model, some.images, some.labels, self._data))
-        self.seconds += time.perf_counter() - started
-        return self.train[-1].loss
+def _accuracy(logits: Tensor, labels: Tensor, guesses: int) -> float:
+    right = logits.topk(guesses).indices == labels[:, None]
+    return float(right.any(1).float().mean())

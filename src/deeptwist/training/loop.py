@@ -1,8 +1,8 @@
-"""The training loop, on Lightning Fabric: devices, precision and processes are its, the loop ours.
+"""The training loop, on Lightning Fabric, which brings devices, precision and processes.
 
-Fabric rather than the Trainer, so that the loop stays readable and DeepTwist is one call in it.
-What is random in a step is drawn from the seed and the step's own number, so that a training that
-was cut goes on with the same numbers.
+Fabric rather than Lightning's Trainer, so that the loop stays readable and DeepTwist is one call
+in it. What is random in a step is drawn from the seed and the step's own number, so that a
+training that was cut goes on with the same numbers.
 """
 
 import copy
@@ -18,13 +18,13 @@ import torch.distributed
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist.data import Dataset, Split, augment
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.evaluation import Probe, as_input, evaluate, logits_of
-from deeptwist.training.recipe import Recipe, ScheduleRecipe
-from deeptwist.training.records import DistortedAt, Epoch, Record
+from deeptwist.training.evaluation import evaluate, logits_of, preprocess
+from deeptwist.training.metrics import DistortionRecord, Epoch, Evaluation, Record
+from deeptwist.training.recipe import Recipe
 from deeptwist.twist.distortion import DeepTwist
 
 T = TypeVar("T")
@@ -33,13 +33,13 @@ _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """What is told of a training as it goes on.
+class Callbacks:
+    """Functions that are called during training.
 
     Attributes:
-        on_record: called with every epoch's and every distortion's record.
-        on_step: called after every optimizer step.
-        on_checkpoint: called when a checkpoint is due, and at the end.
+        on_record: with every epoch's and every distortion's record.
+        on_step: after every optimizer step.
+        on_checkpoint: when a checkpoint is due, and at the end.
     """
 
     on_record: Callable[[Record], None] = lambda record: None
@@ -47,14 +47,15 @@ class Hooks:
     on_checkpoint: Callable[[], None] = lambda: None
 
 
-class Training:
+class Trainer:
     """A network in training with all that a step changes: it can be cut anywhere and continued.
 
     Attributes:
         step: optimizer steps so far.
         steps: optimizer steps in all.
-        best: the best accuracy on the validation split so far, and the weights that had it; none
-            without a validation split.
+        average: the moving average of the network's weights, `None` if the recipe has none.
+        best: the best accuracy on the validation split so far, and the weights that had it;
+            `None` without a validation split.
     """
 
     def __init__(
@@ -63,27 +64,21 @@ class Training:
         model: nn.Module,
         data: Dataset,
         recipe: Recipe,
-        schedule: ScheduleRecipe,
-        lr: float,
         *,
         twist: DeepTwist | None = None,
         teacher: nn.Module | None = None,
-        average: AveragedModel | None = None,
         validation: Split | None = None,
     ):
-        """Sets a network up for training.
+        """Set a network up for training.
 
         Args:
             fabric: launched; the network ends on its device.
             model: changed in place.
-            data: trained on `schedule.epochs` times, evaluated on after each.
-            recipe: all but its schedule and learning rate.
-            schedule: see `ScheduleRecipe`.
-            lr: the learning rate that the schedule starts from.
+            data: trained on `recipe.schedule.epochs` times, evaluated on after each.
+            recipe: optimizer, schedule, precision and what else changes a step.
             twist: attached to `model`, to distort its weights on the way.
-            teacher: whose logits are learnt from, if the recipe has a distillation.
-            average: of `model`'s weights, kept up to date.
-            validation: on which the best weights are chosen, after each distortion; after each
+            teacher: gives the logits that a distillation learns from.
+            validation: images to choose the best weights on, after each distortion; after each
                 epoch where there are none.
 
         Raises:
@@ -91,36 +86,28 @@ class Training:
                 shared evenly among the processes.
         """
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
-        self._schedule, self._twist, self._teacher = schedule, twist, teacher
-        self._average, self._validation = average, validation
-        self._per_epoch = steps_per_epoch(data, recipe.batch_size)
+        self._twist, self._teacher, self._validation = twist, teacher, validation
+        self._steps_per_epoch = steps_per_epoch(data, recipe.batch_size)
         if recipe.batch_size % fabric.world_size:
             raise DeepTwistError(
                 f"batch_size {recipe.batch_size} cannot be shared by {fabric.world_size} processes"
             )
         self.step = 0
-        self.steps = schedule.epochs * self._per_epoch
+        self.steps = recipe.schedule.epochs * self._steps_per_epoch
+        self.average = None if recipe.ema is None else _moving_average(model, recipe.ema)
         self.best: tuple[float, dict[str, Tensor]] | None = None
         model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
-        options = recipe.optimizer
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov and options.momentum > 0,
-        )
-        self._wrapped, self._optimizer = fabric.setup(model, optimizer)
-        self._rate = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share_of_lr)
-        for other in (teacher, average):
-            if other is not None:
-                other.to(fabric.device)
+        self._wrapped, self._optimizer = fabric.setup(model, _make_optimizer(model, recipe))
+        self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
+        for copied in (teacher, self.average):
+            if copied is not None:
+                copied.to(fabric.device)
         self._epoch_loss = torch.zeros((), device=fabric.device)  # sum over its steps so far
         self._epoch_seconds = 0.0
         torch.manual_seed(recipe.seed)  # dropout
 
-    def fit(self, hooks: Hooks) -> None:
-        """Trains to the end, from wherever it stands.
+    def fit(self, callbacks: Callbacks) -> None:
+        """Train to the end, from the step reached so far.
 
         Raises:
             DeepTwistError: if the loss is not finite, naming the step.
@@ -129,167 +116,172 @@ class Training:
         self._model.train()
         while self.step < self.steps:
             started = time.perf_counter()
-            for images, labels in self._rest_of_epoch():
-                self._epoch_loss += self._optimize(images, labels)
+            for x, labels in self._batches():
+                loss = self._loss(x, labels)
+                self._epoch_loss += self._mean_over_processes(loss)
+                self._fabric.backward(loss)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                self._lr_scheduler.step()
+                if self.average is not None:
+                    self.average.update_parameters(self._model)
+                self.step += 1
                 self._epoch_seconds += time.perf_counter() - started
-                self._distort(hooks)
-                if self.step % self._per_epoch == 0:
-                    self._end_epoch(hooks)
+
+                if self._twist is not None:
+                    self._distort(self._twist, callbacks)
+                if self.step % self._steps_per_epoch == 0:
+                    self._end_epoch(callbacks)
                 if self.step % every == 0 or self.step == self.steps:
-                    self._share_buffers()
-                    hooks.on_checkpoint()
-                hooks.on_step()
+                    self._broadcast_buffers()
+                    callbacks.on_checkpoint()
+                callbacks.on_step()
                 started = time.perf_counter()
 
-    @property
-    def distorts(self) -> bool:
-        """Whether weights are distorted on the way."""
-        return self._twist is not None
+    def finish(self, callbacks: Callbacks) -> nn.Module:
+        """Return the network to deploy: distorted a last time and decomposed, if it was twisted."""
+        if self._twist is None:
+            return self._model
+        small, record = self._recorded(self._twist, self._twist.finish)
+        assert record is not None
+        callbacks.on_record(record)
+        return small
 
     def best_model(self) -> nn.Module:
-        """A copy of the network with its best weights; with the last ones if none are known."""
+        """Return a copy of the network with its best weights, its last ones if none are known."""
         model = copy.deepcopy(self._model)
         if self.best is not None:
             model.load_state_dict(self.best[1])
         return model
 
-    def finish(self, hooks: Hooks) -> nn.Module:
-        """The network to deploy: after a last distortion, where there are any, decomposed."""
-        twist = self._twist
-        if twist is None:
-            return self._model
-        small, record = self._distorted(twist, twist.finish)
-        assert record is not None
-        hooks.on_record(record)
-        return small
-
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on bit for bit, in plain containers and tensors."""
-        states = {"twist": self._twist, "average": self._average}
+        """Return what a checkpoint needs to go on bit for bit, in plain containers and tensors."""
         return {
             "step": self.step,
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "rate": self._rate.state_dict(),
             "best": self.best,
             "epoch_loss": self._epoch_loss,
             "epoch_seconds": self._epoch_seconds,
             "random": torch.get_rng_state(),
-            **{name: None if one is None else one.state_dict() for name, one in states.items()},
+            **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`.
+        """Go on from a state that `state_dict` returned.
 
         Raises:
-            AttributeError, LookupError, RuntimeError, TypeError, ValueError: if the state is not
-                one of this training's.
+            AttributeError, LookupError, RuntimeError, TypeError, ValueError: if the state is of
+                another training.
         """
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._rate.load_state_dict(state["rate"])
-        for name, one in (("twist", self._twist), ("average", self._average)):
-            if one is not None:
-                one.load_state_dict(state[name])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self._epoch_loss.copy_(state["epoch_loss"])
         self._epoch_seconds = float(state["epoch_seconds"])
         self.best = state["best"]
         self.step = int(state["step"])
         torch.set_rng_state(state["random"])
 
-    def _optimize(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step; returns the loss over all processes' images."""
-        loss = self._loss(images, labels)
-        whole = loss.detach()
-        if self._fabric.world_size > 1:
-            whole = cast(Tensor, self._fabric.all_reduce(whole.clone(), reduce_op="mean"))
-        if not whole.isfinite():
-            raise DeepTwistError(
-                f"the loss is {whole.item()} at step {self.step + 1}: "
-                f"lower optimizer.lr={self._recipe.optimizer.lr}"
-            )
-        self._fabric.backward(loss)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._rate.step()
-        if self._average is not None:
-            self._average.update_parameters(self._model)
-        self.step += 1
-        return whole
+    def _parts(self) -> dict[str, Any]:
+        """Return everything that has a state dict of its own, by its name in checkpoints."""
+        parts = {
+            "model": self._model,
+            "optimizer": self._optimizer,
+            "lr_scheduler": self._lr_scheduler,
+            "twist": self._twist,
+            "average": self.average,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        images = augment(
-            images.to(self._fabric.device),
-            padding=self._data.padding,
-            flip=self._data.flip,
-            generator=_generator(self._recipe.seed, _AUGMENTATION, self.step),
-            share=(self._fabric.global_rank, self._fabric.world_size),
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's share of every batch that the epoch still holds, augmented."""
+        epoch, done = divmod(self.step, self._steps_per_epoch)
+        split, size = self._data.train, self._recipe.batch_size
+        share = self._fabric.global_rank, self._fabric.world_size
+        order = torch.randperm(
+            len(split.labels), generator=_generator(self._recipe.seed, _ORDER, epoch)
         )
-        x = as_input(images, self._model, self._data)
+        for batch in order[done * size : self._steps_per_epoch * size].split(size):
+            rows = batch[share[0] :: share[1]].to(split.images.device)
+            images = augment(
+                split.images[rows].to(self._fabric.device),
+                padding=self._data.padding,
+                flip=self._data.flip,
+                generator=_generator(self._recipe.seed, _AUGMENTATION, self.step),
+                share=share,
+            )
+            labels = split.labels[rows].to(self._fabric.device)
+            yield preprocess(images, self._model, self._data), labels
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        recipe = self._recipe
         logits = logits_of(self._wrapped(x))
-        loss = functional.cross_entropy(
-            logits, labels.to(x.device), label_smoothing=self._recipe.label_smoothing
-        )
-        distillation = self._recipe.distillation
-        if self._teacher is None or distillation is None:
+        loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if self._teacher is None or recipe.distillation is None:
             return loss
         with torch.no_grad(), self._fabric.autocast():
             taught = logits_of(self._teacher.eval()(x))
-        from_teacher = _divergence(logits, taught, distillation.temperature)
-        return (1 - distillation.weight) * loss + distillation.weight * from_teacher
+        weight, temperature = recipe.distillation.weight, recipe.distillation.temperature
+        return (1 - weight) * loss + weight * distillation_loss(logits, taught, temperature)
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of every batch that the epoch still holds."""
-        epoch, done = divmod(self.step, self._per_epoch)
-        split, size = self._data.train, self._recipe.batch_size
-        generator = _generator(self._recipe.seed, _ORDER, epoch)
-        order = torch.randperm(len(split.labels), generator=generator)
-        for batch in order[done * size : self._per_epoch * size].split(size):
-            rows = batch[self._fabric.global_rank :: self._fabric.world_size]
-            rows = rows.to(split.images.device)
-            yield split.images[rows], split.labels[rows]
+    def _mean_over_processes(self, loss: Tensor) -> Tensor:
+        """Return the loss over all processes' images.
 
-    def _distort(self, hooks: Hooks) -> None:
-        if self._twist is None:
-            return
-        _, record = self._distorted(self._twist, self._twist.step)
+        Raises:
+            DeepTwistError: if it is not finite.
+        """
+        mean = loss.detach()
+        if self._fabric.world_size > 1:
+            mean = cast(Tensor, self._fabric.all_reduce(mean.clone(), reduce_op="mean"))
+        if not mean.isfinite():
+            raise DeepTwistError(
+                f"the loss is {mean.item()} at step {self.step + 1}: "
+                f"lower optimizer.lr={self._recipe.optimizer.lr}"
+            )
+        return mean
+
+    def _distort(self, twist: DeepTwist, callbacks: Callbacks) -> None:
+        _, record = self._recorded(twist, twist.step)
         if record is not None:
-            hooks.on_record(record)
+            callbacks.on_record(record)
             self._keep_best()
 
-    def _distorted(
+    def _recorded(
         self, twist: DeepTwist, distort: Callable[[Callable[[], float] | None], T]
-    ) -> tuple[T, DistortedAt | None]:
-        """What `distort` returns, and the record of the distortion if it was one."""
-        probe = Probe(self._wrapped, self._data, self._recipe.records.images)
+    ) -> tuple[T, DistortionRecord | None]:
+        """Return the result of `distort`, and the record of the distortion if there was one."""
+        count = self._recipe.records.images
+        evaluations: list[tuple[Evaluation, Evaluation]] = []
+        evaluating = 0.0
 
         def loss() -> float:
-            self._share_buffers()
-            return probe.loss()
+            nonlocal evaluating
+            self._broadcast_buffers()
+            started = time.perf_counter()
+            subsets = self._data.train.spread(count), self._data.test.spread(count)
+            train, test = (evaluate(self._wrapped, subset, self._data) for subset in subsets)
+            evaluations.append((train, test))
+            evaluating += time.perf_counter() - started
+            return train.loss
 
-        count, started = len(twist.records), time.perf_counter()
-        result = distort(loss if self._recipe.records.images else None)
-        seconds = time.perf_counter() - started - probe.seconds
-        if len(twist.records) == count:
+        known, started = len(twist.records), time.perf_counter()
+        result = distort(loss if count else None)
+        seconds = time.perf_counter() - started - evaluating
+        if len(twist.records) == known:
             return result, None
-        lr = float(self._rate.get_last_lr()[0])
-        train, test = tuple(probe.train), tuple(probe.test)
-        return result, DistortedAt(twist.records[-1], lr, seconds, train, test)
+        train, test = zip(*evaluations, strict=True) if evaluations else ((), ())
+        return result, DistortionRecord(twist.records[-1], self._lr, seconds, train, test)
 
-    def _end_epoch(self, hooks: Hooks) -> None:
-        self._share_buffers()
+    def _end_epoch(self, callbacks: Callbacks) -> None:
+        self._broadcast_buffers()
         if self._twist is None:
             self._keep_best()
-        images = self._per_epoch * self._recipe.batch_size
-        hooks.on_record(
+        images = self._steps_per_epoch * self._recipe.batch_size
+        callbacks.on_record(
             Epoch(
-                epoch=self.step // self._per_epoch,
+                epoch=self.step // self._steps_per_epoch,
                 step=self.step,
-                train_loss=float(self._epoch_loss) / self._per_epoch,
-                test=evaluate(
-                    self._wrapped, self._data.test.images, self._data.test.labels, self._data
-                ),
-                lr=float(self._rate.get_last_lr()[0]),
+                train_loss=float(self._epoch_loss) / self._steps_per_epoch,
+                test=evaluate(self._wrapped, self._data.test, self._data),
+                lr=self._lr,
                 seconds=self._epoch_seconds,
                 images_per_second=images / self._epoch_seconds,
             )
@@ -300,27 +292,31 @@ class Training:
     def _keep_best(self) -> None:
         if self._validation is None:
             return
-        held_out = self._validation.images, self._validation.labels
-        accuracy = evaluate(self._wrapped, *held_out, self._data).accuracy
+        accuracy = evaluate(self._wrapped, self._validation, self._data).accuracy
         if self.best is None or accuracy > self.best[0]:
             weights = {n: t.detach().clone() for n, t in self._model.state_dict().items()}
             self.best = accuracy, weights
 
-    def _share_buffers(self) -> None:
-        """Gives every process the first one's batch-norm statistics, as the next step would."""
+    def _broadcast_buffers(self) -> None:
+        """Give every process the first one's batch-norm statistics, as the next step would."""
         if self._fabric.world_size > 1:
             for buffer in self._model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _share_of_lr(self, step: int) -> float:
-        if self._schedule.kind == "cosine":
+    @property
+    def _lr(self) -> float:
+        return float(self._lr_scheduler.get_last_lr()[0])
+
+    def _lr_factor(self, step: int) -> float:
+        schedule = self._recipe.schedule
+        if schedule.kind == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        passed = sum(step >= epoch * self._per_epoch for epoch in self._schedule.milestones)
-        return self._schedule.factor**passed
+        passed = sum(step >= epoch * self._steps_per_epoch for epoch in schedule.milestones)
+        return schedule.factor**passed
 
 
 def steps_per_epoch(data: Dataset, batch_size: int) -> int:
-    """Optimizer steps in an epoch; an incomplete last batch is left out.
+    """Return the optimizer steps in an epoch; an incomplete last batch is left out.
 
     Raises:
         DeepTwistError: if the training split does not fill one batch.
@@ -334,13 +330,30 @@ def steps_per_epoch(data: Dataset, batch_size: int) -> int:
     return steps
 
 
-def _divergence(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ student) of the softened outputs (Hinton et al., 2015, section 2)."""
-    own, teachers = (functional.log_softmax(x / temperature, dim=1) for x in (logits, taught))
-    return temperature**2 * functional.kl_div(own, teachers, reduction="batchmean", log_target=True)
+def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Return T²·KL(teacher ‖ student) of the softened outputs (Hinton et al., 2015, section 2)."""
+    student, teacher = (functional.log_softmax(x / temperature, 1) for x in (logits, taught))
+    return temperature**2 * functional.kl_div(
+        student, teacher, reduction="batchmean", log_target=True
+    )
+
+
+def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    options = recipe.optimizer
+    return torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov and options.momentum > 0,
+    )
+
+
+def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    """Random numbers of a seed, a stream and a place in it."""
+    """Return random numbers of a seed, a stream and a place in it."""
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state) - 2**63)

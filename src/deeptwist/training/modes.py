@@ -2,15 +2,15 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
-
-from deeptwist.decompose import decompose
 from deeptwist.errors import unknown_name_error
-from deeptwist.plan.plan import Plan
-from deeptwist.training.ablations import RandomNoise as RandomNoiseTwist
-from deeptwist.twist.distortion import DeepTwist
+
+if TYPE_CHECKING:  # recipes name modes, and the help that shows recipes must not wait for torch
+    from torch import Tensor, nn
+
+    from deeptwist.plan.plan import Plan
+    from deeptwist.twist.distortion import DeepTwist
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class TrainingMode(ABC):
     is_ablation: ClassVar[bool] = False
 
     @abstractmethod
-    def trained_network(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
         """Return the network whose parameters are trained, which may be the model itself."""
 
     def attach(
-        self, model: nn.Module, plan: Plan, *, steps: int, example_input: Tensor
-    ) -> DeepTwist | None:
+        self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
+    ) -> "DeepTwist | None":
         """Return what distorts the trained network, `None` in a mode without distortions.
 
         Args:
@@ -50,7 +50,7 @@ class TrainingMode(ABC):
         """
         return None
 
-    def deploy(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def deploy(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
         """Return a trained network in the form that is deployed."""
         return model
 
@@ -63,7 +63,7 @@ class Dense(TrainingMode):
     label = "dense"
     compresses = False
 
-    def trained_network(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
         """Return the model."""
         return model
 
@@ -75,8 +75,10 @@ class Finetune(TrainingMode):
     name = "finetune"
     label = "conventional fine-tuning"
 
-    def trained_network(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
         """Return the decomposed model."""
+        from deeptwist.decompose import decompose
+
         return decompose(model, plan)
 
 
@@ -86,15 +88,19 @@ class _DistortingMode(TrainingMode):
 
     distorts = True
 
-    def trained_network(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
         return model
 
     def attach(
-        self, model: nn.Module, plan: Plan, *, steps: int, example_input: Tensor
-    ) -> DeepTwist:
+        self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
+    ) -> "DeepTwist":
+        from deeptwist.twist.distortion import DeepTwist
+
         return DeepTwist(model, plan, self._interval(steps), example_input=example_input)
 
-    def deploy(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def deploy(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+        from deeptwist.decompose import decompose
+
         return decompose(model, plan)
 
     @abstractmethod
@@ -144,10 +150,12 @@ class RandomNoise(_DistortingMode):
         return self.interval
 
     def attach(
-        self, model: nn.Module, plan: Plan, *, steps: int, example_input: Tensor
-    ) -> DeepTwist:
+        self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
+    ) -> "DeepTwist":
         """Return a twist that adds noise until its last distortion."""
-        return RandomNoiseTwist(
+        from deeptwist.training.ablations import RandomNoiseBaseline
+
+        return RandomNoiseBaseline(
             model, plan, self.interval, seed=self.seed, example_input=example_input
         )
 

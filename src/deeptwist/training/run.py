@@ -1,18 +1,16 @@
-"""The whole job: train as a recipe says, evaluate what is deployed, keep it with its records."""
+"""A whole run: train as a recipe says, evaluate what is deployed, keep it with its records."""
 
 import copy
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare
@@ -25,21 +23,29 @@ from deeptwist.models import build_model, load_weights
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.plan import plan as make_plan
 from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
-from deeptwist.training import records
-from deeptwist.training.ablations import RandomNoise
-from deeptwist.training.evaluation import as_input, evaluate
-from deeptwist.training.loop import Training, steps_per_epoch
-from deeptwist.training.post_training import recalibrated
+from deeptwist.training.evaluation import evaluate, preprocess
+from deeptwist.training.loop import Trainer, steps_per_epoch
+from deeptwist.training.metrics import (
+    ARTEFACT,
+    DENSE_WEIGHTS,
+    PLAN,
+    SUMMARY,
+    Evaluation,
+    Record,
+    Summary,
+    Variant,
+    read_run,
+)
+from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
-from deeptwist.training.records import Record, Refined, Summary, read_run
-from deeptwist.training.run_dir import Folder, check_recipe, claimed
+from deeptwist.training.run_dir import RunDir, check_same_recipe, lock_run_dir
 from deeptwist.twist.distortion import DeepTwist
 
 _TAIL = "tail"
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class TrainingRun:
     """A recipe with the network, the plan and the images that it is run on.
 
     Attributes:
@@ -48,7 +54,7 @@ class Job:
             layers that it fixes are decomposed already, but in a dense run.
         plan: of the model.
         data: without the images that the recipe holds out.
-        validation: those images; none where it holds out none.
+        validation: those images; `None` where it holds out none.
         name: of the run, as tables call it.
     """
 
@@ -61,14 +67,16 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """Return the number of optimizer steps, those of the tail included."""
         tail = 0 if self.recipe.tail is None else self.recipe.tail.epochs
         epochs = self.recipe.schedule.epochs + tail
         return epochs * steps_per_epoch(self.data, self.recipe.batch_size)
 
 
-def prepare(recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None = None) -> Job:
-    """Builds and plans a recipe's network.
+def build_run(
+    recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None = None
+) -> TrainingRun:
+    """Build and plan a recipe's network.
 
     Args:
         recipe: see `Recipe`.
@@ -90,18 +98,19 @@ def prepare(recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None
     if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
         model.double()
     example = torch.zeros(2, *shape).to(next(model.parameters()))
-    if recipe.fixed is not None and recipe.mode != "dense":
-        model = _fixed(model, recipe.fixed.make_plan(model, example))
-    if recipe.mode == "dense":  # its plan says what it costs
-        plan = make_plan(model, SVD(rank=1), exclude=("*",), example_input=example)
-    else:
+    compresses = recipe.training_mode.compresses
+    if recipe.fixed is not None and compresses:
+        model = _decompose_and_freeze(model, recipe.fixed.make_plan(model, example))
+    if compresses:
         plan = recipe.compression.make_plan(model, example)
+    else:  # a plan that says what the network costs
+        plan = make_plan(model, SVD(rank=1), exclude=("*",), example_input=example)
     data, validation = _hold_out(data, recipe.data.validation)
-    return Job(recipe, model, plan, data, validation, name)
+    return TrainingRun(recipe, model, plan, data, validation, name)
 
 
-def run(
-    job: Job,
+def train(
+    run: TrainingRun,
     folder: Path,
     *,
     resume: bool = False,
@@ -109,16 +118,16 @@ def run(
     on_record: Callable[[Record], None] = lambda record: None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Summary:
-    """Trains, evaluates what would be deployed, and writes the run's folder.
+    """Train, evaluate what would be deployed, and write the run's folder.
 
     Under ``torchrun``, all processes train together; the first one writes.
 
     Args:
-        job: its model is changed in place, where the mode does not decompose it first.
+        run: its model is changed in place, where the mode does not decompose it first.
         folder: where the run is written.
         resume: go on from the last checkpoint in the folder, if there is one; a finished run is
             read.
-        latency_batch: images in the batch that latency is measured on; none to leave it out.
+        latency_batch: images in the batch that latency is measured on; `None` to leave it out.
         on_record: called with every epoch's and every distortion's record.
         on_step: called after every optimizer step, those before the checkpoint included.
 
@@ -126,114 +135,83 @@ def run(
         DeepTwistError: if the folder holds a run and `resume` is not given, or one of another
             recipe; if another live process is using it; or if training fails.
     """
-    if resume and (folder / records.SUMMARY).exists():
-        check_recipe(folder, job.recipe, resume=True)
+    if resume and (folder / SUMMARY).exists():
+        check_same_recipe(folder, run.recipe, resume=True)
         return read_run(folder).summary
-    fabric = _launched(job.recipe)
-    with claimed(folder, job.recipe, fabric, resume=resume):
-        return _run(fabric, job, folder, latency_batch, on_record, on_step)
+    fabric = make_fabric(run.recipe)
+    with lock_run_dir(folder, run.recipe, fabric, resume=resume):
+        return _train(fabric, run, folder, latency_batch, on_record, on_step)
 
 
-def _run(
+def _train(
     fabric: Fabric,
-    job: Job,
+    run: TrainingRun,
     folder: Path,
     latency_batch: int | None,
     on_record: Callable[[Record], None],
     on_step: Callable[[], None],
 ) -> Summary:
-    recipe, plan, model = job.recipe, job.plan, job.model.to(fabric.device)
-    dense = recipe.mode == "dense"
-    test = job.data.test.images, job.data.test.labels, job.data
-    before = evaluate(model, *test)
-    small = None if dense else decompose(model, plan)
-    untrained = None if small is None else evaluate(small, *test)
+    recipe, plan, data, mode = run.recipe, run.plan, run.data, run.recipe.training_mode
+    model = run.model.to(fabric.device)
+    before = evaluate(model, data.test, data)
     teacher = None if recipe.distillation is None else copy.deepcopy(model)
-    trained = small if small is not None and recipe.mode == "decomposed" else model
-    average = None
-    if recipe.ema is not None:
-        decay = get_ema_multi_avg_fn(recipe.ema)
-        average = AveragedModel(trained, multi_avg_fn=decay, use_buffers=True)
-    twist = None if dense or recipe.mode == "decomposed" else _twist(job)
-    training = Training(
-        fabric,
-        trained,
-        job.data,
-        recipe,
-        recipe.schedule,
-        recipe.optimizer.lr,
-        twist=twist,
-        teacher=teacher,
-        average=average,
-        validation=job.validation,
+    network = mode.trained_network(model, plan)
+    untrained = None
+    if mode.compresses:
+        untrained = evaluate(mode.deploy(network, plan), data.test, data)
+        if fabric.is_global_zero:
+            write_text(folder / PLAN, plan.to_json())
+    example = preprocess(data.test.images[:8], network, data)
+    twist = mode.attach(network, plan, steps=run.steps, example_input=example)
+    trainer = Trainer(
+        fabric, network, data, recipe, twist=twist, teacher=teacher, validation=run.validation
     )
-    if fabric.is_global_zero and not dense:
-        write_text(folder / records.PLAN, plan.to_json())
-    main = Folder(folder, fabric)
-    hooks = main.train(training, on_record, on_step)
-    final = training.finish(hooks)
-    after = evaluate(final, *test)
-    weights = _write(fabric, final, folder / _file(dense, ""), recipe.model)
-    refined = []
-    for name, network in _variants(job, training, average, final):
-        refined.append(_refined(fabric, job, folder, name, network))
+    run_dir = RunDir(folder, fabric)
+    callbacks = run_dir.train(trainer, on_record, on_step)
+    final = trainer.finish(callbacks)
+    after = evaluate(final, data.test, data)
+    weights = _write_network(fabric, final, folder / _file(run, ""), recipe.model)
+
+    variants = []
+    for name, variant in _post_training_variants(run, trainer, final):
+        variants.append(_write_variant(fabric, run, folder, name, variant))
     if recipe.tail is not None:
-        tailed = copy.deepcopy(final)
-        schedule = ScheduleRecipe(epochs=recipe.tail.epochs)
-        further = Training(
-            fabric, tailed, job.data, recipe, schedule, recipe.tail.lr, teacher=teacher
-        )
-        tail = Folder(folder / _TAIL, fabric)
-        tail.train(further, on_record, on_step)
-        refined.append(_refined(fabric, job, folder, _TAIL, tailed))
+        tail = RunDir(folder / _TAIL, fabric)
+        tuned = copy.deepcopy(final)
+        tail.train(_tail_trainer(fabric, run, tuned, teacher), on_record, on_step)
+        variants.append(_write_variant(fabric, run, folder, _TAIL, tuned))
         tail.close()
-    latency = None if dense else _latency(job, final, latency_batch)
-    summary = Summary(
-        name=job.name,
-        mode=recipe.mode,
-        model=recipe.model,
-        data=job.data.name,
-        decomposition=None if dense else recipe.compression.label,
-        ratio=None if dense else recipe.compression.ratio,
-        accuracy_before=before.accuracy,
-        accuracy_untrained=None if untrained is None else untrained.accuracy,
-        accuracy=after.accuracy,
-        loss=after.loss,
-        parameters_before=plan.dense_parameters,
-        parameters=sum(parameter.numel() for parameter in final.parameters()),
-        macs_before=plan.dense_macs,
-        macs=plan.macs,
-        bytes=weights.stat().st_size,
-        steps=training.steps,
-        seconds=main.seconds,
-        output_difference=None if twist is None else twist.output_difference,
-        latency=latency,
-        latency_batch=None if latency is None else latency_batch,
-        refined=tuple(refined),
-        recipe=recipe.to_dict(),
+
+    summary = _summarize(
+        run,
+        _Accuracies(before, untrained, after),
+        final=final,
+        twist=twist,
+        weights=weights,
+        steps=trainer.steps,
+        seconds=run_dir.seconds,
+        variants=tuple(variants),
+        latency=_latency(run, final, latency_batch),
+        latency_batch=latency_batch,
         processes=fabric.world_size,
-        machine=describe_machine(),
-        version=__version__,
-        top5=after.top5,
-        top5_before=before.top5,
     )
     if fabric.is_global_zero:
         summary.write(folder)
-    main.close()
+    run_dir.close()
     return summary
 
 
-def _launched(recipe: Recipe) -> Fabric:
-    """Fabric, with one process or with all those that ``torchrun`` started."""
+def make_fabric(recipe: Recipe) -> Fabric:
+    """Launch Fabric, with one process or with all those that ``torchrun`` started."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Fabric tells of its precision, through whichever of the two was imported last.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Fabric logs its precision, through whichever of the two was imported last.
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator="auto",
-        devices=here,
-        num_nodes=processes // here,
+        devices=local,
+        num_nodes=processes // local,
         strategy="ddp" if processes > 1 else "auto",
         precision=recipe.precision,
     )
@@ -241,8 +219,8 @@ def _launched(recipe: Recipe) -> Fabric:
     return fabric
 
 
-def _fixed(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model with a plan's layers decomposed, and not to be trained."""
+def _decompose_and_freeze(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return the model with a plan's layers decomposed, and not to be trained."""
     fixed = decompose(model, plan)
     for layer in plan.compressed:
         fixed.get_submodule(layer.name).requires_grad_(False)
@@ -261,51 +239,116 @@ def _hold_out(data: Dataset, count: int) -> tuple[Dataset, Split | None]:
     return replace(data, train=rest), Split(images[held_out], labels[held_out])
 
 
-def _twist(job: Job) -> DeepTwist:
-    recipe, data = job.recipe, job.data
-    example = as_input(data.test.images[:8], job.model, data)
-    interval = {"projection": 1, "once": job.steps + 1}.get(recipe.mode, recipe.interval)
-    attach = partial(RandomNoise, seed=recipe.seed) if recipe.mode == "noise" else DeepTwist
-    return attach(job.model, job.plan, interval, tolerance=recipe.tolerance, example_input=example)
-
-
-def _variants(
-    job: Job, training: Training, average: AveragedModel | None, final: nn.Module
+def _post_training_variants(
+    run: TrainingRun, trainer: Trainer, final: nn.Module
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The networks that come of a training besides its last one, in their deployed form."""
-
-    def deployed(model: nn.Module) -> nn.Module:
-        return decompose(model, job.plan) if training.distorts else model
-
-    if job.recipe.recalibration:
-        size = job.recipe.batch_size
-        yield "recalibrated", recalibrated(final, job.data, job.recipe.recalibration, size)
-    if average is not None:
-        yield "moving average", deployed(average.module)
-    if training.best is not None:
-        yield "best on validation", deployed(training.best_model())
-
-
-def _refined(fabric: Fabric, job: Job, folder: Path, name: str, network: nn.Module) -> Refined:
-    found = evaluate(network, job.data.test.images, job.data.test.labels, job.data)
-    path = folder / _file(job.recipe.mode == "dense", "-" + name.replace(" ", "-"))
-    _write(fabric, network, path, job.recipe.model)
-    return Refined(name, found.accuracy, found.loss, path.name)
+    """Yield the networks that a training gives besides its last one, in their deployed form."""
+    recipe, mode = run.recipe, run.recipe.training_mode
+    if recipe.recalibration:
+        recalibrated = recalibrate_batch_norm(
+            final, run.data, recipe.recalibration, recipe.batch_size
+        )
+        yield "recalibrated", recalibrated
+    if trainer.average is not None:
+        yield "moving average", mode.deploy(trainer.average.module, run.plan)
+    if trainer.best is not None:
+        yield "best on validation", mode.deploy(trainer.best_model(), run.plan)
 
 
-def _latency(job: Job, final: nn.Module, batch: int | None) -> Comparison | None:
-    if batch is None:
+def _tail_trainer(
+    fabric: Fabric, run: TrainingRun, network: nn.Module, teacher: nn.Module | None
+) -> Trainer:
+    """Return the trainer of a decomposed network with a cosine decay of its own."""
+    tail = run.recipe.tail
+    assert tail is not None
+    recipe = replace(
+        run.recipe,
+        schedule=ScheduleRecipe(epochs=tail.epochs),
+        optimizer=replace(run.recipe.optimizer, lr=tail.lr),
+        ema=None,
+    )
+    return Trainer(fabric, network, run.data, recipe, teacher=teacher)
+
+
+def _write_variant(
+    fabric: Fabric, run: TrainingRun, folder: Path, name: str, network: nn.Module
+) -> Variant:
+    evaluation = evaluate(network, run.data.test, run.data)
+    path = folder / _file(run, "-" + name.replace(" ", "-"))
+    _write_network(fabric, network, path, run.recipe.model)
+    return Variant(name, evaluation.accuracy, evaluation.loss, path.name)
+
+
+def _latency(run: TrainingRun, final: nn.Module, batch: int | None) -> Comparison | None:
+    if batch is None or not run.recipe.training_mode.compresses:
         return None
-    return compare(job.model, final, as_input(job.data.test.images[:batch], final, job.data))
+    return compare(run.model, final, preprocess(run.data.test.images[:batch], final, run.data))
 
 
-def _file(dense: bool, suffix: str) -> str:
-    name = Path(records.DENSE_WEIGHTS if dense else records.ARTEFACT)
+@dataclass(frozen=True)
+class _Accuracies:
+    """Evaluations of the network before training, decomposed before training, and after it."""
+
+    before: Evaluation
+    untrained: Evaluation | None
+    after: Evaluation
+
+
+def _summarize(
+    run: TrainingRun,
+    accuracies: _Accuracies,
+    *,
+    final: nn.Module,
+    twist: DeepTwist | None,
+    weights: Path,
+    steps: int,
+    seconds: float,
+    variants: tuple[Variant, ...],
+    latency: Comparison | None,
+    latency_batch: int | None,
+    processes: int,
+) -> Summary:
+    recipe, plan = run.recipe, run.plan
+    before, untrained, after = accuracies.before, accuracies.untrained, accuracies.after
+    compression = recipe.compression if recipe.training_mode.compresses else None
+    return Summary(
+        name=run.name,
+        mode=recipe.mode,
+        model=recipe.model,
+        data=run.data.name,
+        decomposition=None if compression is None else compression.label,
+        ratio=None if compression is None else compression.ratio,
+        accuracy_before=before.accuracy,
+        accuracy_untrained=None if untrained is None else untrained.accuracy,
+        accuracy=after.accuracy,
+        loss=after.loss,
+        parameters_before=plan.dense_parameters,
+        parameters=sum(parameter.numel() for parameter in final.parameters()),
+        macs_before=plan.dense_macs,
+        macs=plan.macs,
+        bytes=weights.stat().st_size,
+        steps=steps,
+        seconds=seconds,
+        output_difference=None if twist is None else twist.output_difference,
+        latency=latency,
+        latency_batch=None if latency is None else latency_batch,
+        variants=variants,
+        recipe=recipe.to_dict(),
+        processes=processes,
+        machine=describe_machine(),
+        version=__version__,
+        top5=after.top5,
+        top5_before=before.top5,
+    )
+
+
+def _file(run: TrainingRun, suffix: str) -> str:
+    name = Path(ARTEFACT if run.recipe.training_mode.compresses else DENSE_WEIGHTS)
     return f"{name.stem}{suffix}{name.suffix}"
 
 
-def _write(fabric: Fabric, model: nn.Module, path: Path, model_name: str) -> Path:
-    """Writes a network, its weights alone where it is dense; returns the path of the weights."""
+def _write_network(fabric: Fabric, model: nn.Module, path: Path, model_name: str) -> Path:
+    """Write a network, its weights alone where it is dense; return the path of the weights."""
     if path.suffix:
         if fabric.is_global_zero:
             # Copies: safetensors refuses tensors that share memory, as shared modules' do.

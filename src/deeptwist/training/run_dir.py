@@ -1,4 +1,4 @@
-"""A run's folder while it trains: claimed by one process, written so that it can be cut."""
+"""A run's folder while it trains: locked by one process, written so that it can be cut."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,110 +12,108 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.serialization import fsync, write_text
-from deeptwist.training import records
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
-from deeptwist.training.loop import Hooks, Training
-from deeptwist.training.recipe import Recipe
-from deeptwist.training.records import Epoch, Record
+from deeptwist.training.loop import Callbacks, Trainer
+from deeptwist.training.metrics import METRICS, RECIPE, SUMMARY, Epoch, Record, append_record
+from deeptwist.training.recipe import Recipe, read_recipe
 
-_LOCK, _BOARD = ".lock", "tensorboard"
+_LOCK, _TENSORBOARD = ".lock", "tensorboard"
 
 
-class Folder:
+class RunDir:
     """The records and checkpoints of one training; only the first process writes.
 
     Attributes:
         path: of the folder.
-        seconds: that the training has taken, before it was cut included.
     """
 
     def __init__(self, path: Path, fabric: Fabric):
         self.path = path
         self._fabric = fabric
         self._started = time.perf_counter()
-        self._metrics = path / records.METRICS
-        self._board: TensorBoardLogger | None = None
+        self._metrics = path / METRICS
+        self._tensorboard: TensorBoardLogger | None = None
 
     @property
-    def seconds(self) -> float:  # noqa: D102
+    def seconds(self) -> float:
+        """Return the time that the training has taken, before it was cut included."""
         return time.perf_counter() - self._started
 
     def train(
-        self,
-        training: Training,
-        on_record: Callable[[Record], None],
-        on_step: Callable[[], None],
-    ) -> Hooks:
-        """Trains from the last checkpoint, or from the start, to the end.
+        self, trainer: Trainer, on_record: Callable[[Record], None], on_step: Callable[[], None]
+    ) -> Callbacks:
+        """Train from the last checkpoint, or from the start, to the end.
+
+        Returns:
+            The callbacks that the trainer was given.
 
         Raises:
             DeepTwistError: if training fails, or a checkpoint cannot be read or written.
         """
         self.path.mkdir(exist_ok=True)
-        self._restore(training)
-        for _ in range(training.step):
+        self._restore(trainer)
+        for _ in range(trainer.step):
             on_step()
-        hooks = Hooks(
-            on_record=lambda record: self._record(record, on_record),
-            on_step=on_step,
-            on_checkpoint=lambda: self._checkpoint(training),
-        )
-        training.fit(hooks)
-        return hooks
+
+        def record(record: Record) -> None:
+            if self._fabric.is_global_zero:
+                append_record(self._metrics, record)
+                if self._tensorboard is not None:
+                    self._tensorboard.log_metrics(_scalars(record), record.step)
+                on_record(record)
+
+        callbacks = Callbacks(record, on_step, lambda: self._checkpoint(trainer))
+        trainer.fit(callbacks)
+        return callbacks
 
     def close(self) -> None:
-        """Ends the records, and removes the checkpoints: nothing is left to continue."""
-        if self._board is not None:
-            self._board.finalize("success")
+        """End the records, and remove the checkpoints: nothing is left to continue."""
+        if self._tensorboard is not None:
+            self._tensorboard.finalize("success")
         if self._fabric.is_global_zero:
             remove_checkpoints(self.path)
 
-    def _restore(self, training: Training) -> None:
-        state = read_checkpoint(self.path)
+    def _restore(self, trainer: Trainer) -> None:
+        state, known = read_checkpoint(self.path), 0
         if state is not None:
             try:
-                training.load_state_dict(state["training"])
+                trainer.load_state_dict(state["training"])
                 self._started -= float(state["seconds"])
-                size = int(state["metrics"])
+                known = int(state["metrics"])
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise DeepTwistError(
                     f"the checkpoints in {self.path} are of another run: {first_line(error)}"
-                ) from None
+                ) from error
         if self._fabric.is_global_zero:
-            with self._metrics.open("ab") as file:
-                known = 0 if state is None else size
-                if file.tell() < known:
-                    raise DeepTwistError(
-                        f"'{self._metrics}' holds {file.tell()} bytes, and held {known} at the "
-                        f"last checkpoint: records are lost, remove {self.path} to start anew"
-                    )
-                file.truncate(known)
-            self._board = TensorBoardLogger(
-                self.path, name="", version=_BOARD, purge_step=training.step
+            self._drop_records_after(known)
+            self._tensorboard = TensorBoardLogger(
+                self.path, name="", version=_TENSORBOARD, purge_step=trainer.step
             )
         self._fabric.barrier()
 
-    def _checkpoint(self, training: Training) -> None:
+    def _drop_records_after(self, known: int) -> None:
+        with self._metrics.open("ab") as file:
+            if file.tell() < known:
+                raise DeepTwistError(
+                    f"'{self._metrics}' holds {file.tell()} bytes, and held {known} at the "
+                    f"last checkpoint: records are lost, remove {self.path} to start anew"
+                )
+            file.truncate(known)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
         if self._fabric.is_global_zero:
             fsync(self._metrics)  # a checkpoint must not outlive the records that it counts on
             state = {
-                "training": training.state_dict(),
+                "training": trainer.state_dict(),
                 "metrics": self._metrics.stat().st_size,
                 "seconds": self.seconds,
             }
-            write_checkpoint(self.path, training.step, state)
-
-    def _record(self, record: Record, on_record: Callable[[Record], None]) -> None:
-        if self._fabric.is_global_zero:
-            records.append(self._metrics, record)
-            if self._board is not None:
-                self._board.log_metrics(_scalars(record), record.step)
-            on_record(record)
+            write_checkpoint(self.path, trainer.step, state)
 
 
 @contextmanager
-def claimed(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) -> Iterator[None]:
-    """The folder of a run, for this process (and those that train with it) alone.
+def lock_run_dir(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a run for this process, and those that train with it, alone.
 
     Raises:
         DeepTwistError: if it cannot be written, another live process is using it, it holds a run
@@ -129,37 +127,37 @@ def claimed(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) -> Iter
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / _LOCK, blocking=False)
         lock.acquire()
-    except Timeout:
-        raise DeepTwistError(f"{path} is in use by another process: wait for it") from None
+    except Timeout as error:
+        raise DeepTwistError(f"{path} is in use by another process: wait for it") from error
     except OSError as error:
-        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from None
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
     try:
-        check_recipe(path, recipe, resume=resume)
+        check_same_recipe(path, recipe, resume=resume)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-        write_text(path / records.RECIPE, text)
+        write_text(path / RECIPE, text)
         fabric.barrier()
         yield
     finally:
         lock.release()
 
 
-def check_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Checks that a folder may be trained in.
+def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Check that a folder may be trained in.
 
     Raises:
         DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
     """
-    known = path / records.RECIPE
+    known = path / RECIPE
     if not known.exists():
-        if (path / records.SUMMARY).exists():
+        if (path / SUMMARY).exists():
             raise DeepTwistError(f"{path} holds a run of an older version: choose another folder")
         return
     if not resume:
         raise DeepTwistError(
             f"{path} holds a run: go on with it (--resume), choose another folder or remove it"
         )
-    before = yaml.safe_load(known.read_text(encoding="utf-8"))
-    changed = [key for key, value in recipe.to_dict().items() if before.get(key) != value]
+    before = read_recipe(known).to_dict()
+    changed = [key for key, value in recipe.to_dict().items() if before[key] != value]
     if changed:
         raise DeepTwistError(
             f"{path} holds a run of another recipe ({', '.join(changed)} differ): "
@@ -168,7 +166,7 @@ def check_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """What TensorBoard draws of a record."""
+    """Return the numbers of a record that TensorBoard draws."""
     if isinstance(record, Epoch):
         return {
             "epoch/train_loss": record.train_loss,
@@ -177,11 +175,11 @@ def _scalars(record: Record) -> dict[str, float]:
             "epoch/lr": record.lr,
             "epoch/images_per_second": record.images_per_second,
         }
-    values = {"distortion/weight_shift": record.distortion.weight_shift}
+    scalars = {"distortion/weight_shift": record.distortion.weight_shift}
     if record.distortion.loss_increase is not None:
-        values["distortion/loss_increase"] = record.distortion.loss_increase
-    for split, found in (("train", record.train), ("test", record.test)):
-        for moment, one in zip(("before", "after"), found, strict=False):
-            values[f"distortion/{split}_loss_{moment}"] = one.loss
-            values[f"distortion/{split}_accuracy_{moment}"] = one.accuracy
-    return values
+        scalars["distortion/loss_increase"] = record.distortion.loss_increase
+    for split, evaluations in (("train", record.train), ("test", record.test)):
+        for moment, evaluation in zip(("before", "after"), evaluations, strict=False):
+            scalars[f"distortion/{split}_loss_{moment}"] = evaluation.loss
+            scalars[f"distortion/{split}_accuracy_{moment}"] = evaluation.accuracy
+    return scalars

@@ -1,4 +1,4 @@
-"""What a run leaves behind for a reader: one summary, and one line per epoch and distortion.
+"""The records of a run: one summary, and one line per epoch and distortion.
 
 A run's folder holds ``recipe.yaml``, ``plan.json`` and, while it trains, ``metrics.jsonl`` and the
 last checkpoints; then the model under ``model/`` (``weights.safetensors`` for a dense one), and
@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan
-from deeptwist.plan.timing import Timing
 from deeptwist.serialization import write_text
+from deeptwist.training.modes import mode_name
 from deeptwist.twist.distortion import Distortion
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
@@ -24,12 +26,12 @@ DENSE_WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network makes of a split.
+    """Loss and accuracy on a split.
 
     Attributes:
         loss: mean cross-entropy.
         accuracy: share of the images whose first guess is right (0 to 1).
-        top5: share of those with the right one among the first five; none where there are no
+        top5: share of those with the right one among the first five; `None` where there are no
             more classes than that.
     """
 
@@ -40,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training split came to.
+    """One pass over the training split.
 
     Attributes:
         epoch: from 1.
@@ -63,15 +65,15 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class DistortedAt:
+class DistortionRecord:
     """A distortion during training, with the network just before and just after it.
 
     Attributes:
         distortion: what it changed.
         lr: the learning rate.
         seconds: of the distortion alone.
-        train: before and after, on images spread over the training split, not augmented; empty
-            where none are recorded.
+        train: before and after, on a fixed subset of the training split, not augmented; empty
+            where none is recorded.
         test: the same on the test split.
     """
 
@@ -83,20 +85,19 @@ class DistortedAt:
 
     @property
     def step(self) -> int:
-        """Optimizer steps before it."""
+        """Return the number of optimizer steps before it."""
         return self.distortion.step
 
 
-Record = Epoch | DistortedAt
+Record = Epoch | DistortionRecord
 
 
 @dataclass(frozen=True)
-class Refined:
-    """A network that comes of a run's by something that the paper does not do.
+class Variant:
+    """A network that is derived from a run's by something that the paper does not do.
 
     Attributes:
-        name: what was done: ``"recalibrated"``, ``"moving average"``, ``"best on validation"``
-            or ``"tail"``.
+        name: ``"recalibrated"``, ``"moving average"``, ``"best on validation"`` or ``"tail"``.
         accuracy: as `Summary.accuracy`.
         loss: as `Summary.loss`.
         path: of its weights, in the run's folder.
@@ -110,15 +111,15 @@ class Refined:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run came to. Accuracies are shares of the test split's images.
+    """The result of a finished run. Accuracies are shares of the test split's images.
 
     Attributes:
         name: of the run, as tables call it.
-        mode: see `training.recipe.Recipe`.
+        mode: see `training.modes`.
         model: the network's name.
         data: the data set's name.
-        decomposition: as asked for; none for a dense run.
-        ratio: as asked for, of each compressed layer.
+        decomposition: as configured; `None` for a dense run.
+        ratio: as configured, of each compressed layer.
         accuracy_before: of the dense network that the run started from.
         accuracy_untrained: of that network decomposed without any training.
         accuracy: of the network that the run ended with, in fp32, in its deployed form.
@@ -133,9 +134,9 @@ class Summary:
         output_difference: ‖y − y′‖ / ‖y‖ of the decomposed against the distorted network.
         latency: for one batch, dense and decomposed in turn.
         latency_batch: images in that batch.
-        refined: networks that come of this one by what the recipe asks for besides.
+        variants: networks derived from this one as the recipe asks.
         recipe: of the run, see `training.recipe.Recipe.to_dict`.
-        processes: that trained together.
+        processes: number of processes that trained together.
         machine: in one line.
         version: of deeptwist.
         top5: as `Evaluation.top5`, of the network that the run ended with.
@@ -162,7 +163,7 @@ class Summary:
     output_difference: float | None
     latency: Comparison | None
     latency_batch: int | None
-    refined: tuple[Refined, ...]
+    variants: tuple[Variant, ...]
     recipe: dict[str, Any]
     processes: int
     machine: str
@@ -171,7 +172,7 @@ class Summary:
     top5_before: float | None = None
 
     def write(self, folder: Path) -> None:
-        """Writes ``run.json``, which marks the run as finished."""
+        """Write ``run.json``, which marks the run as finished."""
         write_text(folder / SUMMARY, json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
@@ -182,9 +183,9 @@ class Run:
     Attributes:
         summary: see `Summary`.
         epochs: one dictionary per epoch, see `Epoch`.
-        distortions: one per distortion, see `DistortedAt`; what `Distortion` holds
-            is at the top.
-        plan: none for a dense run.
+        distortions: one per distortion, see `DistortionRecord`; the fields of `Distortion`
+            are at the top.
+        plan: `None` for a dense run.
     """
 
     summary: Summary
@@ -193,10 +194,10 @@ class Run:
     plan: Plan | None
 
 
-def append(path: Path, record: Record) -> None:
-    """Appends one line to ``metrics.jsonl``."""
+def append_record(path: Path, record: Record) -> None:
+    """Append one line to ``metrics.jsonl``."""
     values = asdict(record)
-    if isinstance(record, DistortedAt):
+    if isinstance(record, DistortionRecord):
         values |= values.pop("distortion")
     event = "epoch" if isinstance(record, Epoch) else "distortion"
     with path.open("a", encoding="utf-8") as file:
@@ -204,7 +205,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a finished run.
+    """Read a finished run, one of an earlier version too.
 
     Raises:
         DeepTwistError: if the folder holds none, or a damaged one.
@@ -214,20 +215,22 @@ def read_run(folder: Path) -> Run:
         raise DeepTwistError(f"no finished run in {folder}: it has no {SUMMARY}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["latency"] is not None:
-            latency = values["latency"]
-            sides = {side: Timing(**latency[side]) for side in ("dense", "decomposed")}
-            values["latency"] = Comparison(speedup=latency["speedup"], **sides)
-        values["refined"] = tuple(Refined(**refined) for refined in values["refined"])
-        summary = Summary(**values)
+        values["mode"] = mode_name(values["mode"])
+        values.setdefault("variants", values.pop("refined", ()))  # as earlier versions called them
+        summary = TypeAdapter(Summary).validate_python(values)
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
+        epochs, distortions = (
+            [line for line in metrics if line["event"] == event]
+            for event in ("epoch", "distortion")
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DeepTwistError(f"{folder} holds a damaged run: {error}") from None
+        reason = " ".join(str(error).split())
+        raise DeepTwistError(f"{folder} holds a damaged run: {reason}") from error
     plan = folder / PLAN
     return Run(
         summary=summary,
-        epochs=[line for line in metrics if line["event"] == "epoch"],
-        distortions=[line for line in metrics if line["event"] == "distortion"],
+        epochs=epochs,
+        distortions=distortions,
         plan=Plan.from_json(plan.read_text(encoding="utf-8")) if plan.is_file() else None,
     )

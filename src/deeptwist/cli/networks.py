@@ -1,0 +1,213 @@
+"""Commands on networks: plan, decompose, benchmark, export.
+
+Heavy imports wait inside the commands, so that help answers at once.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from deeptwist.cli.console import progress_bar, writing
+from deeptwist.cli.options import (
+    AsJson,
+    BenchmarkOptions,
+    Model,
+    NetworkOptions,
+    PlanOptions,
+    small_network,
+)
+from deeptwist.cli.tables import print_layers, print_networks
+from deeptwist.errors import DeepTwistError
+from deeptwist.training.recipe import CompressionRecipe
+
+_NETWORK, _BENCHMARK = NetworkOptions(), BenchmarkOptions()
+
+
+def plan(
+    model: Model,
+    *,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    out: Path | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers would be compressed, how, at what cost; change nothing.
+
+    ```
+    deeptwist plan resnet32 --weights resnet32.safetensors --ratio 4 --skip-first-conv
+    deeptwist plan torchvision/resnet34 --decomposition spatial-svd --ratio 4 --min-in-channels 128
+    ```
+
+    Args:
+        out: Write the plan as JSON to this file.
+    """
+    from deeptwist.serialization import write_text
+
+    dense = network.build(model)
+    planned = (options or CompressionRecipe()).make_plan(dense, network.example_input(model))
+    if out is not None:
+        with writing(out):
+            write_text(out, planned.to_json())
+    print(planned.to_json() if as_json else planned)
+
+
+def decompose(
+    model: Model,
+    *,
+    out: Path,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decompose a network as it is, without training, and save it.
+
+    ```
+    deeptwist decompose resnet32 --weights resnet32.safetensors --ratio 2 --out small/
+    ```
+
+    Args:
+        out: Folder for config.json and model.safetensors.
+    """
+    from deeptwist.serialization import WEIGHTS, save
+
+    _, small, planned = small_network(model, network, options, None)
+    size = (save(small, out, base_model=model) / WEIGHTS).stat().st_size
+    if as_json:
+        result = {
+            "out": str(out),
+            "parameters_before": planned.dense_parameters,
+            "parameters": planned.parameters,
+            "macs_before": planned.dense_macs,
+            "macs": planned.macs,
+            "bytes": size,
+        }
+        print(json.dumps(result))
+        return
+    print(
+        f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
+        f"({planned.compression_ratio:.2f}×), {planned.dense_macs:,} → {planned.macs:,} MACs, "
+        f"{len(planned.compressed)} layers compressed, {len(planned.kept)} kept"
+    )
+
+
+def benchmark(
+    model: Model,
+    *,
+    artefact: Path | None = None,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    settings: BenchmarkOptions = _BENCHMARK,
+    as_json: AsJson = False,
+) -> None:
+    """Time a network dense and decomposed, in turn, in one process: each layer, then the whole.
+
+    ```
+    deeptwist benchmark torchvision/resnet34 --decomposition spatial-svd --ratio 4
+    deeptwist benchmark resnet32 --artefact runs/tucker/model --batch 1 64 --threads 1 2
+    deeptwist benchmark torchvision/resnet34 --ratio 4 --runtime eager onnxruntime
+    ```
+
+    Args:
+        artefact: A folder that deeptwist saved; without it the network is decomposed here.
+    """
+    import torch
+
+    from deeptwist.benchmark.environment import describe_machine
+    from deeptwist.benchmark.layers import compare_layers
+    from deeptwist.benchmark.networks import measure, measure_memory
+
+    combinations = settings.settings()
+    first = combinations[0]
+    dense, small, planned = small_network(model, network, options, artefact)
+    torch.set_num_threads(first.threads)
+    steps = len(planned.compressed) * settings.layers + settings.rounds * len(combinations)
+    with progress_bar("benchmark", steps) as advance:
+        layers = []
+        if settings.layers:
+            like = next(dense.parameters()).to(getattr(torch, first.dtype))
+            layers = compare_layers(
+                planned, like, batch=first.batch, rounds=settings.rounds, on_layer=advance
+            )
+        networks = list(
+            measure(
+                dense,
+                small,
+                lambda batch: network.example_input(model, batch),
+                combinations,
+                rounds=settings.rounds,
+                on_round=advance,
+            )
+        )
+    memory = measure_memory(dense, small, network.example_input(model, first.batch))
+    if as_json:
+        result = {
+            "machine": describe_machine(),
+            "parameters_before": sum(p.numel() for p in dense.parameters()),
+            "parameters": sum(p.numel() for p in small.parameters()),
+            "macs_before": planned.dense_macs,
+            "macs": planned.macs,
+            "networks": [asdict(measurement) for measurement in networks],
+            "layers": [{**asdict(layer), "efficiency": layer.efficiency} for layer in layers],
+            "peak_memory": asdict(memory),
+        }
+        print(json.dumps(result))
+        return
+    print_layers(layers)
+    print_networks(model, networks, planned.dense_macs / max(1, planned.macs))
+    print(
+        f"\npeak memory at batch {first.batch}, above weights and input: "
+        f"dense {memory.dense / 2**20:.1f} MB, decomposed {memory.decomposed / 2**20:.1f} MB"
+        f"\n{describe_machine()}"
+    )
+
+
+def export(
+    model: Model,
+    *,
+    out: Path,
+    artefact: Path | None = None,
+    format: Literal["onnx", "program", "state-dict"] = "onnx",
+    opset: int | None = None,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a decomposed network for use without deeptwist, and verify what was written.
+
+    ```
+    deeptwist export resnet32 --artefact runs/tucker/model --out small.onnx
+    deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
+    ```
+
+    Args:
+        out: The file.
+        artefact: A folder that deeptwist saved; without it the network is decomposed here.
+        format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
+        opset: Version of ONNX's operators; torch's choice if not given.
+    """
+    from deeptwist.export import export_onnx, export_program, export_state_dict
+
+    if opset is not None and format != "onnx":
+        raise DeepTwistError(f"--opset applies to ONNX only: leave it out with --format {format}")
+    if artefact is not None and network.weights is not None:
+        raise DeepTwistError("the network in --artefact has weights: leave out --weights")
+    _, small, _ = small_network(model, network, options, artefact)
+    example = network.example_input(model).to(next(small.parameters()).dtype)
+    if format == "onnx":
+        written = export_onnx(small, out, example, opset=opset)
+    elif format == "program":
+        written = export_program(small, out, example)
+    else:
+        written = export_state_dict(small, out)
+    if as_json:
+        print(json.dumps({**asdict(written), "path": str(out), "format": format}))
+        return
+    version = "" if written.opset is None else f" (opset {written.opset})"
+    print(f"{out}: {format}{version}, {written.bytes:,} bytes")
+    if written.worst_difference is not None:
+        batches = ", ".join(map(str, written.batches))
+        print(
+            f"outputs differ from PyTorch's by {written.worst_difference:.1e} at most, "
+            f"at batches {batches}"
+        )

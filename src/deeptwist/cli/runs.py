@@ -1,0 +1,150 @@
+"""Commands on runs: train, evaluate, report, and the demo of all of it.
+
+Heavy imports wait inside the commands, so that help answers at once.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from deeptwist.cli.console import progress_bar, speaks_for_all, writing
+from deeptwist.cli.options import AsJson, Model, NetworkOptions
+from deeptwist.cli.tables import print_summaries
+from deeptwist.errors import DeepTwistError
+from deeptwist.training.recipe import Recipe
+
+_NETWORK = NetworkOptions()
+
+
+def demo(*, out: Path = Path("runs/demo"), epochs: int = 25, seed: int = 0) -> None:
+    """Train a small network on embedded data, compress it 4×, compare, write a report.
+
+    ```
+    deeptwist demo
+    ```
+
+    Args:
+        out: Folder of the runs and the report; an earlier demo there is replaced.
+        epochs: Of each training.
+        seed: Of weights and data order.
+    """
+    from deeptwist.cli.demo import demo_steps, run_demo
+
+    with progress_bar("demo", demo_steps(epochs)) as advance:
+        summaries, report = run_demo(out, epochs=epochs, seed=seed, on_step=advance)
+    print_summaries(
+        "handwritten digits, ResNet-20, 4× on all convolutions but the first", summaries
+    )
+    print(f"\nmodels and records: {out}\nreport: {report}")
+
+
+def train(
+    network: Annotated[str, Parameter(help="A recipe (.yaml), or a network as elsewhere.")],
+    *,
+    out: Path,
+    recipe: Annotated[Recipe, Parameter(name="*")],
+    resume: bool = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network: as it is, under DeepTwist, or decomposed (conventional fine-tuning).
+
+    ```
+    deeptwist train recipes/resnet32-cifar10-short.yaml --data cifar10 --out runs/svd
+    deeptwist train recipes/resnet32-cifar10-short.yaml --data cifar10 --out runs/svd --resume
+    deeptwist train recipes/resnet32-cifar10-short.yaml --optimizer.lr 0.05 --out runs/faster
+    deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/dense
+    deeptwist train resnet32 --data cifar10 --weights runs/dense/weights.safetensors
+      --decomposition tucker --ratio 4 --skip-first-conv --no-linear --out runs/tucker
+    torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10-short.yaml
+      --out runs/two
+    ```
+
+    Args:
+        out: Folder of the run: recipe, metrics, checkpoints, plan, model and summary.
+        resume: Go on from the last checkpoint in the folder, if there is one.
+    """
+    from deeptwist.data import load_data
+    from deeptwist.training.run import build_run
+    from deeptwist.training.run import train as train_run
+
+    data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+    run = build_run(recipe, data, name=out.name)
+    with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
+        summary = train_run(run, out, resume=resume, on_step=advance)
+    if not speaks_for_all():
+        return
+    if as_json:
+        print(json.dumps(asdict(summary)))
+    else:
+        print_summaries(f"{recipe.model} on {data.name}", [summary])
+
+
+def evaluate(
+    model: Model,
+    *,
+    data: str,
+    artefact: Path | None = None,
+    network: NetworkOptions = _NETWORK,
+    image_size: int | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure accuracy and loss on the test images: of a dense network or of a saved small one.
+
+    ```
+    deeptwist evaluate resnet32 --data cifar10 --weights resnet32.safetensors
+    deeptwist evaluate resnet32 --data cifar10 --artefact runs/tucker/model
+    ```
+
+    Args:
+        data: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
+        artefact: A folder that deeptwist saved, instead of --weights.
+        image_size: Resize a folder's images to this height and width.
+    """
+    from deeptwist.data import load_data
+    from deeptwist.serialization import load
+    from deeptwist.training.evaluation import evaluate as evaluate_network
+
+    if (artefact is None) == (network.weights is None):
+        raise DeepTwistError(
+            "give either --weights of the dense network or --artefact of a small one"
+        )
+    dataset = load_data(data, image_size=image_size)
+    count, channels = dataset.test.images.shape[:2]
+    built = network.build(model, num_classes=len(dataset.classes), in_channels=channels)
+    if artefact is not None:
+        built = load(artefact, model=built)
+    with progress_bar("evaluate", -(-count // 500)) as advance:
+        result = evaluate_network(built, dataset.test, dataset, on_batch=advance)
+    if as_json:
+        print(json.dumps({"data": dataset.name, "images": count, **asdict(result)}))
+    else:
+        print(
+            f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} on {count:,} images of "
+            f"{dataset.name}"
+        )
+
+
+def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist") -> None:
+    """Turn finished runs into one page that opens offline.
+
+    ```
+    deeptwist report runs/dense runs/tucker --out report.html
+    ```
+
+    Args:
+        runs: Folders that 'deeptwist train' wrote.
+        out: The page.
+        title: Its title.
+    """
+    from deeptwist.report import write_report
+    from deeptwist.training.metrics import read_run
+
+    if not runs:
+        raise DeepTwistError("name the folder of at least one run")
+    finished = [read_run(run) for run in runs]
+    with writing(out):
+        write_report(finished, out, title=title)
+    print(out)
