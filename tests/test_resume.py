@@ -97,7 +97,7 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
         def profile(frame: FrameType, event: str, arg: object) -> None:
             nonlocal left
-            if event == "c_call" and frame.f_code.co_filename.endswith("deeptwist/distortion.py"):
+            if event == "c_call" and "/deeptwist/twist/" in frame.f_code.co_filename:
                 left -= 1
                 if left < 0:
                     die()
