@@ -22,7 +22,7 @@ from onnxruntime.quantization import (
 
 from deeptwist.data import load_data
 from deeptwist.data.augment import normalize
-from deeptwist.data.dataset import Dataset, Split
+from deeptwist.data.dataset import ImageData, Split
 
 PER_CLASS = {"test": 50, "calibration": 10}
 
@@ -62,7 +62,7 @@ def main() -> None:
             print(f"| `{path.name}` | {size:,} | {right:.1%} | {same:.1%} | {away:.3f} |")
 
 
-def first_of_each_class(data: Dataset, split: Split, count: int) -> tuple[np.ndarray, np.ndarray]:
+def first_of_each_class(data: ImageData, split: Split, count: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = torch.cat(
         [(split.labels == label).nonzero().flatten()[:count] for label in range(len(data.classes))]
     )

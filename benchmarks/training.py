@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from torch.nn import functional
 
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.data import Dataset, Split, augment, normalize
+from deeptwist.data import ImageData, Split, augment, normalize
 from deeptwist.models import build_model
 from deeptwist.plan.timing import median_ratio
 from deeptwist.training.evaluation import evaluate
@@ -64,7 +64,7 @@ def main() -> None:
     started = time.perf_counter()
     for _ in range(10):
         for split in (data.train, data.test):
-            evaluate(model, split.spread(IMAGES), data)
+            evaluate(model, split.evenly_spaced(IMAGES), data)
     records = 2 * (time.perf_counter() - started) / 10
     slower = median_ratio([block.steps for block in blocks], loops) - 1
     whole = INTERVAL * step
@@ -83,16 +83,16 @@ def main() -> None:
     print(f"\n{describe_machine()}")
 
 
-def random_data(images: int) -> Dataset:
+def random_data(images: int) -> ImageData:
     pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(10, (images,))
     names = tuple("0123456789")
     few = Split(pixels[:IMAGES], labels[:IMAGES])
     train = Split(pixels, labels)
-    return Dataset("random", train, few, names, (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
+    return ImageData("random", train, few, names, (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
 
 
-def bare_loop(data: Dataset) -> Callable[[], None]:
+def bare_loop(data: ImageData) -> Callable[[], None]:
     """What one writes without a library: the same batches, augmentation and precision."""
     model = build_model(MODEL).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -117,7 +117,7 @@ def bare_loop(data: Dataset) -> Callable[[], None]:
     return run
 
 
-def engine_under_deeptwist(data: Dataset, block: int) -> Callable[[], Block]:
+def engine_under_deeptwist(data: ImageData, block: int) -> Callable[[], Block]:
     """An epoch of the engine, which is one block, with a distortion at its end."""
     recipe = make_recipe(
         {

@@ -25,7 +25,7 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.data import Dataset, load_data
+from deeptwist.data import ImageData, load_data
 from deeptwist.models import build_model, load_weights
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.recipe import make_recipe
@@ -81,7 +81,7 @@ class Snapshots(dt.DeepTwist):
         return super().distort(loss)
 
 
-def train(name: str, data: Dataset, weights: str | None, folder: Path, count: int) -> None:
+def train(name: str, data: ImageData, weights: str | None, folder: Path, count: int) -> None:
     """Trains one network until `count` snapshots are in `folder`."""
     recipe = make_recipe(
         {"model": name, "schedule": {"epochs": 4}, "precision": "bf16-mixed", "interval": 200}

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
-from deeptwist.data import Dataset, load_digits, normalize
+from deeptwist.data import ImageData, load_digits, normalize
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
 
@@ -30,7 +30,7 @@ def build_network() -> nn.Module:
     )
 
 
-def train(network: nn.Module, data: Dataset, twist: dt.DeepTwist | None = None) -> None:
+def train(network: nn.Module, data: ImageData, twist: dt.DeepTwist | None = None) -> None:
     examples = TensorDataset(normalize(data.train.images, data.mean, data.std), data.train.labels)
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
     model, optimizer, loader = accelerator.prepare(
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset) -> float:
+def accuracy(model: nn.Module, data: ImageData) -> float:
     x = normalize(data.test.images, data.mean, data.std).to(next(model.parameters()).device)
     return float((model.eval()(x).argmax(1).cpu() == data.test.labels).float().mean())
 

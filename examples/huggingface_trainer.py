@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import deeptwist as dt
-from deeptwist.data import Dataset, load_digits, normalize
+from deeptwist.data import ImageData, load_digits, normalize
 from deeptwist.integrations.transformers import DeepTwistCallback
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def fit(network: nn.Module, data: Dataset, *callbacks: TrainerCallback) -> None:
+def fit(network: nn.Module, data: ImageData, *callbacks: TrainerCallback) -> None:
     images = normalize(data.train.images, data.mean, data.std)
     examples = [
         {"pixel_values": image, "labels": label}
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset) -> float:
+def accuracy(model: nn.Module, data: ImageData) -> float:
     x = normalize(data.test.images, data.mean, data.std).to(next(model.parameters()).device)
     return float((model.eval()(x).argmax(1).cpu() == data.test.labels).float().mean())
 

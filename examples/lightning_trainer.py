@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
-from deeptwist.data import Dataset, load_digits, normalize
+from deeptwist.data import ImageData, load_digits, normalize
 from deeptwist.integrations.lightning import DeepTwistCallback
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
@@ -42,7 +42,7 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def fit(network: nn.Module, data: Dataset, *callbacks: L.Callback) -> None:
+def fit(network: nn.Module, data: ImageData, *callbacks: L.Callback) -> None:
     examples = TensorDataset(normalize(data.train.images, data.mean, data.std), data.train.labels)
     trainer = L.Trainer(
         max_epochs=EPOCHS,
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset) -> float:
+def accuracy(model: nn.Module, data: ImageData) -> float:
     x = normalize(data.test.images, data.mean, data.std).to(next(model.parameters()).device)
     return float((model.eval()(x).argmax(1).cpu() == data.test.labels).float().mean())
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.data import Dataset, batches, load_digits, normalize
+from deeptwist.data import ImageData, batches, load_digits, normalize
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
 
@@ -29,7 +29,7 @@ def build_network() -> nn.Module:
     )
 
 
-def train(model: nn.Module, data: Dataset, twist: dt.DeepTwist | None = None) -> None:
+def train(model: nn.Module, data: ImageData, twist: dt.DeepTwist | None = None) -> None:
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset) -> float:
+def accuracy(model: nn.Module, data: ImageData) -> float:
     x = normalize(data.test.images, data.mean, data.std).to(next(model.parameters()).device)
     return float((model.eval()(x).argmax(1).cpu() == data.test.labels).float().mean())
 

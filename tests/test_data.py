@@ -1,6 +1,5 @@
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from deeptwist.data import (
-    Dataset,
+    ImageData,
     Split,
     augment,
     batches,
-    contents_of,
+    dataset_signature,
     load_data,
     load_digits,
     load_image_folder,
@@ -53,7 +52,7 @@ def test_images_spread_over_a_split_are_of_all_its_classes(
     total: int, count: int, classes: int
 ) -> None:
     labels = torch.arange(total) * classes // total  # class after class, as a folder has them
-    some = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).spread(count)
+    some = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).evenly_spaced(count)
     assert torch.equal(some.images.flatten(), some.labels)
     found, whole = some.labels.bincount(minlength=classes), labels.bincount(minlength=classes)
     assert found.sum() == min(count, total)
@@ -256,15 +255,6 @@ def test_a_missing_package_says_how_to_get_it(
     assert "pip install 'deeptwist[cli]'" in message
 
 
-def test_importing_the_data_sets_is_light() -> None:
-    heavy = "{'torchvision', 'timm', 'sklearn', 'PIL', 'rich'}"
-    code = f"import sys, deeptwist.data; print({heavy} & set(sys.modules))"
-    printed = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout
-    assert printed == "set()\n"
-
-
 # --- image folders
 
 
@@ -296,7 +286,7 @@ def pixels_of(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
-def assert_faithful(data: Dataset, root: Path) -> None:
+def assert_faithful(data: ImageData, root: Path) -> None:
     for split, part in ((data.train, "train"), (data.test, "test")):
         paths = sorted((root / part).rglob("*.*"))
         assert len(paths) == len(split.images)
@@ -471,13 +461,13 @@ def test_grey_of_16_bits_is_scaled_to_8(tmp_path: Path, kind: str) -> None:
 def test_the_contents_of_a_data_set_are_its_classes_and_their_sizes(
     folder: Path, error_of: ErrorOf
 ) -> None:
-    data, contents = load_data(str(folder)), contents_of(str(folder))
+    data, contents = load_data(str(folder)), dataset_signature(str(folder))
     for name, split in (("train", data.train), ("test", data.test)):
         assert contents[name] == dict(
             zip(data.classes, split.labels.bincount().tolist(), strict=True)
         )
-    assert contents_of("digits") != contents
-    assert "did you mean 'digits'?" in error_of(contents_of, "digist")
+    assert dataset_signature("digits") != contents
+    assert "did you mean 'digits'?" in error_of(dataset_signature, "digist")
 
 
 def test_what_is_missing_is_named(error_of: ErrorOf, folder: Path, tmp_path: Path) -> None:

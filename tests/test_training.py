@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.data import Dataset, Split, load_digits, normalize
+from deeptwist.data import ImageData, Split, load_digits, normalize
 from deeptwist.models import load_weights
 from deeptwist.training.evaluation import evaluate
 from deeptwist.training.metrics import DistortionRecord, Epoch, Record, read_run
@@ -32,7 +32,7 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
+def digits() -> ImageData:
     return load_digits()
 
 
@@ -49,7 +49,7 @@ def network() -> nn.Module:
     )
 
 
-def run_of(images: Dataset, model: nn.Module | None = None, **values: Any) -> TrainingRun:
+def run_of(images: ImageData, model: nn.Module | None = None, **values: Any) -> TrainingRun:
     recipe = make_recipe({**SHORT, **values})
     return build_run(recipe, images, name="a run", model=model or network())
 
@@ -65,7 +65,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- evaluation
 
 
-def test_evaluation_agrees_with_the_definition(digits: Dataset) -> None:
+def test_evaluation_agrees_with_the_definition(digits: ImageData) -> None:
     model = network().train()
     found = evaluate(model, digits.test, digits)
     with torch.no_grad():
@@ -77,15 +77,15 @@ def test_evaluation_agrees_with_the_definition(digits: Dataset) -> None:
     assert found.top5 == pytest.approx(float(among_five.any(1).float().mean()))
 
 
-def test_evaluation_leaves_the_training_flags_alone(digits: Dataset) -> None:
+def test_evaluation_leaves_the_training_flags_alone(digits: ImageData) -> None:
     model = network().train()
     model[1].eval()
-    evaluate(model, digits.test.spread(8), digits)
+    evaluate(model, digits.test.evenly_spaced(8), digits)
     assert [module.training for module in model] == [True, False, True, True, True, True, True]
 
 
 def test_evaluation_refuses_a_network_for_other_images_or_classes(
-    digits: Dataset, error_of: Callable[..., str]
+    digits: ImageData, error_of: Callable[..., str]
 ) -> None:
     test = digits.test, digits
     assert "10 classes" in error_of(evaluate, nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), *test)
@@ -120,21 +120,21 @@ class InDict(nn.Linear):
 # --- the loop
 
 
-def test_training_learns_and_repeats_itself_bit_for_bit(digits: Dataset, tmp_path: Path) -> None:
+def test_training_learns_and_repeats_itself_bit_for_bit(digits: ImageData, tmp_path: Path) -> None:
     for name in "ab":
         summary = train(run_of(digits, schedule={"epochs": 5}), tmp_path / name)
     assert summary.accuracy > 0.8
     assert same(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
 
 
-def test_another_seed_is_another_order_of_images(digits: Dataset, tmp_path: Path) -> None:
+def test_another_seed_is_another_order_of_images(digits: ImageData, tmp_path: Path) -> None:
     for seed in (0, 1):
         train(run_of(digits, seed=seed), tmp_path / str(seed))
     assert not same(state_of(tmp_path / "0"), state_of(tmp_path / "1"))
 
 
 def test_distortions_come_at_every_interval_and_are_recorded(
-    digits: Dataset, tmp_path: Path
+    digits: ImageData, tmp_path: Path
 ) -> None:
     records: list[Record] = []
     ticks: list[int] = []
@@ -154,12 +154,12 @@ def test_distortions_come_at_every_interval_and_are_recorded(
         assert len(record.test) == 2
     # The network that follows the last distortion is the one that is deployed.
     final = dt.load(tmp_path / "model", model=network)
-    fixed = digits.test.spread(100)
+    fixed = digits.test.evenly_spaced(100)
     found = evaluate(final, fixed, digits)
     assert found.loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
 
 
-def test_records_can_be_left_out(digits: Dataset, tmp_path: Path) -> None:
+def test_records_can_be_left_out(digits: ImageData, tmp_path: Path) -> None:
     train(run_of(digits, records={"images": 0}), tmp_path / "without")
     train(run_of(digits), tmp_path / "with")
     assert same(state_of(tmp_path / "without"), state_of(tmp_path / "with"))
@@ -169,7 +169,7 @@ def test_records_can_be_left_out(digits: Dataset, tmp_path: Path) -> None:
 
 
 def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
-    digits: Dataset, tmp_path: Path
+    digits: ImageData, tmp_path: Path
 ) -> None:
     train(run_of(digits), tmp_path)
     found = read_run(tmp_path)
@@ -189,13 +189,13 @@ def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
     ],
 )
 def test_schedules(
-    schedule: dict[str, Any], expected: list[float], digits: Dataset, tmp_path: Path
+    schedule: dict[str, Any], expected: list[float], digits: ImageData, tmp_path: Path
 ) -> None:
     train(run_of(digits, mode="dense", schedule=schedule), tmp_path)
     assert [epoch["lr"] for epoch in read_run(tmp_path).epochs] == pytest.approx(expected)
 
 
-def test_a_distortion_without_effect_changes_no_training(digits: Dataset, tmp_path: Path) -> None:
+def test_a_distortion_without_effect_changes_no_training(digits: ImageData, tmp_path: Path) -> None:
     """At full rank DeepTwist is dense training, up to rounding."""
     plain, twisted = network(), network()
     train(run_of(digits, mode="dense", model=plain), tmp_path / "dense")
@@ -227,7 +227,7 @@ class WithAuxiliaryHead(nn.Module):
         return Outputs(logits, self.head(logits)) if self.training else logits
 
 
-def test_of_several_outputs_the_first_is_trained(digits: Dataset, tmp_path: Path) -> None:
+def test_of_several_outputs_the_first_is_trained(digits: ImageData, tmp_path: Path) -> None:
     plain, other = network(), WithAuxiliaryHead()
     for name, model in (("plain", plain), ("other", other)):
         distillation = {"weight": 0.5, "temperature": 4}
@@ -236,7 +236,7 @@ def test_of_several_outputs_the_first_is_trained(digits: Dataset, tmp_path: Path
     assert same(plain.state_dict(), other.body.state_dict())
 
 
-def test_double_precision_is_that_of_every_copy(digits: Dataset, tmp_path: Path) -> None:
+def test_double_precision_is_that_of_every_copy(digits: ImageData, tmp_path: Path) -> None:
     """The example, the teacher, the average, the tail; distorted, decomposed or neither."""
     beside: dict[str, Any] = {"ema": 0.5, "distillation": {"weight": 0.5, "temperature": 4}}
     summary = train(
@@ -263,7 +263,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_modes_see_the_same_images_and_distort_when_they_say(
-    digits: Dataset, tmp_path: Path
+    digits: ImageData, tmp_path: Path
 ) -> None:
     first_losses = {}
     for mode in ("dense", "deeptwist", "finetune", "projected", "random_noise", "decompose_at_end"):
@@ -281,7 +281,7 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
     assert len({first_losses[mode] for mode in different}) == 4
 
 
-def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Dataset) -> None:
+def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: ImageData) -> None:
     from deeptwist.training.ablations import RandomNoiseBaseline
 
     model = network()
@@ -307,7 +307,7 @@ def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: Data
 
 @pytest.mark.parametrize("mode", ["dense", "deeptwist", "finetune", "random_noise"])
 def test_a_run_leaves_a_model_that_gives_the_accuracy_it_claims(
-    mode: Mode, digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
+    mode: Mode, digits: ImageData, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     run = run_of(digits, mode=mode)
     summary = train(run, tmp_path)
@@ -344,7 +344,7 @@ class Twice(nn.Module):
         return found
 
 
-def test_a_dense_run_leaves_weights_that_load(digits: Dataset, tmp_path: Path) -> None:
+def test_a_dense_run_leaves_weights_that_load(digits: ImageData, tmp_path: Path) -> None:
     """Those of a shared module under each of its names, those of fixed layers as they were."""
     fixed = {"decomposition": "svd", "rank": 4, "include": ["6"]}
     for name, model, values in (("shared", Twice, {}), ("fixed", network, {"fixed": fixed})):
@@ -361,7 +361,7 @@ def test_a_dense_run_leaves_weights_that_load(digits: Dataset, tmp_path: Path) -
 # --- what the paper does not do
 
 
-def test_refinements_have_rows_and_weights_of_their_own(digits: Dataset, tmp_path: Path) -> None:
+def test_refinements_have_rows_and_weights_of_their_own(digits: ImageData, tmp_path: Path) -> None:
     plain = train(run_of(digits), tmp_path / "plain")
     summary = train(
         run_of(digits, ema=0.5, recalibration=5, tail={"epochs": 2, "lr": 0.02}), tmp_path / "more"
@@ -376,7 +376,7 @@ def test_refinements_have_rows_and_weights_of_their_own(digits: Dataset, tmp_pat
         assert sum(p.numel() for p in loaded.parameters()) == summary.parameters
 
 
-def test_a_moving_average_is_projected_before_it_is_used(digits: Dataset, tmp_path: Path) -> None:
+def test_a_moving_average_is_projected_before_it_is_used(digits: ImageData, tmp_path: Path) -> None:
     """With a decay near zero it is the last network, whose decomposition is the run's own."""
     summary = train(run_of(digits, ema=1e-9), tmp_path)
     (average,) = summary.variants
@@ -384,7 +384,7 @@ def test_a_moving_average_is_projected_before_it_is_used(digits: Dataset, tmp_pa
 
 
 def test_the_best_is_chosen_on_images_held_out_and_on_distorted_weights(
-    digits: Dataset, tmp_path: Path
+    digits: ImageData, tmp_path: Path
 ) -> None:
     run = run_of(digits, data={"validation": 200}, schedule={"epochs": 4}, optimizer={"lr": 0.3})
     assert run.validation is not None
@@ -401,11 +401,11 @@ def test_the_best_is_chosen_on_images_held_out_and_on_distorted_weights(
     assert evaluate(loaded, *validation).accuracy >= evaluate(final, *validation).accuracy
 
 
-def test_more_held_out_than_there_are(digits: Dataset, error_of: Callable[..., str]) -> None:
+def test_more_held_out_than_there_are(digits: ImageData, error_of: Callable[..., str]) -> None:
     assert "leaves nothing" in error_of(run_of, digits, data={"validation": 5000})
 
 
-def test_recalibration_is_the_statistics_of_the_images(digits: Dataset) -> None:
+def test_recalibration_is_the_statistics_of_the_images(digits: ImageData) -> None:
     model = network()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2)
@@ -420,7 +420,7 @@ def test_recalibration_is_the_statistics_of_the_images(digits: Dataset) -> None:
 
 
 def test_recalibration_sees_all_classes_where_they_lie_one_after_the_other(
-    digits: Dataset,
+    digits: ImageData,
 ) -> None:
     order = digits.train.labels.argsort()
     in_classes = Split(digits.train.images[order], digits.train.labels[order])
@@ -433,7 +433,7 @@ def test_recalibration_sees_all_classes_where_they_lie_one_after_the_other(
 
 
 def test_label_smoothing_and_distillation_change_the_loss_as_defined(
-    digits: Dataset, tmp_path: Path
+    digits: ImageData, tmp_path: Path
 ) -> None:
     """One step of a dense run from known weights, against the closed form."""
 
@@ -464,7 +464,7 @@ def test_label_smoothing_and_distillation_change_the_loss_as_defined(
     assert found == pytest.approx(float(taught), rel=1e-4)
 
 
-def test_fixed_layers_are_decomposed_and_never_change(digits: Dataset, tmp_path: Path) -> None:
+def test_fixed_layers_are_decomposed_and_never_change(digits: ImageData, tmp_path: Path) -> None:
     fixed = {"decomposition": "svd", "rank": 4, "include": ["6"]}
     run = run_of(digits, fixed=fixed)
     before = {n: t.clone() for n, t in run.model.state_dict().items() if n.startswith("6")}
@@ -479,7 +479,7 @@ def test_fixed_layers_are_decomposed_and_never_change(digits: Dataset, tmp_path:
 
 
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
-    digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
+    digits: ImageData, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     run = run_of(digits, optimizer={"lr": 1e9}, records={"checkpoint_every": 1})
     message = error_of(train, run, tmp_path)
@@ -493,7 +493,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_checkpoint
 
 
 def test_a_batch_larger_than_the_data_is_refused(
-    digits: Dataset, tmp_path: Path, error_of: Callable[..., str]
+    digits: ImageData, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     few = replace(digits, train=Split(digits.train.images[:50], digits.train.labels[:50]))
     assert "batch_size 128" in error_of(train, run_of(few), tmp_path)
@@ -505,7 +505,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path, error_of: Callable[..., str]) 
     assert "damaged" in error_of(read_run, tmp_path)
 
 
-def test_networks_by_name_start_from_their_seed(digits: Dataset) -> None:
+def test_networks_by_name_start_from_their_seed(digits: ImageData) -> None:
     recipe = Recipe(model="resnet20", mode="dense")
     one, other, another = (
         build_run(replace(recipe, seed=seed), digits, name="x").model.state_dict()

@@ -16,14 +16,14 @@ from experiments.paper.profiles import ProfileName, Setting, check_given, settin
 
 from deeptwist._version import __version__
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.data import Dataset, contents_of, load_data
+from deeptwist.data import ImageData, dataset_signature, load_data
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.serialization import write_text
 from deeptwist.training.metrics import RECIPE, SUMMARY, Run, read_run
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.run import build_run, train
 
-_IMAGES = "images.json"  # in a run's folder: what it was trained on, see `contents_of`
+_IMAGES = "images.json"  # in a run's folder: what it was trained on, see `dataset_signature`
 _ENOUGH = 3  # seeds from which on a difference of half a point says something
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -204,11 +204,11 @@ def _record_images(folder: Path, source: str) -> None:
 
 @cache
 def _contents(source: str) -> dict[str, Any]:
-    return contents_of(source)
+    return dataset_signature(source)
 
 
 @cache  # cells share their images
-def _data(source: str, image_size: int | None) -> Dataset:
+def _data(source: str, image_size: int | None) -> ImageData:
     return load_data(source, image_size=image_size)
 
 

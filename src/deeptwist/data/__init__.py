@@ -6,17 +6,17 @@ from typing import Any
 from deeptwist.data.augment import augment, normalize
 from deeptwist.data.batches import batches
 from deeptwist.data.cifar10 import load_cifar10
-from deeptwist.data.dataset import Dataset, Split
+from deeptwist.data.dataset import ImageData, Split
 from deeptwist.data.digits import load_digits
 from deeptwist.data.image_folder import count_images, load_image_folder
 from deeptwist.errors import DeepTwistError, unknown_name_error
 
 __all__ = [
-    "Dataset",
+    "ImageData",
     "Split",
     "augment",
     "batches",
-    "contents_of",
+    "dataset_signature",
     "load_cifar10",
     "load_data",
     "load_digits",
@@ -29,8 +29,8 @@ _NAMED = ("digits", "cifar10")
 
 def load_data(
     spec: str, *, image_size: int | None = None, cache: str | Path | None = None
-) -> Dataset:
-    """A data set by name or folder.
+) -> ImageData:
+    """Load a data set by name or folder.
 
     Args:
         spec: ``"digits"``, ``"cifar10"``, or the path of a folder, see `load_image_folder`.
@@ -51,8 +51,8 @@ def load_data(
     return load_image_folder(spec, image_size=image_size, cache=cache)
 
 
-def contents_of(spec: str) -> dict[str, Any]:
-    """What tells a data set from others of its name, in plain values: its classes and their sizes.
+def dataset_signature(spec: str) -> dict[str, Any]:
+    """Return what tells a data set from others of its name: its classes and their sizes.
 
     Args:
         spec: see `load_data`.

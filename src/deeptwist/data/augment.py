@@ -1,4 +1,4 @@
-"""From stored pixels to a network's input, a batch at a time, on the batch's device."""
+"""Turn stored pixels into a network's input, a batch at a time, on the batch's device."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def augment(
     generator: torch.Generator,
     share: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Crops each image at random from its zero-padded self and mirrors each with probability ½.
+    """Crop each image at random from its zero-padded self and mirror it with probability ½.
 
     This is the standard augmentation for CIFAR (He et al. 2015, section 4.2).
 
@@ -48,7 +48,7 @@ def augment(
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels as a network's input: (images / 255 − mean) / std.
+    """Normalise pixels: (images / 255 − mean) / std.
 
     Args:
         images: uint8 (B, C, H, W).

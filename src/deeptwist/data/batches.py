@@ -1,4 +1,4 @@
-"""A split in batches."""
+"""A split in batches, once through."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ def batches(
     generator: torch.Generator | None,
     drop_last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over a split.
+    """Return the batches of one pass over a split.
 
     Args:
         split: the images and labels.

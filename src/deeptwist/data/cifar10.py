@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
+from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageData, Split
 from deeptwist.data.image_cache import cache_folder
 from deeptwist.errors import DeepTwistError, first_line, require_extra
 
 
-def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
-    """50,000 and 10,000 colour images of 32 × 32 pixels in 10 classes.
+def load_cifar10(*, cache: str | Path | None = None) -> ImageData:
+    """Load 50,000 and 10,000 colour images of 32 × 32 pixels in 10 classes.
 
     Normalised with ImageNet's statistics, as the public CIFAR ResNets are.
 
@@ -29,7 +29,7 @@ def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
         raise DeepTwistError(
             f"cannot download CIFAR-10 into {folder} ({first_line(error)}): "
             "give a folder that holds train/CLASS/*.png and test/CLASS/*.png instead"
-        ) from None
+        ) from error
     train_split, test_split = (
         Split(
             images=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
@@ -37,7 +37,7 @@ def load_cifar10(*, cache: str | Path | None = None) -> Dataset:
         )
         for part in (train, test)
     )
-    return Dataset(
+    return ImageData(
         name="cifar10",
         train=train_split,
         test=test_split,

@@ -1,4 +1,4 @@
-"""What a data set is: images and labels in memory, and what training on them should know."""
+"""A data set in memory: images, labels, and the preparation that suits them."""
 
 from dataclasses import dataclass
 
@@ -35,8 +35,8 @@ class Split:
                 f"labels must be int64 ({len(images)},), one per image, not {_described(labels)}"
             )
 
-    def spread(self, count: int) -> "Split":
-        """So many images, evenly spread over the split: a folder's lie class after class."""
+    def evenly_spaced(self, count: int) -> "Split":
+        """Return so many images, evenly spaced over the split: a folder's lie class after class."""
         total = len(self.labels)
         count = min(count, total)
         rows = torch.arange(count, device=self.labels.device) * total // max(count, 1)
@@ -44,11 +44,11 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
-    """Two splits of one task, with the preparation that suits them.
+class ImageData:
+    """Two splits of one classification task, with the preparation that suits them.
 
     Attributes:
-        name: what reports call it.
+        name: as reports call it.
         train: for training.
         test: for evaluation.
         classes: the name of each label.

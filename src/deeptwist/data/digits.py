@@ -2,12 +2,12 @@
 
 import torch
 
-from deeptwist.data.dataset import Dataset, Split
+from deeptwist.data.dataset import ImageData, Split
 from deeptwist.errors import require_extra
 
 
-def load_digits() -> Dataset:
-    """1,437 training and 360 test images: grey, 8 × 8 pixels, 10 classes.
+def load_digits() -> ImageData:
+    """Load 1,437 training and 360 test images: grey, 8 × 8 pixels, 10 classes.
 
     The split is always the same and holds each digit in equal shares. Source: the test set of
     UCI's 'Optical Recognition of Handwritten Digits', its levels 0 to 16 scaled to 0 to 255.
@@ -21,7 +21,7 @@ def load_digits() -> Dataset:
     train, test = train_test_split(
         range(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
     )
-    return Dataset(
+    return ImageData(
         name="digits",
         train=Split(images[train], labels[train]),
         test=Split(images[test], labels[test]),

@@ -30,12 +30,12 @@ class MixedSizesError(Exception):
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where data sets are kept: `cache`, else $DEEPTWIST_CACHE, else ~/.cache/deeptwist."""
+    """Return where data sets are kept: `cache`, else $DEEPTWIST_CACHE, else ~/.cache/deeptwist."""
     return Path(cache or os.environ.get("DEEPTWIST_CACHE") or "~/.cache/deeptwist").expanduser()
 
 
 def open_images(file: Path, count: int) -> Tensor | None:
-    """Memory-maps images that `write_images` left; none if the file is missing or not whole.
+    """Memory-map what `write_images` wrote; return `None` if the file is missing or not whole.
 
     Args:
         file: the .npy file.
@@ -54,7 +54,7 @@ def open_images(file: Path, count: int) -> Tensor | None:
 
 
 def write_images(file: Path, paths: Sequence[str], image_size: int | None) -> None:
-    """Decodes images into one .npy array (N, 3, H, W) that appears only when it is whole.
+    """Decode images into one .npy array (N, 3, H, W) that appears only when it is whole.
 
     Args:
         file: the .npy file; its folder is made.
@@ -79,11 +79,11 @@ def write_images(file: Path, paths: Sequence[str], image_size: int | None) -> No
         raise DeepTwistError(
             f"cannot cache decoded images in {file.parent} ({error.strerror}): "
             "point $DEEPTWIST_CACHE at a folder with room"
-        ) from None
+        ) from error
 
 
 def read_image(path: str, image_size: int | None) -> Pixels:
-    """Decodes one image to RGB; grey ones of 16 bits are scaled to 8.
+    """Decode one image to RGB; grey ones of 16 bits are scaled to 8.
 
     Args:
         path: the image.
@@ -101,18 +101,18 @@ def read_image(path: str, image_size: int | None) -> Pixels:
         from torchvision.transforms import functional
     try:
         with Image.open(path) as stored:
-            image = _eight_bits(stored).convert("RGB")
+            image = _to_uint8(stored).convert("RGB")
     except Exception as error:  # damaged images surface as OSError, SyntaxError, ValueError, …
         raise DeepTwistError(
             f"cannot decode image '{path}' ({type(error).__name__}): replace or delete it"
-        ) from None
+        ) from error
     if image_size is not None:
         image = functional.center_crop(functional.resize(image, image_size), image_size)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """A grey image of 16 bits scaled to 8, where Pillow would cut it off; others as they are.
+def _to_uint8(image: "Image.Image") -> "Image.Image":
+    """Scale a grey image of 16 bits to 8, where Pillow would cut it off; keep others as they are.
 
     One of mode I, of 32 bits, is taken to hold 16: as that, older Pillows read such PNGs.
     """

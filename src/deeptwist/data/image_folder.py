@@ -1,4 +1,4 @@
-"""Any data set laid out as one folder of images per class."""
+"""Data sets laid out as one folder of images per class."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split
+from deeptwist.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageData, Split
 from deeptwist.data.image_cache import MixedSizesError, cache_folder, open_images, write_images
 from deeptwist.errors import DeepTwistError, require_extra
 
@@ -18,8 +18,8 @@ _SIZE_FOR_MIXED = 224  # where images differ in size and none was asked for
 
 def load_image_folder(
     root: str | Path, *, image_size: int | None = None, cache: str | Path | None = None
-) -> Dataset:
-    """Reads ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg, or val/ where there is no test/.
+) -> ImageData:
+    """Read ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg, or val/ where there is no test/.
 
     The first load decodes every image into one file of the cache; later loads map that file, for
     as long as names, sizes and times of all images stay the same.
@@ -49,7 +49,7 @@ def load_image_folder(
         )
     images = _images(root, train.paths + test.paths, image_size, cache_folder(cache))
     first_test = len(train.paths)
-    return Dataset(
+    return ImageData(
         name=root.name,
         train=Split(images[:first_test], train.labels),
         test=Split(images[first_test:], test.labels),
@@ -62,7 +62,7 @@ def load_image_folder(
 
 
 def count_images(root: str | Path) -> dict[str, dict[str, int]]:
-    """How many images each split has of each class; none is opened.
+    """Count each split's images of each class; none is opened.
 
     Raises:
         DeepTwistError: if a folder or a split is missing or empty.
@@ -74,22 +74,22 @@ def count_images(root: str | Path) -> dict[str, dict[str, int]]:
     }
 
 
-def _splits(root: Path) -> "tuple[_Listing, _Listing]":
+def _splits(root: Path) -> "tuple[_SplitFiles, _SplitFiles]":
     if not root.is_dir():
         raise DeepTwistError(f"no folder of images at '{root}'")
-    return _listed(root / "train"), _listed(
+    return _list_split(root / "train"), _list_split(
         root / "test" if (root / "test").is_dir() else root / "val"
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Listing:
+class _SplitFiles:
     paths: list[str]
     labels: Tensor  # int64 (N,)
     classes: tuple[str, ...]
 
 
-def _listed(split: Path) -> _Listing:
+def _list_split(split: Path) -> _SplitFiles:
     with require_extra():
         from torchvision.datasets import ImageFolder
     if not split.is_dir():
@@ -99,9 +99,9 @@ def _listed(split: Path) -> _Listing:
     try:
         folder = ImageFolder(str(split))
     except FileNotFoundError as error:
-        raise DeepTwistError(f"no images in '{split}': {error}") from None
+        raise DeepTwistError(f"no images in '{split}': {error}") from error
     paths = [path for path, _ in folder.samples]
-    return _Listing(paths, torch.tensor(folder.targets), tuple(folder.classes))
+    return _SplitFiles(paths, torch.tensor(folder.targets), tuple(folder.classes))
 
 
 def _images(root: Path, paths: list[str], image_size: int | None, cache: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights from other people's files into a model, without running their code."""
+"""Load weights from other people's files into a model, without running their code."""
 
 import pickle
 import re
@@ -17,7 +17,7 @@ _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.com
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a checkpoint into a model: every tensor of one fits one of the other.
+    """Load a checkpoint into a model: every tensor of one fits one of the other.
 
     Args:
         model: receives the weights in its own dtype and on its own device; unchanged on error.
@@ -31,10 +31,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             shapes differ from the model's.
     """
     path = Path(path)
-    own = model.state_dict()
-    weights = _without_prefixes(_state_dict(_read(path), path), own)
-    _check_names(weights, own, path)
-    _check_shapes(weights, own, path)
+    expected = model.state_dict()
+    weights = _without_prefixes(_state_dict(_read(path), path), expected)
+    _check_names(weights, expected, path)
+    _check_shapes(weights, expected, path)
     model.load_state_dict(weights)
 
 
@@ -50,11 +50,11 @@ def _read(path: Path) -> Any:
         reason = f"{refused[1]}, which could run code" if refused else "something unreadable"
         raise DeepTwistError(
             f"'{path}' holds {reason}: save model.state_dict() alone and load that"
-        ) from None
+        ) from error
     except Exception as error:  # damaged bytes surface as a dozen types
         raise DeepTwistError(
-            f"'{path}' is damaged or no checkpoint ({type(error).__name__})"
-        ) from None
+            f"'{path}' is damaged or not a checkpoint ({type(error).__name__})"
+        ) from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -62,30 +62,32 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         inner = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
         content = next(inner, content)
     if not isinstance(content, dict) or not content:
-        raise DeepTwistError(f"'{path}' holds no state dict but a {type(content).__name__}")
+        raise DeepTwistError(
+            f"'{path}' holds a {type(content).__name__} where a state dict belongs"
+        )
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise DeepTwistError(
-                f"{name!r} in '{path}' is no tensor but of type {type(value).__name__}; "
+                f"{name!r} in '{path}' is not a tensor but of type {type(value).__name__}; "
                 f"a state dict may stand under one of {', '.join(_WRAPPERS)}"
             )
     return content
 
 
-def _without_prefixes(weights: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+def _without_prefixes(weights: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         wrapped = all(name.startswith(prefix) for name in weights)
-        if wrapped and not any(name.startswith(prefix) for name in own):
+        if wrapped and not any(name.startswith(prefix) for name in expected):
             bare = {name.removeprefix(prefix): value for name, value in weights.items()}
-            return _without_prefixes(bare, own)
+            return _without_prefixes(bare, expected)
     return weights
 
 
-def _check_names(weights: Iterable[str], own: Iterable[str], path: Path) -> None:
-    found, wanted = set(weights), set(own)
-    unexpected = sorted(found - wanted)
+def _check_names(weights: Iterable[str], expected: Iterable[str], path: Path) -> None:
+    stored, wanted = set(weights), set(expected)
+    unexpected = sorted(stored - wanted)
     # Older files lack BatchNorm's step counter, which load_state_dict then fills in.
-    missing = sorted(n for n in wanted - found if not n.endswith("num_batches_tracked"))
+    missing = sorted(n for n in wanted - stored if not n.endswith("num_batches_tracked"))
     complaints = [
         f"{len(names)} {kind} ({_first(names)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
@@ -95,11 +97,13 @@ def _check_names(weights: Iterable[str], own: Iterable[str], path: Path) -> None
         raise DeepTwistError(f"'{path}' is not of this model: tensors {', '.join(complaints)}")
 
 
-def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+def _check_shapes(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> None:
     wrong = [
-        f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
+        f"{name} {tuple(value.shape)} where the model has {tuple(expected[name].shape)}"
         for name, value in weights.items()
-        if value.shape != own[name].shape
+        if value.shape != expected[name].shape
     ]
     if wrong:
         raise DeepTwistError(f"'{path}' is not of this model: {_first(wrong)}")

@@ -23,7 +23,7 @@ class PadShortcut(nn.Module):
         self.after = out_channels - in_channels - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, in, h, w) → (b, out, ⌈h / stride⌉, ⌈w / stride⌉)."""
+        """Map (b, in, h, w) to (b, out, ⌈h / stride⌉, ⌈w / stride⌉)."""
         strided = x[:, :, :: self.stride, :: self.stride]
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, in, h, w) → (b, out, ⌈h / stride⌉, ⌈w / stride⌉)."""
+        """Map (b, in, h, w) to (b, out, ⌈h / stride⌉, ⌈w / stride⌉)."""
         hidden = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
 
@@ -71,7 +71,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, num_classes) for normalized images (b, in_channels, h, w) of any size."""
+        """Return logits (b, num_classes) for normalized images (b, in_channels, h, w)."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(x.mean((2, 3)))
@@ -84,25 +84,25 @@ def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-20: 0.27 million parameters."""
+    """Build ResNet-20: 0.27 million parameters."""
     return ResNet(3, num_classes, in_channels)
 
 
 def resnet32(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-32, the paper's: 0.46 million parameters."""
+    """Build ResNet-32, the paper's: 0.46 million parameters."""
     return ResNet(5, num_classes, in_channels)
 
 
 def resnet44(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-44: 0.66 million parameters."""
+    """Build ResNet-44: 0.66 million parameters."""
     return ResNet(7, num_classes, in_channels)
 
 
 def resnet56(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-56: 0.85 million parameters."""
+    """Build ResNet-56: 0.85 million parameters."""
     return ResNet(9, num_classes, in_channels)
 
 
 def resnet110(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-110: 1.7 million parameters."""
+    """Build ResNet-110: 1.7 million parameters."""
     return ResNet(18, num_classes, in_channels)

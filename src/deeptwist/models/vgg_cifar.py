@@ -33,7 +33,7 @@ class VGG19(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, num_classes) for normalized images (b, in_channels, h ≥ 32, w ≥ 32)."""
+        """Return logits (b, num_classes) for normalized images (b, in_channels, h ≥ 32, w ≥ 32)."""
         features = F.adaptive_avg_pool2d(self.features(images), 1)
         logits: Tensor = self.classifier(features.flatten(1))
         return logits
@@ -56,10 +56,10 @@ def _features(in_channels: int, batch_norm: bool) -> nn.Sequential:
 
 
 def vgg19(num_classes: int = 10, in_channels: int = 3) -> VGG19:
-    """VGG-19 without batch norm, the paper's: 20.6 million parameters."""
+    """Build VGG-19 without batch norm, the paper's: 20.6 million parameters."""
     return VGG19(num_classes, in_channels, batch_norm=False)
 
 
 def vgg19_bn(num_classes: int = 10, in_channels: int = 3) -> VGG19:
-    """VGG-19 with batch norm: 20.6 million parameters."""
+    """Build VGG-19 with batch norm: 20.6 million parameters."""
     return VGG19(num_classes, in_channels, batch_norm=True)

@@ -28,7 +28,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def build_model(
     name: str, *, num_classes: int | None = None, in_channels: int | None = None
 ) -> nn.Module:
-    """A network with random weights; nothing is ever downloaded.
+    """Build a network with random weights; nothing is ever downloaded.
 
     Args:
         name: one of `MODELS`, ``"torchvision/NAME"`` (its image classifiers), ``"timm/NAME"``, or
@@ -88,31 +88,33 @@ def _from_timm(network: str, num_classes: int | None, in_channels: int | None) -
 
 def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    module = _import_own(module_name)
+    module = _import_user_module(module_name)
     if not hasattr(module, attribute):
         public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise unknown_name_error(f"factory in {module_name}", attribute, public)
     factory = getattr(module, attribute)
     if not callable(factory) or isinstance(factory, nn.Module):
         raise DeepTwistError(f"{name} is of type {type(factory).__name__}, not a function to call")
-    model = factory(**_accepted(factory, given, name))
+    model = factory(**_matching_kwargs(factory, given, name))
     if not isinstance(model, nn.Module):
         raise DeepTwistError(f"{name} returned type {type(model).__name__}, not an nn.Module")
     return model
 
 
-def _accepted(factory: Callable[..., object], given: dict[str, int], name: str) -> dict[str, int]:
+def _matching_kwargs(
+    factory: Callable[..., object], given: dict[str, int], name: str
+) -> dict[str, int]:
     signature = inspect.signature(factory)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         given = {key: value for key, value in given.items() if key in signature.parameters}
     try:
         signature.bind(**given)
     except TypeError as error:
-        raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from None
+        raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from error
     return given
 
 
-def _import_own(module: str) -> ModuleType:
+def _import_user_module(module: str) -> ModuleType:
     if not module or module.startswith("."):
         raise DeepTwistError(f"module {module!r} has no full name: write 'package.module:factory'")
     try:
@@ -124,7 +126,7 @@ def _import_own(module: str) -> ModuleType:
             raise
         raise DeepTwistError(
             f"no module {error.name!r} in {os.getcwd()} or among the installed packages"
-        ) from None
+        ) from error
 
 
 @contextmanager

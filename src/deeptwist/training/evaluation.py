@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deeptwist.data import Dataset, Split, batches, normalize
+from deeptwist.data import ImageData, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspect.layers import FORWARD_ERRORS, eval_mode
 from deeptwist.training.metrics import Evaluation
@@ -14,7 +14,7 @@ from deeptwist.training.metrics import Evaluation
 _BATCH = 500
 
 
-def preprocess(images: Tensor, model: nn.Module, data: Dataset) -> Tensor:
+def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
     """Turn stored pixels into a model's input: normalised, of its type, on its device.
 
     Args:
@@ -52,7 +52,7 @@ def logits_of(output: object) -> Tensor:
 def evaluate(
     model: nn.Module,
     split: Split,
-    data: Dataset,
+    data: ImageData,
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from deeptwist.data import Dataset, Split, augment
+from deeptwist.data import ImageData, Split, augment
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
 from deeptwist.training.metrics import DistortionRecord, Epoch, Evaluation, Record
@@ -62,7 +62,7 @@ class Trainer:
         self,
         fabric: Fabric,
         model: nn.Module,
-        data: Dataset,
+        data: ImageData,
         recipe: Recipe,
         *,
         twist: DeepTwist | None = None,
@@ -256,7 +256,7 @@ class Trainer:
             nonlocal evaluating
             self._broadcast_buffers()
             started = time.perf_counter()
-            subsets = self._data.train.spread(count), self._data.test.spread(count)
+            subsets = self._data.train.evenly_spaced(count), self._data.test.evenly_spaced(count)
             train, test = (evaluate(self._wrapped, subset, self._data) for subset in subsets)
             evaluations.append((train, test))
             evaluating += time.perf_counter() - started
@@ -315,7 +315,7 @@ class Trainer:
         return schedule.factor**passed
 
 
-def steps_per_epoch(data: Dataset, batch_size: int) -> int:
+def steps_per_epoch(data: ImageData, batch_size: int) -> int:
     """Return the optimizer steps in an epoch; an incomplete last batch is left out.
 
     Raises:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deeptwist.data import Dataset, batches
+from deeptwist.data import ImageData, batches
 from deeptwist.training.evaluation import preprocess
 
 
 @torch.no_grad()
 def recalibrate_batch_norm(
-    model: nn.Module, data: Dataset, num_batches: int, batch_size: int
+    model: nn.Module, data: ImageData, num_batches: int, batch_size: int
 ) -> nn.Module:
     """Return a copy whose batch norms hold the statistics of training images as they meet them now.
 

@@ -15,7 +15,7 @@ from torch import nn
 from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.data import Dataset, Split
+from deeptwist.data import ImageData, Split
 from deeptwist.decompose import decompose
 from deeptwist.decompositions import SVD
 from deeptwist.errors import DeepTwistError
@@ -61,7 +61,7 @@ class TrainingRun:
     recipe: Recipe
     model: nn.Module
     plan: Plan
-    data: Dataset
+    data: ImageData
     validation: Split | None
     name: str
 
@@ -74,7 +74,7 @@ class TrainingRun:
 
 
 def build_run(
-    recipe: Recipe, data: Dataset, *, name: str, model: nn.Module | None = None
+    recipe: Recipe, data: ImageData, *, name: str, model: nn.Module | None = None
 ) -> TrainingRun:
     """Build and plan a recipe's network.
 
@@ -227,7 +227,7 @@ def _decompose_and_freeze(model: nn.Module, plan: Plan) -> nn.Module:
     return fixed
 
 
-def _hold_out(data: Dataset, count: int) -> tuple[Dataset, Split | None]:
+def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
     if count == 0:
         return data, None
     images, labels = data.train.images, data.train.labels
