@@ -1,0 +1,249 @@
+"""Decide for every layer of a model how it is held."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
+from deeptwist.decompositions.linalg import relative_error
+from deeptwist.decompositions.ranks import check_ratio
+from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.inspect.layers import Layer, as_tuple, layers_of
+from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
+from deeptwist.plan.autotune import choose_by_clock
+from deeptwist.plan.layer_filter import LayerFilter, Override
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
+
+
+def plan(
+    model: nn.Module,
+    decomposition: Decomposition,
+    *,
+    example_input: Tensor | tuple[Tensor, ...],
+    ratio: float | None = None,
+    skip_first_conv: bool = False,
+    min_in_channels: int = 1,
+    linear: bool = True,
+    rank_multiple: int = 1,
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
+    overrides: Mapping[str, Override] | None = None,
+    min_speedup: float | None = None,
+    tune: bool = False,
+) -> Plan:
+    """Decide for every layer how it is held; the model itself is not touched.
+
+    A name pattern is an exact module name, a glob (``layer3.*``) or, after ``re:``, a regular
+    expression that matches the whole name.
+
+    Args:
+        model: any network; it is run once on the example input, in evaluation mode.
+        decomposition: how layers are held; its rank, if open, is set by `ratio`.
+        example_input: one batch, or the tuple of the model's positional inputs.
+        ratio: dense ÷ factored weights that every compressed layer keeps at least.
+        skip_first_conv: keep the convolution that runs first, as the paper does.
+        min_in_channels: keep layers with fewer input channels S (the paper: S ≥ 128).
+        linear: whether linear layers are compressed too.
+        rank_multiple: ranks that a ratio sets are rounded down to a multiple of this, where they
+            are that large: 16 suits AVX-512 processors (``docs/speed.md``).
+        include: pattern or patterns of the layers to compress.
+        exclude: pattern or patterns of the layers to keep.
+        overrides: pattern → another decomposition, another ratio, or `None` to keep the layer;
+            the last pattern that matches counts, before all rules above.
+        min_speedup: keep layers that are not this many times as fast factored, timed here.
+        tune: whether the exact forms of every layer are timed and the fastest is taken.
+
+    Returns:
+        The plan; every layer that is not compressed is in it with its reason.
+
+    Raises:
+        DeepTwistError: if neither rank nor ratio is given, a pattern matches no layer, or an
+            override by exact name cannot be met.
+    """
+    rules = LayerFilter(
+        skip_first_conv,
+        min_in_channels,
+        linear,
+        (include,) if isinstance(include, str) else tuple(include),
+        (exclude,) if isinstance(exclude, str) else tuple(exclude),
+        overrides or {},
+    )
+    inputs = as_tuple(example_input)
+    layers = layers_of(model, inputs)
+    rules.check_patterns(name for layer in layers for name in layer.names)
+    for choice in (decomposition, *rules.overrides.values()):
+        if isinstance(choice, Decomposition) and choice.needs_ratio and ratio is None:
+            raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
+    if ratio is not None:
+        check_ratio(ratio)
+    check_int("rank_multiple", rank_multiple)
+    first = _first_convolution(layers)
+    planned = [
+        _plan_layer(layer, decomposition, ratio, rules, rank_multiple, is_first=layer is first)
+        for layer in layers
+    ]
+    made = _assemble(model, inputs, layers, planned)
+    return choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
+
+
+def plan_from_model(
+    decomposed: nn.Module, model: nn.Module, example_input: Tensor | tuple[Tensor, ...]
+) -> Plan:
+    """Return the plan that a decomposed model carries out, read from its factored layers.
+
+    Args:
+        decomposed: what `decompose` or `deeptwist.load` returned; `model` itself for a plan that
+            compresses nothing but says what the model costs.
+        model: the dense network.
+        example_input: see `plan`.
+
+    Raises:
+        DeepTwistError: if a factored layer has no counterpart in `model`.
+    """
+    factored = {
+        name: module
+        for name, module in decomposed.named_modules()
+        if isinstance(module, FactoredLayer)
+    }
+    inputs = as_tuple(example_input)
+    layers = layers_of(model, inputs)
+    planned: list[PlannedLayer] = []
+    for layer in layers:
+        module = factored.pop(layer.names[0], None)
+        if module is None:
+            planned.append(_keep(layer, layer.reason or "is dense in the decomposed model"))
+        elif module.convolution != layer.convolution:
+            raise DeepTwistError(
+                f"layer {layer.names[0]!r} stands for ({module.convolution}) where the dense "
+                f"model has ({layer.convolution})"
+            )
+        else:
+            planned.append(
+                _compress(layer, module.convolution, module.decomposition, module.implementation)
+            )
+    if factored:
+        raise DeepTwistError(f"the dense model has no layer {min(factored)!r}")
+    return _assemble(model, inputs, layers, planned)
+
+
+def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
+    """Return the convolution that runs first, linear layers not counted."""
+    convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
+    return min(convolutions, key=lambda layer: layer.turn, default=None)
+
+
+def _assemble(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    layers: Sequence[Layer],
+    planned: Sequence[PlannedLayer],
+) -> Plan:
+    counted = sum(layer.weight_numel for layer in layers)
+    total = sum(p.numel() for p in model.parameters())
+    first = _first_convolution(layers)
+    # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
+    batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
+    empty = Plan(
+        compressed=(),
+        other_parameters=total - counted,
+        examples=inputs[0].shape[0] if batched else 1,
+        inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
+    )
+    return empty.with_layers(planned)
+
+
+def _plan_layer(
+    layer: Layer,
+    decomposition: Decomposition,
+    ratio: float | None,
+    rules: LayerFilter,
+    rank_multiple: int,
+    *,
+    is_first: bool,
+) -> PlannedLayer:
+    pattern, choice = rules.override(layer.names) or (None, decomposition)
+    if choice is None:
+        return _keep(layer, "by an override")
+    if isinstance(choice, Decomposition):
+        decomposition = choice
+    else:
+        ratio, decomposition = check_ratio(choice), decomposition.without_rank()
+    reason = layer.reason
+    if layer.convolution is None:
+        reason = reason or "has no geometry"
+    elif reason is None and pattern is None:
+        reason = rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
+    if layer.convolution is not None and reason is None:
+        try:
+            resolved = decomposition.resolve(layer.convolution, ratio)
+            if decomposition.needs_ratio:
+                resolved = resolved.round_ranks(rank_multiple)
+            planned = _compress(layer, layer.convolution, resolved)
+            _check_is_smaller(planned)
+            return replace(planned, relative_error=_initial_error(layer, planned))
+        except CannotDecomposeError as error:
+            reason = str(error)
+    kept = _keep(layer, reason or "")
+    if pattern in layer.names:  # asked for by its exact name: to keep it would be no answer
+        raise DeepTwistError(
+            f"layer {kept.name!r} ({kept.convolution or kept.kind}) {kept.reason}"
+        )
+    return kept
+
+
+def _keep(layer: Layer, reason: str) -> KeptLayer:
+    name, *aliases = layer.names
+    return KeptLayer(
+        name=name,
+        kind=type(layer.module).__name__,
+        weight_numel=layer.weight_numel,
+        reason=reason,
+        convolution=layer.convolution,
+        aliases=tuple(aliases),
+        calls=layer.calls,
+    )
+
+
+def _compress(
+    layer: Layer,
+    convolution: ConvGeometry,
+    decomposition: Decomposition,
+    implementation: str | None = None,
+) -> CompressedLayer:
+    name, *aliases = layer.names
+    return CompressedLayer(
+        name=name,
+        kind=type(layer.module).__name__,
+        weight_numel=layer.weight_numel,
+        convolution=convolution,
+        decomposition=decomposition,
+        aliases=tuple(aliases),
+        calls=layer.calls,
+        implementation=implementation,
+    )
+
+
+def _check_is_smaller(layer: CompressedLayer) -> None:
+    if layer.compressed_numel >= layer.weight_numel:
+        raise CannotDecomposeError(
+            f"would grow: {layer.compressed_numel:,} weights for {layer.weight_numel:,}"
+        )
+    before, after = (
+        sum(count * conv.macs(size) for conv, size, count in layer.workload(factored=factored))
+        for factored in (False, True)
+    )
+    if after >= before:
+        raise CannotDecomposeError(f"would slow down: {after:,} MACs for {before:,}")
+
+
+def _initial_error(layer: Layer, planned: CompressedLayer) -> float | None:
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        return None
+    kernel = weight_to_kernel(weight.detach(), planned.convolution)
+    if not kernel.isfinite().all():
+        raise DeepTwistError(f"layer {planned.name!r} has weights that are NaN or infinite")
+    return relative_error(kernel, planned.decomposition.decompose(kernel).reconstruct())
