@@ -32,7 +32,7 @@ from deeptwist.benchmark.memory import peak_memory
 from deeptwist.decompositions.subspace import follow
 from deeptwist.layers.geometry import weight_to_kernel
 from deeptwist.models import build_model, load_weights
-from deeptwist.plan.plan import PlannedLayer
+from deeptwist.plan.planned_layer import CompressedLayer
 
 TILE, RANK, INTERVAL, MOVE = 64, 8, 200, 0.02
 METHOD = dt.TiledSVD(tile=(TILE, TILE), rank=RANK)
@@ -140,7 +140,7 @@ class Weights:
         for layer, weight in self.weights().items():
             weight.copy_(weights[layer])
 
-    def keys(self, layer: PlannedLayer) -> list[tuple[int, int, int]]:
+    def keys(self, layer: CompressedLayer) -> list[tuple[int, int, int]]:
         """The shape and rank of each of a layer's batches of matrices."""
         kernel = weight_to_kernel(self.now[layer.name], layer.convolution)
         return [(*parts.shape[1:], rank) for parts, rank in layer.decomposition.cut(kernel)]

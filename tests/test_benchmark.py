@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan
-from deeptwist.benchmark.comparison import Comparison, compare
-from deeptwist.benchmark.layers import LayerComparison, compare_layers, keep_slow_layers
+from deeptwist.benchmark.comparison import compare
+from deeptwist.benchmark.layers import compare_layers
 from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
 from deeptwist.benchmark.runtimes import prepare
 from deeptwist.models import build_model
-from deeptwist.plan.timing import Timing, median_ratio, time_interleaved, timing
+from deeptwist.plan.autotune import keep_slow_layers
+from deeptwist.plan.timing import median_ratio, summarize, time_interleaved
 
 X = torch.randn(4, 8, 12, 12)
 MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)
@@ -44,7 +45,7 @@ def made(model: nn.Module) -> Plan:
 
 @given(MILLISECONDS)
 def test_a_timing_is_the_median_between_the_quartiles(samples: list[float]) -> None:
-    found = timing(samples)
+    found = summarize(samples)
     assert found.median == pytest.approx(statistics.median(samples))
     assert found.lower <= found.median <= found.upper
 
@@ -119,11 +120,9 @@ def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
     planned = made(network())
     measured = compare_layers(planned, X, batch=8, rounds=2)
     assert [one.name for one in measured] == [layer.name for layer in planned.compressed]
-    assert measured[1].times is measured[2].times
-    assert measured[0].times is not measured[1].times
+    assert measured[1].times == measured[2].times
+    assert measured[0].times != measured[1].times
     layer = planned.compressed[1]
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
     promised = layer.convolution.macs((12, 12)) / layer.decomposition.macs(
         layer.convolution, (12, 12)
     )
@@ -131,16 +130,10 @@ def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
     assert measured[1].efficiency == pytest.approx(measured[1].times.speedup / promised)
 
 
-def _measured(name: str, speedup: float) -> LayerComparison:
-    return LayerComparison(name, 3.0, Comparison(Timing(1, 1, 1), Timing(1, 1, 1), speedup))
-
-
 def test_slow_layers_are_kept_with_the_measured_reason() -> None:
     model = network()
     planned = made(model)
-    measured = [_measured("0", 0.8), _measured("2", 1.5), _measured("3", 1.04)]
-    assert [one.is_worth_it for one in measured] == [False, True, True]
-    thinned = keep_slow_layers(planned, measured, 1.05)
+    thinned = keep_slow_layers(planned, {"0": 0.8, "2": 1.5, "3": 1.04}, 1.05)
     assert [layer.name for layer in thinned.compressed] == ["2"]
     assert thinned.kept[0].reason == "not worth it: measured 0.80× as fast, below 1.05×"
     assert thinned.compressed[0] == planned.compressed[1]

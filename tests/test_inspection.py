@@ -17,12 +17,14 @@ from deeptwist.inspect.layers import eval_mode, layers_of
 X = torch.randn(2, 8, 6, 6)
 
 
-def plan_from_model(model: nn.Module, x: Tensor = X) -> Plan:
+def plan_of(model: nn.Module, x: Tensor = X) -> Plan:
     return plan(model, SVD(), ratio=1.5, example_input=x)
 
 
 def reason_of(model: nn.Module, name: str, x: Tensor = X) -> str | None:
-    return next(layer.reason for layer in plan_from_model(model, x).layers if layer.name == name)
+    return next(
+        getattr(layer, "reason", None) for layer in plan_of(model, x).layers if layer.name == name
+    )
 
 
 def conv() -> nn.Conv2d:
@@ -50,14 +52,14 @@ class Calling(nn.Module):
 
 def test_plain_layers_are_taken() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 9))
-    assert [layer.name for layer in plan_from_model(model).compressed] == ["0", "3"]
-    assert not plan_from_model(model).kept  # normalisation has no weights in this sense
+    assert [layer.name for layer in plan_of(model).compressed] == ["0", "3"]
+    assert not plan_of(model).kept  # normalisation has no weights in this sense
 
 
 def test_a_subclass_is_kept() -> None:
     model = nn.Sequential(Subclass(8, 8, 3), conv())
     assert "is a Subclass" in str(reason_of(model, "0"))
-    assert [layer.name for layer in plan_from_model(model).compressed] == ["1"]
+    assert [layer.name for layer in plan_of(model).compressed] == ["1"]
 
 
 def test_timms_own_convolutions_are_kept() -> None:
@@ -70,7 +72,7 @@ def test_timms_own_convolutions_are_kept() -> None:
 def test_a_parametrized_weight_is_kept() -> None:
     model = nn.Sequential(parametrizations.weight_norm(conv()), conv())
     assert "parametrized" in str(reason_of(model, "0"))
-    made = plan_from_model(model)
+    made = plan_of(model)
     assert made.dense_parameters == sum(p.numel() for p in model.parameters())
     small = DeepTwist(model, made, interval=1).finish()
     assert torch.allclose(small(X), model(X), atol=1e-5)
@@ -101,8 +103,8 @@ def test_a_layer_with_hooks_is_kept(attach: Callable[[nn.Module], object]) -> No
 
 def test_planning_leaves_no_hook_behind() -> None:
     model = nn.Sequential(conv(), nn.Linear(6, 6))
-    plan_from_model(model)
-    error_of(plan_from_model, model, torch.randn(2, 3, 6, 6))
+    plan_of(model)
+    error_of(plan_of, model, torch.randn(2, 3, 6, 6))
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -111,18 +113,18 @@ def test_planning_leaves_no_hook_behind() -> None:
 def test_a_module_used_twice_is_one_layer_of_two_names() -> None:
     shared = conv()
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    (layer,) = plan_from_model(model).layers
+    (layer,) = plan_of(model).layers
     assert (layer.name, layer.aliases) == ("0", ("2",))
     assert len(layer.calls) == 2
-    assert plan_from_model(model).dense_macs == 2 * 8 * 8 * 9 * 36
-    small = decompose(model, plan_from_model(model))
+    assert plan_of(model).dense_macs == 2 * 8 * 8 * 9 * 36
+    small = decompose(model, plan_of(model))
     assert small[0] is small[2]
 
 
 def test_a_shared_weight_is_kept_by_all_that_share_it() -> None:
     model = nn.Sequential(conv(), conv(), conv())
     model[1].weight = model[0].weight
-    made = plan_from_model(model)
+    made = plan_of(model)
     assert [layer.name for layer in made.compressed] == ["2"]
     assert all("shares its weight" in str(layer.reason) for layer in made.kept)
     small = decompose(model, made)
@@ -145,13 +147,13 @@ def test_a_layer_that_is_never_called_is_kept() -> None:
 def test_a_weight_that_is_only_read_is_kept() -> None:
     model = Calling(lambda x, a, b: F.conv2d(a(x), b.weight), conv(), conv())
     assert reason_of(model, "layers.1") is not None
-    assert decompose(model, plan_from_model(model))(X).shape == model(X).shape
+    assert decompose(model, plan_of(model))(X).shape == model(X).shape
 
 
 def test_a_weight_that_is_read_besides_is_refused_in_one_line() -> None:
     """Called and read: a factored layer has no `weight` to read."""
     model = Calling(lambda x, a: a(x) + F.conv2d(x, a.weight, padding=1), conv())
-    error_of(DeepTwist(model, plan_from_model(model), interval=1).finish)
+    error_of(DeepTwist(model, plan_of(model), interval=1).finish)
 
 
 def test_a_call_with_more_than_the_input_is_kept() -> None:
@@ -162,7 +164,7 @@ def test_a_call_with_more_than_the_input_is_kept() -> None:
 
 def test_a_call_by_keyword_is_a_call() -> None:
     model = Calling(lambda x, a: a(input=x), conv())
-    small = decompose(model, plan_from_model(model))
+    small = decompose(model, plan_of(model))
     assert reason_of(model, "layers.0") is None
     assert small(X).shape == X.shape
 
@@ -170,14 +172,14 @@ def test_a_call_by_keyword_is_a_call() -> None:
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_lazy_layer_is_not_made_by_planning(reached: bool) -> None:
     model = Calling(lambda x, a, b: b(a(x)) if reached else a(x), conv(), nn.LazyConv2d(4, 3))
-    works_or_is_refused(lambda: plan_from_model(model))  # kept or refused, but not made
+    works_or_is_refused(lambda: plan_of(model))  # kept or refused, but not made
     assert isinstance(model.layers[1], nn.LazyConv2d)
 
 
 def test_a_factored_layer_is_not_factored_again() -> None:
     model = nn.Sequential(conv(), conv())
     small = decompose(model, plan(model, SVD(), ratio=2, example_input=X, include=["0"]))
-    again = plan_from_model(small)
+    again = plan_of(small)
     assert [layer.name for layer in again.compressed] == ["1"]
     assert {layer.reason for layer in again.kept} == {"is part of a factored layer"}
 
@@ -194,7 +196,7 @@ def test_attention_and_other_modules_with_weights_are_kept() -> None:
 def test_a_transformer_layer_still_runs_once_decomposed() -> None:
     """In evaluation mode torch's fast path reads `linear1.weight` instead of calling it."""
     model, x = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), torch.randn(2, 3, 8)
-    small = decompose(model, plan_from_model(model, x))
+    small = decompose(model, plan_of(model, x))
     with torch.no_grad():
         assert small.eval()(x).shape == x.shape
 
@@ -212,7 +214,7 @@ def test_nothing_is_modified_by_planning() -> None:
     gradient = model[0].weight.grad.clone()
     parameters = dict(model.named_parameters())
     modes = {name: module.training for name, module in model.named_modules()}
-    plan_from_model(model)
+    plan_of(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model[0].weight.grad, gradient)
     assert all(parameters[name] is p for name, p in model.named_parameters())
@@ -223,7 +225,7 @@ def test_buffers_that_count_calls_are_put_back() -> None:
     model = nn.Sequential(conv())
     model.register_buffer("calls", torch.zeros(()))
     model.register_forward_pre_hook(lambda module, _: module.calls.add_(1) and None)
-    plan_from_model(model)
+    plan_of(model)
     assert model.calls == 0
 
 
@@ -255,14 +257,14 @@ def test_legacy_weight_norm_does_not_stop_the_others() -> None:
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.utils.weight_norm(conv()), conv())
     model(X).sum().backward()
-    made = plan_from_model(model)
+    made = plan_of(model)
     assert [layer.name for layer in made.compressed] == ["1"]
     assert decompose(model, made)(X).shape == X.shape
 
 
 def test_a_model_that_is_one_layer() -> None:
     model = conv()
-    made = plan_from_model(model)
+    made = plan_of(model)
     assert [layer.name for layer in made.compressed] == [""]
     small = DeepTwist(model, made, interval=1).finish()
     assert torch.allclose(small(X), model(X), atol=1e-5)

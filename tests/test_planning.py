@@ -26,7 +26,7 @@ from deeptwist import (
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.models.resnet_cifar import resnet20
-from deeptwist.plan.plan import PlannedLayer
+from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
 
 
 class Net(nn.Module):
@@ -52,7 +52,7 @@ NAMES = ["body.0", "body.2", "body.3", "head", "stem"]
 X = torch.randn(2, 8, 9, 9)
 
 
-def plan_from_model(decomposition: Decomposition | None = None, **options: Any) -> Plan:
+def make_plan(decomposition: Decomposition | None = None, **options: Any) -> Plan:
     options = {"ratio": 1.5, "example_input": X, **options}
     return plan(Net(), decomposition or SVD(), **options)
 
@@ -69,22 +69,22 @@ def reasons(made: Plan) -> dict[str, str | None]:
 
 
 def test_without_rules_every_layer_is_compressed() -> None:
-    assert [layer.name for layer in plan_from_model().layers] == NAMES
-    assert compressed(plan_from_model()) == NAMES
+    assert [layer.name for layer in make_plan().layers] == NAMES
+    assert compressed(make_plan()) == NAMES
 
 
 def test_the_first_convolution_is_the_one_that_runs_first() -> None:
-    assert reasons(plan_from_model(skip_first_conv=True)) == {"stem": "first convolution"}
+    assert reasons(make_plan(skip_first_conv=True)) == {"stem": "first convolution"}
 
 
 def test_few_input_channels() -> None:
-    made = plan_from_model(min_in_channels=17)
+    made = make_plan(min_in_channels=17)
     assert compressed(made) == ["body.2", "body.3"]
     assert set(reasons(made).values()) == {"fewer than 17 input channels"}
 
 
 def test_linear_layers_may_stay() -> None:
-    assert reasons(plan_from_model(linear=False)) == {"head": "linear layer"}
+    assert reasons(make_plan(linear=False)) == {"head": "linear layer"}
 
 
 @pytest.mark.parametrize(
@@ -100,32 +100,33 @@ def test_linear_layers_may_stay() -> None:
 )
 def test_patterns_include_and_exclude(pattern: str, names: list[str]) -> None:
     rest = [name for name in NAMES if name not in names]
-    assert compressed(plan_from_model(include=[pattern])) == names
-    assert compressed(plan_from_model(exclude=[pattern])) == rest
-    assert set(reasons(plan_from_model(include=[pattern])).values()) <= {"not included"}
-    assert set(reasons(plan_from_model(exclude=[pattern])).values()) <= {"excluded"}
+    assert compressed(make_plan(include=[pattern])) == names
+    assert compressed(make_plan(exclude=[pattern])) == rest
+    assert set(reasons(make_plan(include=[pattern])).values()) <= {"not included"}
+    assert set(reasons(make_plan(exclude=[pattern])).values()) <= {"excluded"}
 
 
 def test_exclusion_is_stronger_than_inclusion() -> None:
-    assert compressed(plan_from_model(include=["body.*"], exclude=["*.0"])) == ["body.2", "body.3"]
+    assert compressed(make_plan(include=["body.*"], exclude=["*.0"])) == ["body.2", "body.3"]
 
 
 @given(st.lists(st.sampled_from([*NAMES, "body.*", "*e*", "re:.*[023]"]), max_size=3))
 @settings(max_examples=15)
 def test_every_layer_is_in_the_plan_once_with_a_rank_or_a_reason(patterns: list[str]) -> None:
-    made = plan_from_model(exclude=patterns)
+    made = make_plan(exclude=patterns)
     assert [layer.name for layer in made.layers] == NAMES
     for layer in made.layers:
         out = any(
             fnmatchcase(layer.name, p) or (p[:3] == "re:" and layer.name[-1] in "023")
             for p in patterns
         )
-        assert (layer.decomposition is None) == (layer.reason is not None) == out
-        assert (layer.relative_error is None) == out
+        assert isinstance(layer, KeptLayer if out else CompressedLayer)
+    assert all(layer.reason for layer in made.kept)
+    assert all(layer.relative_error is not None for layer in made.compressed)
 
 
 def test_overrides() -> None:
-    made = plan_from_model(
+    made = make_plan(
         overrides={
             "body.*": Tucker(),
             "body.2": CP(rank=5),
@@ -133,67 +134,67 @@ def test_overrides() -> None:
             "stem": 2.5,
         }
     )
-    chosen = {layer.name: layer.decomposition for layer in made.layers}
-    assert chosen["head"] is None
+    chosen = {layer.name: layer.decomposition for layer in made.compressed}
+    assert "head" not in chosen
     assert "override" in str(reasons(made)["head"])
     assert chosen["body.2"] == CP(rank=5)
     assert isinstance(chosen["body.0"], Tucker)
     assert isinstance(chosen["body.3"], SVD)  # 1×1: Tucker's matrix case
-    stem = next(layer for layer in made.layers if layer.name == "stem")
+    stem = next(layer for layer in made.compressed if layer.name == "stem")
     assert stem.weight_numel / stem.compressed_numel >= 2.5
     assert stem.decomposition == SVD().resolve(stem.convolution, 2.5)
 
 
 def test_an_override_by_ratio_is_a_promise_beside_a_given_rank_too() -> None:
-    made = plan_from_model(SVD(rank=8), ratio=None, overrides={"body.2": 10.0})
-    layer = next(layer for layer in made.layers if layer.name == "body.2")
+    made = make_plan(SVD(rank=8), ratio=None, overrides={"body.2": 10.0})
+    layer = next(layer for layer in made.compressed if layer.name == "body.2")
     assert layer.compressed_numel * 10 <= layer.weight_numel
 
 
 def test_an_override_comes_before_the_rules() -> None:
-    made = plan_from_model(exclude=["*"], skip_first_conv=True, overrides={"stem": SVD(rank=3)})
+    made = make_plan(exclude=["*"], skip_first_conv=True, overrides={"stem": SVD(rank=3)})
     assert compressed(made) == ["stem"]
 
 
 def test_the_last_matching_override_counts() -> None:
-    assert compressed(plan_from_model(overrides={"*": None, "body.0": 2.0})) == ["body.0"]
-    assert compressed(plan_from_model(overrides={"body.0": 2.0, "*": None})) == []
+    assert compressed(make_plan(overrides={"*": None, "body.0": 2.0})) == ["body.0"]
+    assert compressed(make_plan(overrides={"body.0": 2.0, "*": None})) == []
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_mistyped_name_points_at_the_nearest(option: str) -> None:
-    assert "did you mean 'stem'?" in error_of(plan_from_model, **{option: ["stm"]})
-    assert "did you mean 'body.2'?" in error_of(plan_from_model, **{option: ["*", "bodi.2"]})
+    assert "did you mean 'stem'?" in error_of(make_plan, **{option: ["stm"]})
+    assert "did you mean 'body.2'?" in error_of(make_plan, **{option: ["*", "bodi.2"]})
 
 
 def test_other_patterns_that_mean_nothing() -> None:
-    assert "did you mean 'head'?" in error_of(plan_from_model, overrides={"haed": None})
-    assert "'layer9.*'" in error_of(plan_from_model, exclude=["layer9.*"])
-    assert "'re:nothing'" in error_of(plan_from_model, include=["re:nothing"])
-    assert "no regular expression" in error_of(plan_from_model, include=["re:("])
+    assert "did you mean 'head'?" in error_of(make_plan, overrides={"haed": None})
+    assert "'layer9.*'" in error_of(make_plan, exclude=["layer9.*"])
+    assert "'re:nothing'" in error_of(make_plan, include=["re:nothing"])
+    assert "no regular expression" in error_of(make_plan, include=["re:("])
 
 
 def test_what_is_asked_for_by_name_and_cannot_be_is_an_error() -> None:
-    assert "'stem'" in error_of(plan_from_model, overrides={"stem": SVD(rank=99)})
-    assert "'head'" in error_of(plan_from_model, overrides={"head": 1000.0})
+    assert "'stem'" in error_of(make_plan, overrides={"stem": SVD(rank=99)})
+    assert "'head'" in error_of(make_plan, overrides={"head": 1000.0})
     # by a pattern it is no more than a wish
-    assert reasons(plan_from_model(overrides={"*": 1000.0})).keys() == set(NAMES)
+    assert reasons(make_plan(overrides={"*": 1000.0})).keys() == set(NAMES)
 
 
 @pytest.mark.parametrize("ratio", [1, 0.5, -2, math.nan, math.inf])
 def test_ratios_that_mean_nothing(ratio: float) -> None:
-    assert "ratio" in error_of(plan_from_model, ratio=ratio)
-    assert "ratio" in error_of(plan_from_model, overrides={"stem": ratio})
+    assert "ratio" in error_of(make_plan, ratio=ratio)
+    assert "ratio" in error_of(make_plan, overrides={"stem": ratio})
 
 
 def test_a_rank_or_a_ratio_is_needed() -> None:
-    assert "no rank" in error_of(plan_from_model, ratio=None)
-    assert "no rank" in error_of(plan_from_model, SVD(rank=2), ratio=None, overrides={"stem": CP()})
-    assert plan_from_model(SVD(rank=2), ratio=None).compressed
+    assert "no rank" in error_of(make_plan, ratio=None)
+    assert "no rank" in error_of(make_plan, SVD(rank=2), ratio=None, overrides={"stem": CP()})
+    assert make_plan(SVD(rank=2), ratio=None).compressed
 
 
 def test_an_example_that_the_model_refuses() -> None:
-    error_of(plan_from_model, example_input=torch.randn(2, 3, 9, 9))
+    error_of(make_plan, example_input=torch.randn(2, 3, 9, 9))
 
 
 @pytest.mark.parametrize("example", [[torch.zeros(2, 8)], {"x": torch.zeros(2, 8)}, (), None])
@@ -231,12 +232,8 @@ def test_one_vector_is_one_example() -> None:
 
 
 def test_one_pattern_is_a_pattern() -> None:
-    assert compressed(plan_from_model(include="body.*")) == compressed(
-        plan_from_model(include=["body.*"])
-    )
-    assert compressed(plan_from_model(exclude="body.*")) == compressed(
-        plan_from_model(exclude=["body.*"])
-    )
+    assert compressed(make_plan(include="body.*")) == compressed(make_plan(include=["body.*"]))
+    assert compressed(make_plan(exclude="body.*")) == compressed(make_plan(exclude=["body.*"]))
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
@@ -271,12 +268,12 @@ def test_no_layer_grows_and_a_ratio_is_a_promise(
     layer = nn.Conv2d(groups * into, groups * out, kernel, stride, groups=groups, device="meta")
     x = torch.empty(2, groups * into, 9, 9, device="meta")
     (planned,) = plan(layer, method, ratio=ratio, example_input=x).layers
-    if planned.decomposition is None:
+    if isinstance(planned, KeptLayer):
         assert planned.reason
         assert planned.compressed_numel == planned.weight_numel
     else:
         assert planned.compressed_numel * ratio <= planned.weight_numel
-        made = Plan((planned,), examples=2)
+        made = Plan(compressed=(planned,), examples=2)
         assert made.macs < made.dense_macs
 
 
@@ -301,7 +298,7 @@ def test_a_given_rank_is_not_rounded() -> None:
         plan(Net(), SVD(), ratio=2, example_input=X, rank_multiple=0)
 
 
-def ranks_of(layer: PlannedLayer) -> tuple[int, ...]:
+def ranks_of(layer: CompressedLayer) -> tuple[int, ...]:
     rank: int | tuple[int, ...] = getattr(layer.decomposition, "rank")  # noqa: B009
     return rank if isinstance(rank, tuple) else (rank,)
 
@@ -310,7 +307,7 @@ def ranks_of(layer: PlannedLayer) -> tuple[int, ...]:
     "method", [SVD(rank=32), TiledSVD(rank=8, tile=(8, 8)), Tucker(fraction=1)]
 )
 def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decomposition) -> None:
-    made = plan_from_model(method, ratio=None, include=["body.0"])
+    made = make_plan(method, ratio=None, include=["body.0"])
     assert not made.compressed
     assert "would grow" in str(reasons(made)["body.0"])
 
@@ -319,10 +316,10 @@ def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decompos
 @pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D", "3-D", "transposed 2-D"])
 def test_the_relative_error_is_todays(name: str, geometry: str) -> None:
     layer, x = build(geometry)
-    (planned,) = plan(layer, METHODS[name], ratio=1.5, example_input=x).layers
-    if planned.decomposition is None:
-        assert planned.relative_error is None
+    made = plan(layer, METHODS[name], ratio=1.5, example_input=x)
+    if made.kept:
         return
+    (planned,) = made.compressed
     from deeptwist.layers.geometry import weight_to_kernel
 
     kernel = weight_to_kernel(layer.weight, planned.convolution)
@@ -332,7 +329,7 @@ def test_the_relative_error_is_todays(name: str, geometry: str) -> None:
 
 
 def test_totals_add_up() -> None:
-    model, made = Net(), plan_from_model(skip_first_conv=True)
+    model, made = Net(), make_plan(skip_first_conv=True)
     assert made.dense_parameters == sum(p.numel() for p in model.parameters())
     saved = sum(layer.weight_numel - layer.compressed_numel for layer in made.compressed)
     assert made.parameters == made.dense_parameters - saved
@@ -354,7 +351,7 @@ def test_a_model_on_meta_can_be_planned() -> None:
         model, x = resnet20(), torch.empty(1, 3, 32, 32)
     made = plan(model, SpatialSVD(), ratio=4, example_input=x, skip_first_conv=True)
     assert len(made.compressed) > 15
-    assert all(layer.relative_error is None for layer in made.layers)
+    assert all(layer.relative_error is None for layer in made.compressed)
 
 
 def test_the_paper_s_layers_of_resnet32() -> None:
@@ -380,7 +377,7 @@ def test_the_paper_s_layers_of_resnet32() -> None:
 
 
 def test_the_table_shows_every_layer() -> None:
-    made = plan_from_model(TiledSVD(tile=(8, 36)), exclude=["head"])
+    made = make_plan(TiledSVD(tile=(8, 36)), exclude=["head"])
     table = str(made)
     lines = table.splitlines()
     header = ("layer", "shape", "lowered", "rank", "weights", "MACs", "relative error")
@@ -454,7 +451,7 @@ def test_a_spoiled_plan_is_refused_or_harmless(document: Any) -> None:
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
-    made = plan_from_model()
+    made = make_plan()
     other = Net()
     other.body[2] = nn.Conv2d(32, 32, 3, padding=1, stride=2)
     assert "'body.2'" in error_of(DeepTwist, other, made, 1)
@@ -463,14 +460,38 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 
 def test_a_rank_that_was_edited_beyond_the_full_one_is_refused() -> None:
-    document = json.loads(plan_from_model(include=["stem"]).to_json())
+    document = json.loads(make_plan(include=["stem"]).to_json())
     document["layers"][-1]["decomposition"]["rank"] = 1000
     works = json.dumps(document)
     assert "1000" in error_of(lambda: DeepTwist(Net(), Plan.from_json(works), 1).finish())
 
 
 def test_a_convolution_is_read_once() -> None:
-    made = plan_from_model()
+    made = make_plan()
     stem = made.layers[-1]
     assert stem.convolution == ConvGeometry.from_module(Net().stem)
     assert stem.kind == "Conv2d"
+
+
+def test_a_plan_of_format_1_still_loads() -> None:
+    made = make_plan(exclude=["head"])
+    document = json.loads(made.to_json())
+    document["format"] = 1
+    for layer in document["layers"]:
+        layer["num_weights"] = layer.pop("weight_numel")
+        layer["executor"] = layer.pop("implementation", None)
+        for key in ("decomposition", "reason", "relative_error"):
+            layer.setdefault(key, None)
+    assert Plan.from_json(json.dumps(document)) == made
+
+
+def test_the_clock_s_choices_are_the_library_s() -> None:
+    tuned = make_plan(TiledSVD(tile=(8, 20)), tune=True)
+    assert all(
+        layer.implementation in layer.implementations
+        for layer in tuned.compressed
+        if len(layer.implementations) > 1
+    )
+    slow = make_plan(min_speedup=1e6)
+    assert not slow.compressed
+    assert all("not worth it: measured" in layer.reason for layer in slow.kept)

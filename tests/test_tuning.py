@@ -9,10 +9,10 @@ from cases import difference, error_of
 from torch import nn
 
 from deeptwist import SVD, DeepTwist, Plan, TiledSVD, decompose, load, plan, save
-from deeptwist.decompose import plan_from_model
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import GROUPED, IM2COL, WINDOWS
-from deeptwist.plan.autotune import time_implementations, tune
+from deeptwist.plan.autotune import time_implementations, tune_implementations
+from deeptwist.plan.planner import plan_from_model
 
 X = torch.randn(2, 16, 9, 9)
 RAW, ALIGNED = TiledSVD(tile=(8, 20)), TiledSVD(tile=(8, 36))
@@ -38,10 +38,10 @@ def implementations(model: nn.Module) -> list[str]:
 
 def test_which_forms_there_are() -> None:
     raw, aligned = made(RAW), made(ALIGNED)
-    assert set(raw.layers[0].implementations) == {WINDOWS, IM2COL}
-    assert raw.layers[1].implementations == (WINDOWS,)  # transposed: no windows to take
-    assert raw.layers[2].implementations == (GROUPED,)  # one tap: every tile is whole channels
-    assert aligned.layers[0].implementations == (GROUPED, IM2COL)
+    assert set(raw.compressed[0].implementations) == {WINDOWS, IM2COL}
+    assert raw.compressed[1].implementations == (WINDOWS,)  # transposed: no windows to take
+    assert raw.compressed[2].implementations == (GROUPED,)  # one tap: every tile is whole channels
+    assert aligned.compressed[0].implementations == (GROUPED, IM2COL)
 
 
 def test_a_named_executor_is_taken_where_there_is_one() -> None:
@@ -55,13 +55,15 @@ def test_an_unknown_executor_is_refused() -> None:
     assert "did you mean 'im2col'" in error_of(
         decompose, network(), made(RAW), implementation="imcol"
     )
-    assert "choose from windows" in error_of(replace, made(RAW).layers[1], implementation=IM2COL)
+    assert "choose from windows" in error_of(
+        replace, made(RAW).compressed[1], implementation=IM2COL
+    )
 
 
 def test_a_plan_keeps_its_executors() -> None:
     chosen = made(RAW)
-    layers = (replace(chosen.layers[0], implementation=IM2COL), *chosen.layers[1:])
-    chosen = replace(chosen, layers=layers)
+    layers = (replace(chosen.compressed[0], implementation=IM2COL), *chosen.compressed[1:])
+    chosen = chosen.with_layers(layers)
     assert Plan.from_json(chosen.to_json()) == chosen
     assert implementations(decompose(network(), chosen))[0] == IM2COL
     assert implementations(DeepTwist(network(), chosen, 1).finish())[0] == IM2COL
@@ -75,23 +77,26 @@ def test_an_artefact_keeps_its_executors(tmp_path: Path, implementation: str) ->
     loaded = load(save(small, tmp_path), network)
     assert implementations(loaded) == implementations(small)
     assert torch.equal(loaded(X), small(X))
-    assert plan_from_model(loaded, network(), X).layers[0].implementation == implementation
+    assert plan_from_model(loaded, network(), X).compressed[0].implementation == implementation
 
 
 def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
     before = plan(network(), RAW, ratio=1.5, example_input=X, exclude=["3"])
     found = plan_from_model(decompose(network(), before), network(), X)
-    assert [layer.decomposition for layer in found.layers] == [
-        layer.decomposition for layer in before.layers
+    assert [(x.name, x.decomposition) for x in found.compressed] == [
+        (x.name, x.decomposition) for x in before.compressed
     ]
+    assert found.order == before.order
     assert found.macs == before.macs
 
 
 def test_tuning_takes_the_fastest_form_and_changes_nothing_else() -> None:
     before = made(TiledSVD(tile=(24, 3)))
-    after = tune(network(), before)
-    assert after.layers[0].implementation in before.layers[0].implementations
-    assert [replace(layer, implementation=None) for layer in after.layers] == list(before.layers)
+    after = tune_implementations(network(), before)
+    assert after.compressed[0].implementation in before.compressed[0].implementations
+    assert [replace(layer, implementation=None) for layer in after.compressed] == list(
+        before.compressed
+    )
     small = decompose(network(), before, tune=True)
     assert difference(decompose(network(), before)(X), small(X)) < 1e-5
 
@@ -130,13 +135,13 @@ def test_the_rule_is_not_far_from_the_clock(
 ) -> None:
     model = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1)).eval()
     x = torch.randn(batch, channels, size, size)
-    layer = plan(model, TiledSVD(tile=tile, rank=2), example_input=x).layers[0]
+    layer = plan(model, TiledSVD(tile=tile, rank=2), example_input=x).compressed[0]
     times = time_implementations(layer, x)
     assert times[layer.implementations[0]] < 1.5 * min(times.values()), times
 
 
 def test_other_decompositions_have_one_form() -> None:
-    layer = plan(network(), SVD(rank=2), example_input=X).layers[0]
+    layer = plan(network(), SVD(rank=2), example_input=X).compressed[0]
     assert layer.implementations == ("convolutions",)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deeptwist.decompositions import Tucker as Tucker
     from deeptwist.errors import DeepTwistError as DeepTwistError
     from deeptwist.plan.plan import Plan as Plan
-    from deeptwist.plan.plan import plan as plan
+    from deeptwist.plan.planner import plan as plan
     from deeptwist.serialization import load as load
     from deeptwist.serialization import save as save
     from deeptwist.twist import DeepTwist as DeepTwist
@@ -38,7 +38,7 @@ _MODULES = {
     "Tucker": "decompositions",
     "decompose": "decompose",
     "load": "serialization",
-    "plan": "plan.plan",
+    "plan": "plan.planner",
     "save": "serialization",
 }
 __all__ = ["__version__", *_MODULES]

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions import SVD, FactoredLayer, Factors
+from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError, first_line, unknown_name_error
 from deeptwist.inspect.layers import has_hooks
 from deeptwist.layers.geometry import (
@@ -19,8 +19,9 @@ from deeptwist.layers.geometry import (
     compute_dtype,
     weight_to_kernel,
 )
-from deeptwist.plan.autotune import tune as tuned
-from deeptwist.plan.plan import Plan, PlannedLayer, plan
+from deeptwist.plan.autotune import tune_implementations
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer
 
 logger = logging.getLogger("deeptwist")
 
@@ -28,7 +29,7 @@ Inputs = Tensor | tuple[Tensor, ...]
 Dense = nn.Conv2d | nn.Linear  # what every layer that can be planned looks like: weight and bias
 
 
-def get_planned_module(model: nn.Module, layer: PlannedLayer) -> Dense:
+def get_planned_module(model: nn.Module, layer: CompressedLayer) -> Dense:
     """The model's module that a planned layer speaks of.
 
     Raises:
@@ -65,8 +66,6 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
     check_finite(weights)
     factors = {}
     for layer in plan.compressed:
-        assert layer.convolution is not None
-        assert layer.decomposition is not None
         kernel = weight_to_kernel(weights[layer.name], layer.convolution)
         # A loop that runs under autocast must not have its factors computed in bf16.
         with torch.autocast(kernel.device.type, enabled=False):
@@ -117,38 +116,10 @@ def decompose(
             layer has such an implementation.
     """
     if tune:
-        plan = tuned(model, plan)
+        plan = tune_implementations(model, plan)
     if implementation is not None:
         plan = with_implementation(plan, implementation)
     return replace_layers(model, plan, {n: f.kernels() for n, f in factorize(model, plan).items()})
-
-
-def plan_from_model(decomposed: nn.Module, model: nn.Module, example_input: Inputs) -> Plan:
-    """The plan that a decomposed model carries out, read from its factored layers.
-
-    Args:
-        decomposed: what `decompose` or `deeptwist.load` gave.
-        model: the dense network.
-        example_input: see `deeptwist.plan`.
-    """
-    factored = {
-        name: module
-        for name, module in decomposed.named_modules()
-        if isinstance(module, FactoredLayer)
-    }
-    overrides = {name: module.decomposition for name, module in factored.items()}
-    found = plan(
-        model, SVD(rank=1), example_input=example_input, exclude=("*",), overrides=overrides
-    )
-    return replace(
-        found,
-        layers=tuple(
-            replace(layer, implementation=factored[layer.name].implementation)
-            if layer.name in factored
-            else layer
-            for layer in found.layers
-        ),
-    )
 
 
 def with_implementation(plan: Plan, implementation: str) -> Plan:
@@ -160,15 +131,13 @@ def with_implementation(plan: Plan, implementation: str) -> Plan:
     known = {name for layer in plan.compressed for name in layer.implementations}
     if implementation not in known:
         raise unknown_name_error("implementation", implementation, known)
-    return replace(
-        plan,
-        layers=tuple(
-            replace(layer, implementation=implementation)
-            if implementation in layer.implementations
-            else layer
-            for layer in plan.layers
-        ),
+    compressed = tuple(
+        replace(layer, implementation=implementation)
+        if implementation in layer.implementations
+        else layer
+        for layer in plan.compressed
     )
+    return replace(plan, compressed=compressed)
 
 
 def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tensor]]) -> nn.Module:
@@ -194,9 +163,7 @@ def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tens
         ) from error
 
 
-def _factored(module: Dense, layer: PlannedLayer, kernels: list[Tensor]) -> FactoredLayer:
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
+def _factored(module: Dense, layer: CompressedLayer, kernels: list[Tensor]) -> FactoredLayer:
     weight, bias = module.weight, module.bias
     factored = layer.decomposition.make_layer(
         layer.convolution,

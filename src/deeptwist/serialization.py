@@ -23,7 +23,8 @@ from deeptwist.decompose import get_planned_module, replace_layers
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -165,10 +166,8 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
     return small.eval()
 
 
-def _check_readable(module: nn.Module, layer: PlannedLayer) -> None:
+def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
     """Refuses a layer whose tensors are not those that `load` will look for."""
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
     kernels = _empty_kernels(layer, "meta")
     bias = torch.empty(layer.convolution.out_channels, device="meta")
     made = layer.decomposition.make_layer(layer.convolution, kernels, bias, layer.implementation)
@@ -204,13 +203,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _planned(name: str, values: Any) -> PlannedLayer:
+def _planned(name: str, values: Any) -> CompressedLayer:
     try:
         convolution = ConvGeometry.from_dict(values["convolution"])
-        return PlannedLayer(
+        return CompressedLayer(
             name=name,
             kind="",
-            weight_numel=convolution.weight_numel,
             convolution=convolution,
             decomposition=from_dict(values["decomposition"]),
             implementation=values.get("implementation"),
@@ -221,9 +219,7 @@ def _planned(name: str, values: Any) -> PlannedLayer:
         ) from None
 
 
-def _empty_kernels(layer: PlannedLayer, device: str = "cpu") -> list[Tensor]:
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
+def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
     levels = layer.decomposition.convolutions(layer.convolution)
     return [torch.empty(part.kernel_shape, device=device) for level in levels for part in level]
 

@@ -27,7 +27,7 @@ from experiments.paper.profiles import Setting
 from deeptwist.decompositions import Decomposition, TiledSVD, Tucker
 from deeptwist.layers.cost import MEGA
 from deeptwist.models import build_model
-from deeptwist.plan.plan import plan
+from deeptwist.plan.planner import plan
 
 TILE = (64, 64)
 Row = tuple[float, float, float]  # weights and FLOPs in units of 2²⁰, accuracy in percent

@@ -1,13 +1,13 @@
-"""Dense and decomposed, timed side by side: in one process, in turn, by medians."""
+"""Compare two models, or two functions, timed in turn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.inspect.layers import eval_mode
-from deeptwist.plan.timing import Timing, median_ratio, time_interleaved, timing
+from deeptwist.plan.timing import Timing, median_ratio, summarize, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Comparison:
     decomposed: Timing
     speedup: float
 
+    @classmethod
+    def of_samples(cls, dense: Sequence[float], decomposed: Sequence[float]) -> "Comparison":
+        """Summarize the milliseconds of both sides, one of each per round."""
+        return cls(summarize(dense), summarize(decomposed), median_ratio(dense, decomposed))
+
 
 def compare(
     dense: nn.Module,
@@ -33,7 +38,7 @@ def compare(
     rounds: int = 15,
     on_round: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Times two models in turn on the same input, in evaluation mode without gradients.
+    """Time two models in turn on the same input, in evaluation mode without gradients.
 
     Args:
         dense: one model.
@@ -43,7 +48,7 @@ def compare(
         on_round: called after every round.
     """
     with eval_mode(dense), eval_mode(decomposed), torch.inference_mode():
-        return compare_runs(
+        return compare_functions(
             lambda: dense(example_input),
             lambda: decomposed(example_input),
             rounds=rounds,
@@ -51,13 +56,13 @@ def compare(
         )
 
 
-def compare_runs(
+def compare_functions(
     dense: Callable[[], object],
     decomposed: Callable[[], object],
     *,
     rounds: int = 15,
     on_round: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """As `compare`, for two functions that each run a model once."""
-    first, second = time_interleaved([dense, decomposed], rounds=rounds, on_round=on_round)
-    return Comparison(timing(first), timing(second), median_ratio(first, second))
+    """Compare as `compare` does, two functions that each run a model once."""
+    samples = time_interleaved([dense, decomposed], rounds=rounds, on_round=on_round)
+    return Comparison.of_samples(*samples)

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from deeptwist.benchmark.comparison import Comparison, compare_runs
+from deeptwist.benchmark.comparison import Comparison, compare_functions
 from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.runtimes import DType, Runtime, prepare
 from deeptwist.errors import DeepTwistError
@@ -95,7 +95,7 @@ def measure(
             except DeepTwistError as error:
                 yield Measurement(setting, None, str(error))
                 continue
-            yield Measurement(setting, compare_runs(*runs, rounds=rounds, on_round=on_round))
+            yield Measurement(setting, compare_functions(*runs, rounds=rounds, on_round=on_round))
     finally:
         torch.set_num_threads(before)
 

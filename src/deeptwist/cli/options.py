@@ -77,7 +77,8 @@ def small_network(
         DeepTwistError: if both an artefact and options of a plan are given, or the plan
             compresses no layer.
     """
-    from deeptwist.decompose import decompose, plan_from_model
+    from deeptwist.decompose import decompose
+    from deeptwist.plan.planner import plan_from_model
     from deeptwist.serialization import load
 
     if artefact is not None and options is not None:

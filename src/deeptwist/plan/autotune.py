@@ -1,10 +1,10 @@
-"""Layers built for the clock alone, and the choice among a layer's exact forms by it.
+"""Choices by the clock: a layer's fastest exact form, and which layers are worth factoring.
 
-How long a layer takes does not depend on its numbers, so they are drawn here.
+How long a layer takes does not depend on its numbers, so layers of random ones are timed.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -14,87 +14,174 @@ from torch import Tensor, nn
 from deeptwist.decompositions import Decomposition
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.plan.plan import Plan, PlannedLayer
-from deeptwist.plan.timing import time_interleaved
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
+from deeptwist.plan.timing import Samples, median_ratio, time_interleaved
 
 _ROUNDS = 9
 
 
-def tune(model: nn.Module, plan: Plan) -> Plan:
+def choose_by_clock(
+    model: nn.Module, plan: Plan, *, min_speedup: float | None = None, tune: bool = False
+) -> Plan:
+    """Return the plan with what these two options of `deeptwist.plan` ask to be timed here."""
+    if tune:
+        plan = tune_implementations(model, plan)
+    if min_speedup is None:
+        return plan
+    times = time_layers(plan, next(model.parameters()))
+    speedups = {name: median_ratio(dense, factored) for name, (dense, factored) in times.items()}
+    return keep_slow_layers(plan, speedups, min_speedup)
+
+
+def tune_implementations(model: nn.Module, plan: Plan) -> Plan:
     """Return the plan with every layer in the implementation that is fastest by the clock.
 
     Args:
-        model: the network that was planned; its device and type are those that are timed.
+        model: the network that was planned; its device and dtype are those that are timed.
         plan: see `deeptwist.plan`.
     """
-    like = next(model.parameters())
+    reference = next(model.parameters())
     fastest: dict[object, str] = {}
-    layers = []
+    layers: list[PlannedLayer] = []
     for layer in plan.layers:
-        implementations = layer.implementations
-        if len(implementations) > 1:
+        if isinstance(layer, CompressedLayer) and len(layer.implementations) > 1:
             key = layer.convolution, layer.decomposition, layer.calls
             if key not in fastest:
-                times = time_implementations(layer, like)
+                times = time_implementations(layer, reference)
                 fastest[key] = min(times, key=lambda name: times[name])
             layer = replace(layer, implementation=fastest[key])
         layers.append(layer)
-    return replace(plan, layers=tuple(layers))
+    return plan.with_layers(layers)
 
 
-def time_implementations(layer: PlannedLayer, like: Tensor) -> Mapping[str, float]:
-    """Milliseconds of a planned layer in each of its exact forms, at its most costly use.
+def time_implementations(layer: CompressedLayer, reference: Tensor) -> Mapping[str, float]:
+    """Return the milliseconds of a layer in each of its exact forms, at its most expensive call.
 
     Args:
-        layer: one with a decomposition.
-        like: gives the device and the type.
+        layer: of a plan.
+        reference: gives the device and the dtype.
     """
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
-    x = random_input(layer.convolution, most_expensive_call(layer), like)
+    x = random_input(layer.convolution, most_expensive_call(layer), reference)
     forms = {
-        name: random_factored(layer.convolution, layer.decomposition, like, name)
+        name: random_factored(layer.convolution, layer.decomposition, reference, name)
         for name in layer.implementations
     }
     with torch.inference_mode():
         samples = time_interleaved([partial(form, x) for form in forms.values()], rounds=_ROUNDS)
-    return {name: statistics.median(own) for name, own in zip(forms, samples, strict=True)}
+    return {name: statistics.median(times) for name, times in zip(forms, samples, strict=True)}
 
 
-def most_expensive_call(layer: PlannedLayer) -> LayerCall:
-    """The layer's use that takes the most MACs."""
-    convolution = layer.convolution
-    assert convolution is not None
-    return max(layer.calls, key=lambda call: call.count * convolution.macs(call.size))
+def time_layers(
+    plan: Plan,
+    reference: Tensor,
+    *,
+    batch: int = 16,
+    rounds: int = 15,
+    on_layer: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[Samples, Samples]]:
+    """Time every compressed layer dense and factored, in turn; equal layers are timed once.
+
+    Args:
+        plan: see `deeptwist.plan`.
+        reference: a tensor of the device and the dtype to measure in.
+        batch: examples in the network's batch.
+        rounds: samples of each side, two at least.
+        on_layer: called after every layer.
+
+    Returns:
+        By layer name, the milliseconds of the dense and of the factored layer, one per round.
+    """
+    measured: dict[object, tuple[Samples, Samples]] = {}
+    times = {}
+    for layer in plan.compressed:
+        call = call_at_batch(layer, plan.examples, batch)
+        key = layer.convolution, layer.decomposition, layer.implementation, call
+        if key not in measured:
+            x = random_input(layer.convolution, call, reference)
+            dense = random_dense(layer.convolution, reference)
+            factored = random_factored(
+                layer.convolution, layer.decomposition, reference, layer.implementation
+            )
+            with torch.inference_mode():
+                first, second = time_interleaved(
+                    [partial(dense, x), partial(factored, x)], rounds=rounds
+                )
+            measured[key] = first, second
+        times[layer.name] = measured[key]
+        on_layer()
+    return times
 
 
-def random_input(convolution: ConvGeometry, call: LayerCall, like: Tensor) -> Tensor:
-    """Standard normal numbers as one use gives them to the layer; images in channels_last."""
-    x = torch.randn(call.count, convolution.in_channels, *call.size).to(like)
+def keep_slow_layers(plan: Plan, speedups: Mapping[str, float], min_speedup: float) -> Plan:
+    """Return the plan without the layers that are not this much faster factored.
+
+    Args:
+        plan: the one that was measured.
+        speedups: dense ÷ factored time by layer name.
+        min_speedup: from which on a layer is compressed.
+    """
+    layers: list[PlannedLayer] = []
+    for layer in plan.layers:
+        speedup = speedups.get(layer.name, min_speedup)
+        if isinstance(layer, CompressedLayer) and speedup < min_speedup:
+            reason = f"not worth it: measured {speedup:.2f}× as fast, below {min_speedup:g}×"
+            layer = keep(layer, reason)
+        layers.append(layer)
+    return plan.with_layers(layers)
+
+
+def keep(layer: CompressedLayer, reason: str) -> KeptLayer:
+    """Return a layer as one that stays dense."""
+    return KeptLayer(
+        name=layer.name,
+        kind=layer.kind,
+        weight_numel=layer.weight_numel,
+        reason=reason,
+        convolution=layer.convolution,
+        aliases=layer.aliases,
+        calls=layer.calls,
+    )
+
+
+def most_expensive_call(layer: CompressedLayer) -> LayerCall:
+    """Return the layer's use that takes the most MACs."""
+    return max(layer.calls, key=lambda call: call.count * layer.convolution.macs(call.size))
+
+
+def call_at_batch(layer: CompressedLayer, examples: int, batch: int) -> LayerCall:
+    """Return the most expensive call, of a batch in place of the example input's."""
+    call = most_expensive_call(layer)
+    return LayerCall(max(1, call.count * batch // examples), call.size)
+
+
+def random_input(convolution: ConvGeometry, call: LayerCall, reference: Tensor) -> Tensor:
+    """Return standard normal numbers of a call's shape; images in channels_last."""
+    x = torch.randn(call.count, convolution.in_channels, *call.size).to(reference)
     return x.to(memory_format=torch.channels_last) if convolution.dims == 2 else x
 
 
-def random_dense(convolution: ConvGeometry, like: Tensor) -> nn.Module:
-    """The layer of this geometry with numbers drawn, ready to be timed."""
-    kernel = torch.randn(convolution.kernel_shape).to(like)
-    return _ready(
-        convolution.make_module(kernel, like.new_zeros(convolution.out_channels)), convolution
-    )
+def random_dense(convolution: ConvGeometry, reference: Tensor) -> nn.Module:
+    """Return the layer of this geometry with random weights, ready to be timed."""
+    kernel = torch.randn(convolution.kernel_shape).to(reference)
+    bias = reference.new_zeros(convolution.out_channels)
+    return _for_inference(convolution.make_module(kernel, bias), convolution)
 
 
 def random_factored(
     convolution: ConvGeometry,
     decomposition: Decomposition,
-    like: Tensor,
+    reference: Tensor,
     implementation: str | None,
 ) -> nn.Module:
-    """The factored layer in one of its forms with numbers drawn, ready to be timed."""
+    """Return the factored layer in one of its forms with random weights, ready to be timed."""
     parts = [part for level in decomposition.convolutions(convolution) for part in level]
-    kernels = [torch.randn(part.kernel_shape).to(like) for part in parts]
-    bias = like.new_zeros(convolution.out_channels)
-    return _ready(decomposition.make_layer(convolution, kernels, bias, implementation), convolution)
+    kernels = [torch.randn(part.kernel_shape).to(reference) for part in parts]
+    bias = reference.new_zeros(convolution.out_channels)
+    layer = decomposition.make_layer(convolution, kernels, bias, implementation)
+    return _for_inference(layer, convolution)
 
 
-def _ready(layer: nn.Module, convolution: ConvGeometry) -> nn.Module:
+def _for_inference(layer: nn.Module, convolution: ConvGeometry) -> nn.Module:
     layer = layer.eval().requires_grad_(False)
     return layer.to(memory_format=torch.channels_last) if convolution.dims == 2 else layer

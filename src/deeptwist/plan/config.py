@@ -77,7 +77,7 @@ class CompressionConfig:
         overrides: "Mapping[str, Override] | None" = None,
     ) -> "Plan":
         """Plan a model with these options; see `deeptwist.plan`."""
-        from deeptwist.plan.plan import plan
+        from deeptwist.plan.planner import plan
 
         return plan(
             model,
@@ -91,4 +91,6 @@ class CompressionConfig:
             include=self.include,
             exclude=self.exclude,
             overrides=overrides,
+            min_speedup=self.min_speedup,
+            tune=self.tune,
         )

@@ -19,7 +19,6 @@ class CompressedLayer:
     Attributes:
         name: the module's name in the model.
         kind: the module's class.
-        weight_numel: the dense weights, the bias not counted; 0 where another layer counts them.
         convolution: the geometry.
         decomposition: with every rank set.
         aliases: other names, where the model uses the module more than once.
@@ -35,7 +34,6 @@ class CompressedLayer:
 
     name: str
     kind: str
-    weight_numel: int
     convolution: ConvGeometry
     decomposition: Decomposition
     aliases: tuple[str, ...] = ()
@@ -56,6 +54,11 @@ class CompressedLayer:
     def implementations(self) -> tuple[str, ...]:
         """The exact forms of the factored layer, the one that should be fastest first."""
         return self.decomposition.implementations(self.convolution)
+
+    @property
+    def weight_numel(self) -> int:
+        """The dense weights, the bias not counted."""
+        return self.convolution.weight_numel
 
     @property
     def compressed_numel(self) -> int:
@@ -110,7 +113,7 @@ class KeptLayer:
         return self.weight_numel
 
     def workload(self, *, factored: bool) -> CountedWorkload:
-        """Return every convolution that the example input needs here; `factored` changes nothing."""
+        """Return the convolution as the example input needs it, `factored` or not."""
         if self.convolution is None:
             return []
         return [(self.convolution, call.size, call.count) for call in self.calls]
@@ -155,7 +158,9 @@ def layer_from_dict(values: dict[str, Any]) -> PlannedLayer:
         )
     if convolution is None:
         raise DeepTwistError(f"layer {values['name']!r} has a decomposition without a geometry")
-    return CompressedLayer(**{**fields, "decomposition": from_dict(values["decomposition"])})
+    fields["decomposition"] = from_dict(values["decomposition"])
+    del fields["weight_numel"]  # written for the reader; the geometry says it
+    return CompressedLayer(**fields)
 
 
 def _common_fields(layer: PlannedLayer) -> dict[str, Any]:

@@ -187,9 +187,7 @@ def _plan_layer(
             reason = str(error)
     kept = _keep(layer, reason or "")
     if pattern in layer.names:  # asked for by its exact name: to keep it would be no answer
-        raise DeepTwistError(
-            f"layer {kept.name!r} ({kept.convolution or kept.kind}) {kept.reason}"
-        )
+        raise DeepTwistError(f"layer {kept.name!r} ({kept.convolution or kept.kind}) {kept.reason}")
     return kept
 
 
@@ -216,7 +214,6 @@ def _compress(
     return CompressedLayer(
         name=name,
         kind=type(layer.module).__name__,
-        weight_numel=layer.weight_numel,
         convolution=convolution,
         decomposition=decomposition,
         aliases=tuple(aliases),

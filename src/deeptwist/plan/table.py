@@ -54,9 +54,6 @@ def format_table(rows: Sequence[Row], total: Row) -> str:
     lines = [_HEADER, *rows, total]
     # The last column holds reasons, whose length must not push the others apart.
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER) - 1)]
-    header, *body, last = (
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
-        for line in lines
-    )
+    header, *body, last = ("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in lines)
     rule = "─" * len(header)
     return "\n".join([header, rule, *body, rule, last])

@@ -1,4 +1,4 @@
-"""Timing several functions fairly: in one process, in turn, by medians."""
+"""Time several functions fairly: in one process, in turn, by medians."""
 
 import statistics
 import time
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+Samples = list[float]  # milliseconds, one number per round
 _WARMUP = 3
-_LEAST_SECONDS = 0.02  # a sample takes at least this long, so that the clock's grain is nothing
+_MIN_SECONDS = 0.02  # a sample takes at least this long, so that the clock's grain is nothing
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for one run: the median and the quartiles of all samples."""
+    """Milliseconds of one call: the median and the quartiles of all samples."""
 
     median: float
     lower: float
@@ -21,52 +22,52 @@ class Timing:
 
 
 def time_interleaved(
-    runs: Sequence[Callable[[], object]],
+    functions: Sequence[Callable[[], object]],
     *,
     rounds: int = 15,
     on_round: Callable[[], None] = lambda: None,
-) -> list[list[float]]:
-    """Samples of every function's time, taken in turn so that the machine's drift meets all alike.
+) -> list[Samples]:
+    """Time functions in turn, so that the machine's drift meets all alike.
 
     Args:
-        runs: the functions; work that they leave to an accelerator is waited for.
+        functions: work that they leave to an accelerator is waited for.
         rounds: how many samples are taken of each.
         on_round: called after every round.
 
     Returns:
         For each function its samples in milliseconds, one per round.
     """
-    repeats = [_repeats(run) for run in runs]
-    samples: list[list[float]] = [[] for _ in runs]
+    repeats = [_calibrate_repeats(function) for function in functions]
+    samples: list[Samples] = [[] for _ in functions]
     for _ in range(rounds):
-        for run, times, own in zip(runs, repeats, samples, strict=True):
-            own.append(_milliseconds(run, times))
+        for function, count, times in zip(functions, repeats, samples, strict=True):
+            times.append(_milliseconds(function, count))
         on_round()
     return samples
 
 
-def timing(samples: Sequence[float]) -> Timing:
-    """The median and quartiles of two samples or more."""
+def summarize(samples: Sequence[float]) -> Timing:
+    """Return the median and quartiles of two samples or more."""
     lower, median, upper = statistics.quantiles(samples, n=4)
     return Timing(median, lower, upper)
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median over rounds of first ÷ second, in which drift cancels."""
+    """Return the median over rounds of first ÷ second, in which drift cancels."""
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
-def _repeats(run: Callable[[], object]) -> int:
+def _calibrate_repeats(function: Callable[[], object]) -> int:
     for _ in range(_WARMUP):
-        run()
-    return max(1, round(_LEAST_SECONDS * 1000 / max(1e-6, _milliseconds(run, 1))))
+        function()
+    return max(1, round(_MIN_SECONDS * 1000 / max(1e-6, _milliseconds(function, 1))))
 
 
-def _milliseconds(run: Callable[[], object], repeats: int) -> float:
+def _milliseconds(function: Callable[[], object], repeats: int) -> float:
     _synchronize()
     started = time.perf_counter()
     for _ in range(repeats):
-        run()
+        function()
     _synchronize()
     return (time.perf_counter() - started) * 1000 / repeats
 

@@ -186,7 +186,7 @@ def _relative_errors(drawn: Drawn, name: str) -> Plot | None:
     lines = lines_of(
         first,
         lambda run: [
-            (number, layer.relative_error)
+            (number, getattr(layer, "relative_error", None))
             for number, layer in enumerate(run.plan.layers if run.plan else (), start=1)
         ],
     )

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import KeptLayer, PlannedLayer
 from deeptwist.report.formatting import NONE, decomposition_name, fewer, listed
 from deeptwist.training.metrics import Run, Summary
 
@@ -114,20 +115,20 @@ def _plan_table(plan: Plan, users: list[Summary]) -> PlanTable:
 
 
 def _layer(plan: Plan, layer: PlannedLayer, number: int) -> tuple[Cell, ...]:
-    decomposition, error = layer.decomposition, layer.relative_error
     before = plan.layer_macs(layer, factored=False)
     head = (
         Cell(layer.name, note=f"also {listed(list(layer.aliases))}" if layer.aliases else ""),
         Cell(str(number)),
         Cell(str(layer.convolution) if layer.convolution else layer.kind),
     )
-    if decomposition is None:
+    if isinstance(layer, KeptLayer):
         return (
             *head,
             Cell(f"kept: {layer.reason}", span=2),
             *(Cell(f"{count:,}") for count in (layer.weight_numel,) * 2 + (before,) * 2),
             Cell(NONE),
         )
+    decomposition, error = layer.decomposition, layer.relative_error
     rank, tile = (getattr(decomposition, name, None) for name in ("rank", "tile"))
     return (
         *head,

@@ -152,22 +152,15 @@ class CompressionRecipe(CompressionConfig):
         overrides: "Mapping[str, Override] | None" = None,
     ) -> "Plan":
         """Read or make the plan for a model; see `deeptwist.plan`."""
-        from deeptwist.benchmark.layers import compare_layers, keep_slow_layers
-        from deeptwist.plan.autotune import tune
+        from deeptwist.plan.autotune import choose_by_clock
         from deeptwist.plan.overrides import parse_override
         from deeptwist.plan.plan import read_plan
 
         if self.plan is not None:
             plan = read_plan(Path(self.plan))
-        else:
-            overrides = {**dict(map(parse_override, self.override)), **(overrides or {})}
-            plan = super().make_plan(model, example_input, overrides)
-        if self.tune:
-            plan = tune(model, plan)
-        if self.min_speedup is not None:
-            times = compare_layers(plan, next(model.parameters()))
-            plan = keep_slow_layers(plan, times, self.min_speedup)
-        return plan
+            return choose_by_clock(model, plan, min_speedup=self.min_speedup, tune=self.tune)
+        overrides = {**dict(map(parse_override, self.override)), **(overrides or {})}
+        return super().make_plan(model, example_input, overrides)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -17,11 +17,10 @@ from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import ImageData, Split
 from deeptwist.decompose import decompose
-from deeptwist.decompositions import SVD
 from deeptwist.errors import DeepTwistError
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.plan import Plan
-from deeptwist.plan.plan import plan as make_plan
+from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
 from deeptwist.training.evaluation import evaluate, preprocess
 from deeptwist.training.loop import Trainer, steps_per_epoch
@@ -104,7 +103,7 @@ def build_run(
     if compresses:
         plan = recipe.compression.make_plan(model, example)
     else:  # a plan that says what the network costs
-        plan = make_plan(model, SVD(rank=1), exclude=("*",), example_input=example)
+        plan = plan_from_model(model, model, example)
     data, validation = _hold_out(data, recipe.data.validation)
     return TrainingRun(recipe, model, plan, data, validation, name)
 

@@ -20,7 +20,8 @@ from deeptwist.layers.geometry import (
     kernel_to_weight,
     weight_to_kernel,
 )
-from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer
 
 # Numbers handled at once, so that what is computed from them is found in a processor's cache; a
 # layer that holds more, and cannot be divided, is taken alone.
@@ -134,7 +135,7 @@ def track(
     if not all(map(math.isfinite, sizes.values())):
         check_finite(weights)
     if names is not None:
-        plan = replace(plan, layers=tuple(x for x in plan.compressed if x.name in names))
+        plan = replace(plan, compressed=tuple(x for x in plan.compressed if x.name in names))
     if exact:
         factors = factorize(model, plan)
         found = []
@@ -299,8 +300,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _decomposition(layer: PlannedLayer) -> Decomposition:
-    assert layer.decomposition is not None
+def _decomposition(layer: CompressedLayer) -> Decomposition:
     return layer.decomposition
 
 
