@@ -6,18 +6,14 @@
 from dataclasses import fields
 from typing import Any
 
-from deeptwist.decompositions.base import (
-    CannotDecomposeError,
-    Decomposition,
-    FactoredLayer,
-    Factors,
-)
+from deeptwist.decompositions.base import CannotDecomposeError, Decomposition, Factors
 from deeptwist.decompositions.cp import CP
 from deeptwist.decompositions.spatial_svd import SpatialSVD
 from deeptwist.decompositions.svd import SVD
 from deeptwist.decompositions.tiled_svd import TiledSVD
 from deeptwist.decompositions.tucker import Tucker
 from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.layers.factored import FactoredLayer
 
 __all__ = [
     "CP",

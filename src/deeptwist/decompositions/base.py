@@ -10,6 +10,9 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 - The error never rises with the rank; at full rank it is zero (CP excepted).
 - ``weight_numel`` counts the numbers that the layer stores, ``macs`` the work that it does.
 - The layer equals the convolution with the reconstructed kernel.
+- A start changes the time, and the result by little: ``docs/distortion.md`` says how little.
+
+``docs/add-a-decomposition.md`` shows what a new one needs.
 """
 
 from abc import ABC, abstractmethod
@@ -17,88 +20,73 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.ranks import check_ratio, largest_rank, round_down
-from deeptwist.decompositions.subspace import Approximations
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
+from deeptwist.layers.factored import FactoredLayer
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
+from deeptwist.layers.moments import SecondMoment
 
-CONVOLUTIONS = (
-    "convolutions"  # the implementation of a layer that is one convolution after the other
-)
+CONVOLUTIONS = "convolutions"  # the implementation of a layer that is one convolution after another
+
+Tensors = tuple[Tensor, ...]
 
 
 class CannotDecomposeError(DeepTwistError):
     """A layer that a decomposition cannot hold, or not as small as asked."""
 
 
-class Factors(ABC):
-    """The tensors that stand in for one kernel (g, o, i, *k)."""
+@dataclass(frozen=True)
+class Factors:
+    """The tensors that stand in for one kernel.
 
-    @abstractmethod
-    def reconstruct(self) -> Tensor:
-        """The kernel (g, o, i, *k) that the factors stand for, in the computing dtype."""
-
-    @abstractmethod
-    def kernels(self) -> list[Tensor]:
-        """The kernel (g, o, i, *k) of each convolution in `Decomposition.convolutions`, in order."""
-
-    @abstractmethod
-    def starts(self) -> list[tuple[Tensor, ...]]:
-        """What `Decomposition.follow` starts from, for each batch of `Decomposition.cut`."""
-
-
-class FactoredLayer(nn.Sequential):
-    """A convolution or linear layer held as factors: plain torch layers, one after the other.
-
-    The geometry of the layer it stands in for stays readable (``in_channels``, ``stride``, …;
-    ``in_features`` and ``out_features`` for a linear layer).
+    Attributes:
+        decomposition: whose factors they are.
+        shape: the kernel's, (g, o, i, *k).
+        tensors: as `Decomposition.factorize` gives them; the first axis of each is a batch.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[nn.Module],
-        convolution: ConvGeometry,
-        decomposition: "Decomposition",
-        implementation: str,
-    ):
-        super().__init__(*stages)
-        self.convolution = convolution
-        self.decomposition = decomposition
-        self.implementation = implementation
-        if convolution.dims == 0:
-            self.in_features, self.out_features = convolution.in_channels, convolution.out_channels
-        else:
-            for field in fields(convolution):
-                setattr(self, field.name, getattr(convolution, field.name))
+    decomposition: "Decomposition"
+    shape: tuple[int, ...]
+    tensors: Tensors
 
-    def _get_name(self) -> str:
-        return f"FactoredLayer[{self.decomposition}, {self.convolution}]"
+    def reconstruct(self) -> Tensor:
+        """Return the kernel (g, o, i, *k) that the factors stand for, in the factors' dtype."""
+        # A loop that runs under autocast must not have its weights computed in bf16.
+        with torch.autocast(self.tensors[0].device.type, enabled=False):
+            return self.decomposition.reconstruct(self.tensors, self.shape)
+
+    def kernels(self) -> list[Tensor]:
+        """Return the kernel (g, o, i, *k) of each of `Decomposition.convolutions`, in order."""
+        return self.decomposition.kernels(self.tensors, self.shape)
+
+    def to(
+        self, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "Factors":
+        """Return the same factors on another device, or in another dtype."""
+        tensors = tuple(tensor.to(device=device, dtype=dtype) for tensor in self.tensors)
+        return replace(self, tensors=tensors)
 
 
 @dataclass(frozen=True)
 class Decomposition(ABC):
-    """A method and its rank; holds no tensors. See the module's docstring for its laws."""
+    """A method and its rank; holds no tensors. See the module's docstring for its laws.
+
+    Its options are its dataclass fields. They have defaults, and become JSON and back by
+    themselves: whole numbers, floats, and tuples of them.
+
+    Attributes:
+        rank: `None` to let a ratio set it.
+    """
 
     method: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def needs_ratio(self) -> bool:
-        """Whether its rank is open."""
-
-    @abstractmethod
-    def without_rank(self) -> "Decomposition":
-        """The same decomposition with its rank open, for a ratio to set."""
-
-    @abstractmethod
-    def round_ranks(self, multiple: int) -> "Decomposition":
-        """Its ranks rounded down to multiples, where they are that large; it must be resolved."""
+    rank: int | tuple[int, ...] | None = None
 
     @abstractmethod
     def resolve(self, convolution: ConvGeometry, ratio: float | None) -> "Decomposition":
-        """The decomposition with every open choice made for this layer.
+        """Return the decomposition with every open choice made for this layer.
 
         Args:
             convolution: the layer.
@@ -110,59 +98,94 @@ class Decomposition(ABC):
 
     @abstractmethod
     def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
-        """The convolutions that the layer becomes, level after level."""
+        """Return the convolutions that the layer becomes, one stage after another."""
 
     @abstractmethod
+    def factorize(
+        self, kernel: Tensor, start: Tensors | None, second_moment: SecondMoment | None
+    ) -> Tensors:
+        """Return the factors of a kernel; `decompose` says of what.
+
+        Args:
+            kernel: (g, o, i, *k), finite, in fp32 or fp64.
+            start: factors of a kernel that was nearly this one, of the same shapes and dtype, or
+                `None` for exact ones. One refines them in a fixed number of steps, without
+                reading a number back: an accelerator must not be waited for.
+            second_moment: where given, ‖(W − W′) M^½‖ is made small in place of ‖W − W′‖.
+        """
+
+    @abstractmethod
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:
+        """Return the kernel of this shape (g, o, i, *k) that factors stand for."""
+
+    @abstractmethod
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
+        """Return the kernel of each convolution in `convolutions`, in order, from factors."""
+
+    def decompose(
+        self,
+        kernel: Tensor,
+        start: Factors | None = None,
+        *,
+        second_moment: SecondMoment | None = None,
+    ) -> Factors:
+        """Approximate a kernel.
+
+        Args:
+            kernel: (g, o, i, *k), finite; computed in fp32, or in fp64 where it is fp64. The rank
+                must be resolved.
+            start: the factors of a kernel that was nearly this one. They are refined by a few
+                steps, at a fraction of the time; without them the factors are exact.
+            second_moment: of the layer's inputs, for the least mean squared error of its outputs
+                in place of the weights'; it goes without a start.
+        """
+        kernel = kernel.detach().to(compute_dtype(kernel.dtype))
+        if start is not None:
+            start = start.to(device=kernel.device, dtype=kernel.dtype)
+        # A loop that runs under autocast must not have its factors computed in bf16.
+        with torch.no_grad(), torch.autocast(kernel.device.type, enabled=False):
+            tensors = self.factorize(kernel, start.tensors if start else None, second_moment)
+        return Factors(self, tuple(kernel.shape), tensors)
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether its rank is open."""
+        return self == self.without_rank()
+
+    def without_rank(self) -> Self:
+        """Return the same decomposition with its rank open, for a ratio to set."""
+        return replace(self, rank=None)
+
+    def round_ranks(self, multiple: int) -> Self:
+        """Return it with ranks rounded down to multiples, where they are that large."""
+        if isinstance(self.rank, tuple):
+            return replace(self, rank=tuple(round_down(rank, multiple) for rank in self.rank))
+        return self if self.rank is None else replace(self, rank=round_down(self.rank, multiple))
+
     def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int] | None:
-        """The matrix that one group's kernel is lowered to; none for a tensor method."""
-
-    @abstractmethod
-    def decompose(self, kernel: Tensor) -> Factors:
-        """Approximates a kernel (g, o, i, *k); the rank must be resolved."""
-
-    @abstractmethod
-    def cut(self, kernel: Tensor) -> Sequence[tuple[Tensor, Any]]:
-        """The parts that are approximated each by itself: batches (b, *part), and their rank."""
-
-    @abstractmethod
-    def follow(self, parts: Tensor, start: Sequence[Tensor], tolerance: float) -> Approximations:
-        """Approximates parts from what approximated them a moment ago, at a fraction of the cost.
-
-        Args:
-            parts: (b, *part), as `cut` has them but of any number of kernels; finite.
-            start: tensors (b, …): `Factors.starts`, or `Approximations.start` of the last time.
-            tolerance: the squared error above that of `decompose`, relatively, to stop at.
-        """
-
-    @abstractmethod
-    def factors(self, parts: Sequence[Sequence[Tensor]], shape: Sequence[int]) -> Factors:
-        """The factors of a kernel of this shape, of those that `follow` found of its parts.
-
-        Args:
-            parts: for each batch of `cut`, the kernel's share of `Approximations.factors`.
-            shape: (g, o, i, *k).
-        """
+        """Return the matrix that one group's kernel is lowered to; `None` for a tensor method."""
+        return None
 
     def weight_numel(self, convolution: ConvGeometry) -> int:
-        """How many numbers the factors hold, the bias not counted."""
-        return sum(part.weight_numel for level in self.convolutions(convolution) for part in level)
+        """Return how many numbers the factors hold, the bias not counted."""
+        return sum(part.weight_numel for stage in self.convolutions(convolution) for part in stage)
 
     def workload(
         self, convolution: ConvGeometry, input_size: Sequence[int]
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
-        """Every convolution of the factored layer with the spatial size that it is given."""
+        """Return every convolution of the factored layer with the spatial size that it is given."""
         size, work = tuple(input_size), []
-        for level in self.convolutions(convolution):
-            work += [(part, size) for part in level]
-            size = level[0].output_size(size)
+        for stage in self.convolutions(convolution):
+            work += [(part, size) for part in stage]
+            size = stage[0].output_size(size)
         return work
 
     def macs(self, convolution: ConvGeometry, input_size: Sequence[int]) -> int:
-        """Multiply-accumulates of the factored layer for one example of this spatial size."""
+        """Return the factored layer's multiply-accumulates for one example of this spatial size."""
         return sum(part.macs(size) for part, size in self.workload(convolution, input_size))
 
     def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:
-        """The exact forms that the layer can run in, the one that should be fastest first."""
+        """Return the exact forms that the layer can run in, the one that should be fastest first."""
         return (CONVOLUTIONS,)
 
     def make_layer(
@@ -172,12 +195,12 @@ class Decomposition(ABC):
         bias: Tensor | None,
         implementation: str | None = None,
     ) -> FactoredLayer:
-        """The layer that holds these kernels.
+        """Return the layer that holds these kernels.
 
         Args:
             convolution: the geometry of the layer that it stands in for.
             kernels: one for each convolution in `convolutions`.
-            bias: (out_channels,) or none.
+            bias: (out_channels,) or `None`.
             implementation: one of `implementations`; the first if not given.
 
         Raises:
@@ -188,9 +211,9 @@ class Decomposition(ABC):
             implementation = implementations[0]
         elif implementation not in implementations:
             raise unknown_name_error("implementation", implementation, implementations)
-        stages = self.make_modules(convolution, kernels, bias, implementation)
+        modules = self.make_modules(convolution, kernels, bias, implementation)
         # What follows from the geometry, as the order of channels, is made on the processor.
-        return FactoredLayer(stages, convolution, self, implementation).to(kernels[0].device)
+        return FactoredLayer(modules, convolution, self, implementation).to(kernels[0].device)
 
     def make_modules(
         self,
@@ -199,13 +222,13 @@ class Decomposition(ABC):
         bias: Tensor | None,
         implementation: str,
     ) -> list[nn.Module]:
-        """The modules of `layer`, in order."""
-        parts = [part for level in self.convolutions(convolution) for part in level]
+        """Return the modules of `make_layer`, in order."""
+        parts = [part for stage in self.convolutions(convolution) for part in stage]
         biases = [None] * (len(parts) - 1) + [bias]
         return [part.make_module(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `deeptwist.decompositions.from_dict` is its inverse."""
+        """Return a JSON-ready dictionary; `deeptwist.decompositions.from_dict` inverts it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"method": self.method, **plain}
@@ -218,7 +241,11 @@ class Decomposition(ABC):
 
 @dataclass(frozen=True)
 class SingleRankDecomposition(Decomposition):
-    """A decomposition whose size one rank sets."""
+    """A decomposition whose size one rank sets.
+
+    Attributes:
+        rank: R, per group; `None` to let a ratio set it.
+    """
 
     rank: int | None = None
 
@@ -228,26 +255,16 @@ class SingleRankDecomposition(Decomposition):
 
     @abstractmethod
     def full_rank(self, convolution: ConvGeometry) -> int:
-        """The rank from which on nothing is lost."""
-
-    @property
-    def needs_ratio(self) -> bool:  # noqa: D102
-        return self.rank is None
-
-    def without_rank(self) -> Self:  # noqa: D102
-        return replace(self, rank=None)
-
-    def round_ranks(self, multiple: int) -> Self:  # noqa: D102
-        return replace(self, rank=round_down(self.resolved_rank, multiple))
+        """Return the rank from which on nothing is lost."""
 
     @property
     def resolved_rank(self) -> int:
         """The rank, once resolved."""
         if self.rank is None:
-            raise DeepTwistError(f"{self} has no rank: resolve it for a layer first")
+            raise no_rank_error(self)
         return self.rank
 
-    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Self:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> "Decomposition":  # noqa: D102
         full = self.full_rank(convolution)
         if self.rank is not None:
             if self.rank > full:
@@ -256,7 +273,7 @@ class SingleRankDecomposition(Decomposition):
                 )
             return self
         if ratio is None:
-            raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
+            raise no_rank_error(self)
         budget = convolution.weight_numel / check_ratio(ratio)
 
         def weight_numel(rank: int) -> int:
@@ -264,12 +281,19 @@ class SingleRankDecomposition(Decomposition):
 
         rank = largest_rank(weight_numel, full, budget)
         if rank == 0:
-            raise cannot_shrink(convolution, weight_numel(1), ratio)
+            raise cannot_shrink_error(convolution, weight_numel(1), ratio)
         return replace(self, rank=rank)
 
 
-def cannot_shrink(convolution: ConvGeometry, smallest: int, ratio: float) -> CannotDecomposeError:
-    """The error for a layer that not even rank 1 makes `ratio` times smaller."""
+def no_rank_error(decomposition: Decomposition) -> DeepTwistError:
+    """Return the error for a decomposition that is used before its rank is known."""
+    return DeepTwistError(f"{decomposition} has no rank: give it one, or give a ratio")
+
+
+def cannot_shrink_error(
+    convolution: ConvGeometry, smallest: int, ratio: float
+) -> CannotDecomposeError:
+    """Return the error for a layer that not even rank 1 makes `ratio` times smaller."""
     dense = convolution.weight_numel
     return CannotDecomposeError(
         f"cannot be {ratio:g}× smaller: rank 1 holds {smallest:,} of {dense:,} weights"

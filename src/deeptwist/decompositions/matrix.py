@@ -1,78 +1,60 @@
-"""What the decompositions by truncated SVD share: they differ in the matrices that they cut."""
+"""The base of the decompositions by truncated SVD: they differ in the matrices that they take."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from deeptwist.decompositions.base import Factors, SingleRankDecomposition
-from deeptwist.decompositions.linalg import product, truncated_svd
-from deeptwist.decompositions.subspace import Approximations, follow, start_of
-
-Pair = tuple[Tensor, Tensor]  # left (b, m, r) and right (b, r, n)
+from deeptwist.decompositions.base import SingleRankDecomposition, Tensors
+from deeptwist.decompositions.linalg import refine, truncated_svd
+from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.moments import SecondMoment
 
 
 @dataclass(frozen=True)
 class MatrixDecomposition(SingleRankDecomposition):
-    """The truncated SVD of some matrices cut from the kernel."""
+    """The truncated SVD of some matrices cut from the kernel.
 
-    @abstractmethod
-    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:
-        """The matrices (b, m, n) of a kernel, those of one size together, and their rank."""
-
-    @abstractmethod
-    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """The inverse of `cut`, for a kernel of this shape."""
-
-    def rows_apart(self, shape: Sequence[int]) -> int:
-        """In parts of how many output channels a kernel of this shape can be cut, to no effect."""
-        return shape[1]
-
-    @abstractmethod
-    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:
-        """The kernels in `convolutions` that the factors of the matrices are."""
-
-    def decompose(self, kernel: Tensor) -> "MatrixFactors":  # noqa: D102
-        pairs = tuple(truncated_svd(matrices, rank) for matrices, rank in self.cut(kernel))
-        return MatrixFactors(self, pairs, tuple(kernel.shape))
-
-    def follow(  # noqa: D102
-        self, parts: Tensor, start: Sequence[Tensor], tolerance: float
-    ) -> Approximations:
-        (basis,) = start
-        return follow(parts, basis, tolerance)
-
-    def factors(  # noqa: D102
-        self, parts: Sequence[Sequence[Tensor]], shape: Sequence[int]
-    ) -> "MatrixFactors":
-        pairs = tuple((left, right) for left, right in parts)
-        return MatrixFactors(self, pairs, tuple(shape), approximate=True)
-
-
-@dataclass(frozen=True)
-class MatrixFactors(Factors):
-    """The factors of every matrix that `decomposition` cuts from a kernel of `shape`.
-
-    Attributes:
-        decomposition: the one whose factors they are.
-        pairs: for each batch of `MatrixDecomposition.cut`, left (b, m, r) and right (b, r, n).
-        shape: (g, o, i, *k).
-        approximate: whether they were followed, and are not worth sums in fp64.
+    The factors are left (b, m, r) and right (b, r, n) of each batch of matrices, in turn.
     """
 
-    decomposition: MatrixDecomposition
-    pairs: tuple[Pair, ...]
-    shape: tuple[int, ...]
-    approximate: bool = False
+    @abstractmethod
+    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:
+        """Return the matrix that one group's kernel is lowered to."""
 
-    def reconstruct(self) -> Tensor:  # noqa: D102
-        multiply = torch.matmul if self.approximate else product
-        return self.decomposition.join([multiply(*pair) for pair in self.pairs], self.shape)
+    @abstractmethod
+    def partition(self, kernel: Tensor) -> list[Tensor]:
+        """Return the matrices (b, m, n) of a kernel, those of one size in one batch."""
 
-    def kernels(self) -> list[Tensor]:  # noqa: D102
-        return self.decomposition.kernels(self.pairs, self.shape)
+    @abstractmethod
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """Invert `partition`, for a kernel of this shape."""
 
-    def starts(self) -> list[tuple[Tensor, ...]]:  # noqa: D102
-        return [(start_of(*pair),) for pair in self.pairs]
+    @abstractmethod
+    def moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
+        """Return the moment (b, n, n) of what each batch's columns multiply; b may be 1."""
+
+    def ranks(self, shape: Sequence[int]) -> list[int]:
+        """Return the rank of each batch of `partition`, for a kernel of this shape."""
+        return [self.resolved_rank]
+
+    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
+        return min(self.lowered_shape(convolution))
+
+    def factorize(  # noqa: D102
+        self, kernel: Tensor, start: Tensors | None, second_moment: SecondMoment | None
+    ) -> Tensors:
+        ranks, batches = self.ranks(kernel.shape), self.partition(kernel)
+        if start is not None:
+            pairs = [refine(*batch) for batch in zip(batches, start[::2], strict=True)]
+        elif second_moment is not None:
+            moments = self.moments(second_moment, kernel.shape)
+            pairs = [truncated_svd(*part) for part in zip(batches, ranks, moments, strict=True)]
+        else:
+            pairs = [truncated_svd(*part) for part in zip(batches, ranks, strict=True)]
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        products = [left @ right for left, right in zip(tensors[::2], tensors[1::2], strict=True)]
+        return self.assemble(products, shape)

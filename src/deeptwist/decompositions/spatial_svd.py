@@ -10,9 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
+from deeptwist.decompositions.base import Tensors
+from deeptwist.decompositions.matrix import MatrixDecomposition
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 from deeptwist.layers.lowering import lower_spatial, unlower_spatial
+from deeptwist.layers.moments import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,10 @@ class SpatialSVD(MatrixDecomposition):
     """Truncated SVD of the separable lowering.
 
     Attributes:
-        rank: R, per group; none to let a ratio set it.
+        rank: R, per group; `None` to let a ratio set it.
     """
 
     method: ClassVar[str] = "spatial_svd"
-
-    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
-        return min(self.lowered_shape(convolution))
 
     def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
         _, out, into, *size = convolution.kernel_shape
@@ -42,14 +41,17 @@ class SpatialSVD(MatrixDecomposition):
             (convolution.restricted_to(output_axes, hidden, convolution.out_channels, groups),),
         )
 
-    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
-        return [(lower_spatial(kernel), self.resolved_rank)]
+    def partition(self, kernel: Tensor) -> list[Tensor]:  # noqa: D102
+        return [lower_spatial(kernel)]
 
-    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
         return unlower_spatial(matrices[0], shape)
 
-    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        ((left, right),) = pairs  # (g, o·kh, r) and (g, r, i·Πkw)
+    def moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        return [second_moment.spatial]
+
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        left, right = tensors  # (g, o·kh, r) and (g, r, i·Πkw)
         groups, out, into, *size = shape
         rank = left.shape[-1]
         if len(size) < 2:

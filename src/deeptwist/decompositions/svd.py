@@ -9,9 +9,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
+from deeptwist.decompositions.base import Tensors
+from deeptwist.decompositions.matrix import MatrixDecomposition
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
 from deeptwist.layers.lowering import lower, unlower
+from deeptwist.layers.moments import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,10 @@ class SVD(MatrixDecomposition):
     """Truncated SVD of the lowered kernel.
 
     Attributes:
-        rank: R, per group; none to let a ratio set it.
+        rank: R, per group; `None` to let a ratio set it.
     """
 
     method: ClassVar[str] = "svd"
-
-    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
-        return min(self.lowered_shape(convolution))
 
     def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
         _, out, into, *_ = convolution.kernel_shape
@@ -33,20 +32,23 @@ class SVD(MatrixDecomposition):
 
     def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
         groups, hidden = convolution.groups, convolution.groups * self.resolved_rank
-        every = range(convolution.dims)
+        axes = range(convolution.dims)
         return (
-            (convolution.restricted_to(every, convolution.in_channels, hidden, groups),),
+            (convolution.restricted_to(axes, convolution.in_channels, hidden, groups),),
             (pointwise(convolution.dims, hidden, convolution.out_channels, groups),),
         )
 
-    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
-        return [(lower(kernel), self.resolved_rank)]
+    def partition(self, kernel: Tensor) -> list[Tensor]:  # noqa: D102
+        return [lower(kernel)]
 
-    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
         return unlower(matrices[0], shape)
 
-    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        ((left, right),) = pairs
+    def moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        return [second_moment.full]
+
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        left, right = tensors
         groups, _, *rest = shape
         ones = [1] * (len(shape) - 3)
         return [

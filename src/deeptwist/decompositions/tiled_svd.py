@@ -5,24 +5,24 @@ channels: one convolution, grouped by tile column. Its left factor maps the hidd
 tile row to its outputs: a 1×1 convolution, grouped by tile row.
 
 A tile is *aligned* when its width is a multiple of d·d: it then covers whole input channels. How
-either kind runs is told in `tiled_layer`.
+either kind runs is told in `deeptwist.layers.tiled`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions.base import SingleRankDecomposition
-from deeptwist.decompositions.matrix import MatrixDecomposition, Pair
+from deeptwist.decompositions.base import Decomposition, Tensors
+from deeptwist.decompositions.matrix import MatrixDecomposition
 from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
-from deeptwist.layers.lowering import lower, unlower
+from deeptwist.layers.lowering import Grid, Segment, lower, unlower
+from deeptwist.layers.moments import SecondMoment
 from deeptwist.layers.tiled import TiledLayerBuilder
-from deeptwist.layers.tiling import Grid, Segment
 
 _CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 
@@ -35,8 +35,8 @@ class TiledSVD(MatrixDecomposition):
     ratio of the full ones.
 
     Attributes:
-        rank: R of a full tile; none to let a ratio set it.
-        tile: (rows, cols); none for an aligned one by shape: all rows, over equal parts of the
+        rank: R of a full tile; `None` to let a ratio set it.
+        tile: (rows, cols); `None` for an aligned one by shape: all rows, over equal parts of the
             input channels of 128 or a little more. Linear layers stay whole.
     """
 
@@ -55,26 +55,26 @@ class TiledSVD(MatrixDecomposition):
         _, out, into, *_ = convolution.kernel_shape
         return out, into * convolution.kernel_numel
 
-    def grid(self, shape: tuple[int, int]) -> Grid:
-        """The tiles over a lowered kernel of this shape."""
-        return Grid(shape, self.tile or shape)
+    def grid(self, shape: Sequence[int]) -> Grid:
+        """Return the tiles over the lowered kernel of a kernel of this shape (g, o, i, *k)."""
+        lowered = shape[1], math.prod(shape[2:])
+        return Grid(lowered, self.tile or lowered)
 
     def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
-        shape = self.lowered_shape(convolution)
-        tile = self.grid(shape).tile
-        return min(*shape, *tile)
+        return min(*self.lowered_shape(convolution), *self.grid(convolution.kernel_shape).tile)
 
-    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Self:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # noqa: D102
         tile = self.tile or _aligned_tile(convolution)
-        return SingleRankDecomposition.resolve(replace(self, tile=tile), convolution, ratio)
+        return super(TiledSVD, replace(self, tile=tile)).resolve(convolution, ratio)
 
     def is_aligned(self, convolution: ConvGeometry) -> bool:
-        """Whether every tile covers whole input channels."""
-        columns = self.grid(self.lowered_shape(convolution)).cols
+        """Return whether every tile covers whole input channels."""
+        columns = self.grid(convolution.kernel_shape).cols
         return all(column.length % convolution.kernel_numel == 0 for column in columns)
 
-    def ranks(self, grid: Grid) -> list[int]:
-        """The rank of every patch of the grid: `rank` for full tiles, the same ratio for edges."""
+    def ranks(self, shape: Sequence[int]) -> list[int]:
+        """Return the rank of every patch: `rank` for full tiles, what keeps their ratio for edges."""
+        grid = self.grid(shape)
         full_row, full_col = grid.rows[0].length, grid.cols[0].length
         if self.resolved_rank >= min(full_row, full_col):
             return [min(row.length, col.length) for row, col in grid.patches]
@@ -88,12 +88,12 @@ class TiledSVD(MatrixDecomposition):
         return [rank(row, col) for row, col in grid.patches]
 
     def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
-        return self._plumbing(convolution).convolutions
+        return self._builder(convolution).convolutions
 
     def workload(  # noqa: D102
         self, convolution: ConvGeometry, input_size: Sequence[int]
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
-        if convolution.dims == 0 and self._plumbing(convolution).dims == 1:
+        if convolution.dims == 0 and self._builder(convolution).dims == 1:
             input_size = (math.prod(input_size),)
         if self.is_aligned(convolution):
             return super().workload(convolution, input_size)
@@ -105,7 +105,7 @@ class TiledSVD(MatrixDecomposition):
         return [(part, windows) for part in into] + [(part, output_size) for part in out]
 
     def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:  # noqa: D102
-        return self._plumbing(convolution).implementations
+        return self._builder(convolution).implementations
 
     def make_modules(  # noqa: D102
         self,
@@ -114,36 +114,40 @@ class TiledSVD(MatrixDecomposition):
         bias: Tensor | None,
         implementation: str,
     ) -> list[nn.Module]:
-        return self._plumbing(convolution).make_modules(kernels, bias, implementation)
+        return self._builder(convolution).make_modules(kernels, bias, implementation)
 
-    def _plumbing(self, convolution: ConvGeometry) -> TiledLayerBuilder:
-        grid = self.grid(self.lowered_shape(convolution))
-        return TiledLayerBuilder(convolution, grid, self.ranks(grid), self.is_aligned(convolution))
+    def _builder(self, convolution: ConvGeometry) -> TiledLayerBuilder:
+        shape = convolution.kernel_shape
+        return TiledLayerBuilder(
+            convolution, self.grid(shape), self.ranks(shape), self.is_aligned(convolution)
+        )
 
-    def _grid_over(self, shape: Sequence[int]) -> Grid:
-        return self.grid((shape[1], math.prod(shape[2:])))
+    def partition(self, kernel: Tensor) -> list[Tensor]:  # noqa: D102
+        return [patch.flatten(0, 2) for patch in self.grid(kernel.shape).split(lower(kernel))]
 
-    def cut(self, kernel: Tensor) -> list[tuple[Tensor, int]]:  # noqa: D102
-        grid = self._grid_over(kernel.shape)
-        patches = [patch.flatten(0, 2) for patch in grid.split(lower(kernel))]
-        return list(zip(patches, self.ranks(grid), strict=True))
-
-    def join(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
-        grid = self._grid_over(shape)
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+        grid = self.grid(shape)
         return unlower(grid.assemble(_patches(grid, matrices, shape[0])), shape)
 
-    def rows_apart(self, shape: Sequence[int]) -> int:  # noqa: D102
-        height = self._grid_over(shape).rows[0].length
-        return height if shape[1] % height == 0 else shape[1]
+    def moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
+        """Return every tile's own diagonal block; what tiles of one row share is left out."""
+        moment, moments = second_moment.full, []
+        for row, col in self.grid(shape).patches:
+            blocks = moment[:, col.offset : col.stop, col.offset : col.stop]
+            blocks = blocks.reshape(-1, col.count, col.length, col.count, col.length)
+            blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (g, tile col, w, w)
+            wide = blocks.unsqueeze(1).expand(-1, row.count, -1, -1, -1)
+            moments.append(wide.flatten(0, 2))
+        return moments
 
-    def kernels(self, pairs: Sequence[Pair], shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
-        grid, size = self._grid_over(shape), shape[3:]
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        grid, size = self.grid(shape), shape[3:]
         taps = math.prod(size)
         aligned = all(column.length % taps == 0 for column in grid.cols)
         # A linear layer in more than one tile runs as a 1×1 convolution.
         ones = (1,) * (len(size) or int(grid.num_tiles > 1))
         width = len(grid.cols)
-        lefts, rights = (_patches(grid, side, shape[0]) for side in zip(*pairs, strict=True))
+        lefts, rights = (_patches(grid, side, shape[0]) for side in (tensors[::2], tensors[1::2]))
         patches = list(zip(lefts, rights, strict=True))
         lines = [patches[i : i + width] for i in range(0, len(patches), width)]
         into = []
@@ -166,7 +170,7 @@ class TiledSVD(MatrixDecomposition):
 
 
 def _aligned_tile(convolution: ConvGeometry) -> tuple[int, int]:
-    """The tile that loses little and runs fast, of the shapes in ``benchmarks/tiles.py``."""
+    """Return the tile that loses little and runs fast, of the shapes in ``benchmarks/tiles.py``."""
     _, out, into, *_ = convolution.kernel_shape
     parts = max(1, into // _CHANNELS) if convolution.dims else 1
     while into % parts:
@@ -175,7 +179,7 @@ def _aligned_tile(convolution: ConvGeometry) -> tuple[int, int]:
 
 
 def _patches(grid: Grid, batches: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """Every patch's tiles (b, …) as (g, tile row, tile col, …)."""
+    """Return every patch's tiles (b, …) as (g, tile row, tile col, …)."""
     return [
         batch.unflatten(0, (groups, row.count, col.count))
         for batch, (row, col) in zip(batches, grid.patches, strict=True)

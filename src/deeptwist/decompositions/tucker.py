@@ -16,28 +16,25 @@ from torch import Tensor
 from deeptwist.decompositions.base import (
     CannotDecomposeError,
     Decomposition,
-    Factors,
-    cannot_shrink,
+    Tensors,
+    cannot_shrink_error,
+    no_rank_error,
 )
-from deeptwist.decompositions.linalg import leading_subspace
-from deeptwist.decompositions.ranks import check_ratio, floor_fraction, largest_rank, round_down
-from deeptwist.decompositions.subspace import (
-    STEPS,
-    Approximations,
-    Orthonormalize,
-    by_cholesky,
-    by_householder,
-    excess,
-    least_residual,
+from deeptwist.decompositions.linalg import (
+    leading_subspace,
     power_step,
-    unit_rows,
+    regularized,
+    to_unit_scale,
 )
+from deeptwist.decompositions.ranks import check_ratio, floor_fraction, largest_rank
 from deeptwist.decompositions.svd import SVD
 from deeptwist.errors import DeepTwistError, check_int
-from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype, pointwise
+from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
+from deeptwist.layers.moments import SecondMoment
 
 _SWEEPS = 100  # HOOI gains little after ten; this only bounds a matrix that never settles
 _TOLERANCE = 1e-6  # on what a sweep adds to the share of ‖W‖² that the core holds
+_WARM_SWEEPS = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Tucker(Decomposition):
     A kernel of one tap is a matrix, for which the core is a detour: it resolves to `SVD`.
 
     Attributes:
-        rank: (R_t, R_s) for output and input channels, per group; none to let `fraction` or
+        rank: (R_t, R_s) for output and input channels, per group; `None` to let `fraction` or
             a ratio set both.
         fraction: the paper's R_c: R_t = ⌊R_c·T⌋ and R_s = ⌊R_c·S⌋.
     """
@@ -67,22 +64,14 @@ class Tucker(Decomposition):
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise DeepTwistError(f"Tucker fraction {self.fraction} is not above 0 and at most 1")
 
-    @property
-    def needs_ratio(self) -> bool:  # noqa: D102
-        return self.rank is None and self.fraction is None
-
     def without_rank(self) -> Self:  # noqa: D102
         return replace(self, rank=None, fraction=None)
-
-    def round_ranks(self, multiple: int) -> Self:  # noqa: D102
-        out, into = self.resolved_rank
-        return replace(self, rank=(round_down(out, multiple), round_down(into, multiple)))
 
     @property
     def resolved_rank(self) -> tuple[int, int]:
         """The ranks (R_t, R_s), once resolved."""
         if self.rank is None:
-            raise DeepTwistError(f"{self} has no rank: resolve it for a layer first")
+            raise no_rank_error(self)
         return self.rank
 
     def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # noqa: D102
@@ -103,7 +92,7 @@ class Tucker(Decomposition):
                 )
             return Tucker(rank=ranks)
         if ratio is None:
-            raise DeepTwistError(f"{self} has no rank: give it one, or give a ratio")
+            raise no_rank_error(self)
         return self._largest(convolution, check_ratio(ratio))
 
     def _as_svd(self, full_rank: int) -> SVD:
@@ -114,7 +103,7 @@ class Tucker(Decomposition):
         return SVD()
 
     def _largest(self, convolution: ConvGeometry, ratio: float) -> "Tucker":
-        """The largest ranks in the proportion T : S, as the paper's fraction keeps it."""
+        """Return the largest ranks in the proportion T : S, as the paper's fraction keeps it."""
         _, out, into, *_ = convolution.kernel_shape
         # Every fraction at which one of the floors steps up.
         steps = sorted({Fraction(r, n) for n in (out, into) for r in range(1, n + 1)})
@@ -128,11 +117,8 @@ class Tucker(Decomposition):
 
         step = largest_rank(weight_numel, len(steps), convolution.weight_numel / ratio)
         if step == 0:
-            raise cannot_shrink(convolution, weight_numel(1), ratio)
+            raise cannot_shrink_error(convolution, weight_numel(1), ratio)
         return at(step)
-
-    def lowered_shape(self, convolution: ConvGeometry) -> None:  # noqa: D102
-        return None
 
     def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
         rank_out, rank_in = (convolution.groups * rank for rank in self.resolved_rank)
@@ -143,137 +129,78 @@ class Tucker(Decomposition):
             (pointwise(dims, rank_out, convolution.out_channels, groups),),
         )
 
-    def cut(self, kernel: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:  # noqa: D102
-        return [(kernel, self.resolved_rank)]
+    def factorize(
+        self, kernel: Tensor, start: Tensors | None, second_moment: SecondMoment | None
+    ) -> Tensors:
+        """Return basis_out (g, o, r_out), core (g, r_out, r_in, *k) and basis_in (g, i, r_in)."""
+        ranks, dtype, size = self.resolved_rank, kernel.dtype, kernel.shape[3:]
+        tensor, scale = to_unit_scale(kernel.flatten(3), 3)
+        root = None
+        if second_moment is not None:
+            root = torch.linalg.cholesky(regularized(second_moment.channels))
+            tensor = torch.einsum("goik,gij->gojk", tensor.double(), root)
+        if start is None:
+            basis_out, core, basis_in = _hooi(tensor, *ranks)
+        else:
+            basis_out, core, basis_in = _sweep(tensor, start[0], start[2], _WARM_SWEEPS)
+        if root is not None:
+            basis_in = torch.linalg.solve_triangular(root.mT, basis_in, upper=True)
+        # A third of the scale each, so that no factor over- or underflows a narrow type.
+        third = scale.flatten(2).pow(1 / 3)
+        core = core.unflatten(2, (basis_out.shape[2], -1)).transpose(1, 2) * third.unsqueeze(-1)
+        factors = basis_out * third, core.unflatten(3, tuple(size)), basis_in * third
+        return tuple(factor.to(dtype) for factor in factors)
 
-    def decompose(self, kernel: Tensor) -> "TuckerFactors":  # noqa: D102
-        rank_out, rank_in = self.resolved_rank
-        tensor, scale = _at_unit_scale(kernel.to(compute_dtype(kernel.dtype)))
-        by_out, by_in = _unfoldings(tensor)
-        basis_in = leading_subspace(by_in, rank_in)
-        # Summed in fp64: near the optimum a sweep gains less than fp32 sums resolve.
-        held, total = 0.0, float(tensor.double().square().sum())
-        for _ in range(_SWEEPS):
-            basis_out = leading_subspace(_seen(basis_in.mT, by_in, tensor.shape[1]), rank_out)
-            seen = _seen(basis_out.mT, by_out, tensor.shape[2])
-            basis_in = leading_subspace(seen, rank_in)
-            core = basis_in.mT @ seen
-            before, held = held, float(core.double().square().sum())
-            if held - before <= _TOLERANCE * total:
-                break
-        return TuckerFactors(*_scaled(basis_out, core, basis_in, scale, kernel.shape[3:]))
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        basis_out, core, basis_in = tensors
+        kernel = torch.einsum("gor,grsk,gis->goik", basis_out, core.flatten(3), basis_in)
+        return kernel.reshape(tuple(shape))
 
-    def follow(  # noqa: D102
-        self, parts: Tensor, start: Sequence[Tensor], tolerance: float
-    ) -> Approximations:
-        tensor, scale = _at_unit_scale(parts)
-        found = _follow(tensor, start, tolerance, by_cholesky)
-        if not found.sound:
-            found = _follow(tensor, start, tolerance, by_householder)
-        bases = found.rows_out, found.rows_in
-        size = parts.shape[3:]
-        factors = _scaled(bases[0].mT, found.core, bases[1].mT, scale, size)
-        if len(found.late):
-            exact = self.decompose(parts[found.late])
-            for factor, better in zip(
-                (*factors, *bases),
-                (exact.basis_out, exact.core, exact.basis_in, *exact.starts()[0]),
-                strict=True,
-            ):
-                factor[found.late] = better
-        return Approximations(factors, bases, found.steps, tuple(found.late.tolist()))
-
-    def factors(  # noqa: D102
-        self, parts: Sequence[Sequence[Tensor]], shape: Sequence[int]
-    ) -> "TuckerFactors":
-        ((basis_out, core, basis_in),) = parts
-        return TuckerFactors(basis_out, core, basis_in)
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+        basis_out, core, basis_in = tensors
+        ones, into = [1] * (len(shape) - 3), basis_in.mT
+        return [
+            into.reshape(*into.shape, *ones),
+            core,
+            basis_out.reshape(*basis_out.shape, *ones),
+        ]
 
 
-def _at_unit_scale(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """A kernel as (g, o, i, k), and the scale (g, 1, 1) that was divided out."""
-    scale = kernel.abs().amax(dim=tuple(range(1, kernel.dim())), keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).flatten(2)
-    return kernel.flatten(3) / scale.unsqueeze(-1), scale
+def _hooi(tensor: Tensor, rank_out: int, rank_in: int) -> Tensors:
+    """Sweep from the higher-order SVD until the core holds hardly more than before."""
+    _, by_in = _unfoldings(tensor)
+    basis_in = leading_subspace(by_in, rank_in)
+    basis_out = leading_subspace(_project(basis_in, by_in, tensor.shape[1]), rank_out)
+    # Summed in fp64: near the optimum a sweep gains less than fp32 sums resolve.
+    energy, total = 0.0, float(tensor.double().square().sum())
+    for _ in range(_SWEEPS):
+        basis_out, core, basis_in = _sweep(tensor, basis_out, basis_in, 1)
+        before, energy = energy, float(core.double().square().sum())
+        if energy - before <= _TOLERANCE * total:
+            break
+    return basis_out, core, basis_in
+
+
+def _sweep(tensor: Tensor, basis_out: Tensor, basis_in: Tensor, count: int) -> Tensors:
+    """Improve the bases in turn, each by a power step on what the other leaves of the tensor.
+
+    Returns:
+        basis_out (g, o, r_out), the core as (g, r_in, r_out·k), and basis_in (g, i, r_in).
+    """
+    by_out, by_in = _unfoldings(tensor)
+    for _ in range(count):
+        basis_out = power_step(_project(basis_in, by_in, tensor.shape[1]), basis_out)
+        projected = _project(basis_out, by_out, tensor.shape[2])
+        basis_in = power_step(projected, basis_in)
+    return basis_out, basis_in.mT @ projected, basis_in
 
 
 def _unfoldings(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, o, i·k) and (g, i, o·k)."""
+    """Return (g, o, i·k) and (g, i, o·k) of a tensor (g, o, i, k)."""
     return tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
 
 
-def _seen(rows: Tensor, unfolding: Tensor, side: int) -> Tensor:
-    """What the other channels see through a basis: (g, r, n) of (g, n, side·k) → (g, side, r·k)."""
-    seen: Tensor = (rows @ unfolding).unflatten(2, (side, -1))
-    return seen.transpose(1, 2).flatten(2)
-
-
-def _scaled(
-    basis_out: Tensor, core: Tensor, basis_in: Tensor, scale: Tensor, size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors, the core (g, r_in, r_out·k) as (g, r_out, r_in, *k), with the scale put back."""
-    # A third of the scale each, so that no factor over- or underflows a narrow type.
-    third = scale.pow(1 / 3)
-    core = core.unflatten(2, (basis_out.shape[2], -1)).transpose(1, 2) * third.unsqueeze(-1)
-    return basis_out * third, core.unflatten(3, tuple(size)), basis_in * third
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """Orthonormal rows (g, r, n) with their core, and which groups have not settled."""
-
-    rows_out: Tensor
-    rows_in: Tensor
-    core: Tensor
-    steps: int
-    sound: bool
-    late: Tensor
-
-
-def _follow(
-    tensor: Tensor, start: Sequence[Tensor], tolerance: float, orthonormalize: Orthonormalize
-) -> _Followed:
-    """HOOI with a step of power iteration in place of every eigendecomposition."""
-    rows_out, rows_in = start
-    by_out, by_in = _unfoldings(tensor)
-    energy = tensor.flatten(1).square().sum(1)
-    floor = least_residual(energy)
-    step = 0
-    while True:
-        step += 1
-        seen = _seen(rows_in, by_in, tensor.shape[1])
-        rows_out, (first, second), sound = power_step(seen, rows_out @ seen, orthonormalize)
-        seen = _seen(rows_out, by_out, tensor.shape[2])
-        rows_in, (third, fourth), sound_too = power_step(seen, rows_in @ seen, orthonormalize)
-        core = rows_in @ seen
-        held = core.flatten(1).square().sum(1)
-        missing = excess(first, second, third) + excess(third, fourth, held)
-        error = missing / (energy - held).clamp_min(floor)
-        mean, unsound = torch.stack([error.mean(), (~(sound & sound_too)).sum()]).tolist()
-        if unsound or mean <= tolerance or step == STEPS:
-            break
-    late = (~(error <= tolerance)).nonzero().squeeze(1) if mean > tolerance else error.new_empty(0)
-    return _Followed(rows_out, rows_in, core, step, not unsound, late.long())
-
-
-@dataclass(frozen=True)
-class TuckerFactors(Factors):
-    """basis_out (g, o, r_out), core (g, r_out, r_in, *k) and basis_in (g, i, r_in)."""
-
-    basis_out: Tensor
-    core: Tensor
-    basis_in: Tensor
-
-    def reconstruct(self) -> Tensor:  # noqa: D102
-        kernel = torch.einsum(
-            "gor,grsk,gis->goik", self.basis_out, self.core.flatten(3), self.basis_in
-        )
-        return kernel.reshape(*kernel.shape[:3], *self.core.shape[3:])
-
-    def kernels(self) -> list[Tensor]:  # noqa: D102
-        ones = [1] * (self.core.dim() - 3)
-        into, out = self.basis_in.mT, self.basis_out
-        return [into.reshape(*into.shape, *ones), self.core, out.reshape(*out.shape, *ones)]
-
-    def starts(self) -> list[tuple[Tensor, ...]]:  # noqa: D102
-        return [(unit_rows(self.basis_out.mT), unit_rows(self.basis_in.mT))]
+def _project(basis: Tensor, unfolding: Tensor, side: int) -> Tensor:
+    """Contract (g, n, side·k) with a basis (g, n, r), unfolded by the side: (g, side, r·k)."""
+    projected: Tensor = (basis.mT @ unfolding).unflatten(2, (side, -1))
+    return projected.transpose(1, 2).flatten(2)

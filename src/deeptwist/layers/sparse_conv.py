@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deeptwist.layers.geometry import ConvGeometry, kernel_to_weight
-from deeptwist.layers.tiling import Segment
+from deeptwist.layers.lowering import Segment
 
 
 @dataclass(frozen=True)

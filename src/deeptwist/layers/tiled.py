@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
+from deeptwist.layers.lowering import Grid
 from deeptwist.layers.routing import PointwiseOnLastDim, SplitConcat, Unfold, permutation
 from deeptwist.layers.sparse_conv import ChannelWindows, window_convolution
-from deeptwist.layers.tiling import Grid
 
 GROUPED, WINDOWS, IM2COL = "grouped", "windows", "im2col"
 

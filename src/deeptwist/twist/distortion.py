@@ -3,40 +3,30 @@
 import copy
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompose import get_planned_module, numbers, replace_layers
-from deeptwist.decompositions import Decomposition, Factors
+from deeptwist.decompose import check_finite, get_planned_module, norms, replace_layers
+from deeptwist.decompositions import Factors
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspect.layers import FORWARD_ERRORS, as_tuple, eval_mode, output_tensors
-from deeptwist.layers.geometry import compute_dtype
-from deeptwist.plan.plan import Plan
-from deeptwist.twist.distributed import broadcast, deal, processes, rank, together
-from deeptwist.twist.tracking import (
-    Block,
-    Starts,
-    Tracked,
-    Weights,
-    check_starts,
-    costs,
-    shapes_of,
-    track,
-)
-
-T = TypeVar("T")
+from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
+from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.twist.distributed import broadcast, process_rank, run_on_all_ranks, world_size
 
 logger = logging.getLogger("deeptwist")
 
-_MARGIN = 128  # CP's components may cancel; all other approximations are projections
 _TF32 = 2.0**-10  # precision that cuDNN computes fp32 in, unless told otherwise
-_ALIKE = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
-_SQUARABLE = 1e-9, 1e15  # ‖W‖ for which fp32 squares of W − W′ neither under- nor overflow
+_SYNC_RTOL = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
+_OLD_KEYS = {"iterations", "fallbacks"}  # of a record, in version 0.1
+
+Loss = Callable[[], Tensor | float]
+Perturb = Callable[[str, int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,76 +37,13 @@ class Distortion:
         step: the number of optimizer steps before it.
         weight_shift: Δw = ‖W − W′‖_F / N over all N compressed weights.
         layer_shifts: the same for each layer by itself.
-        loss_increase: ΔL/L of the closure's loss; none without a closure, or where L is 0.
-        iterations: the most steps that an approximation was improved by; 0 where all are exact.
-        fallbacks: by layer, how many of its matrices or tensors could not be followed from the
-            last distortion within the tolerance, and were factored exactly.
+        loss_increase: ΔL/L of the closure's loss; `None` without a closure, or where L is 0.
     """
 
     step: int
     weight_shift: float
     layer_shifts: dict[str, float]
     loss_increase: float | None = None
-    iterations: int = 0
-    fallbacks: dict[str, int] = field(default_factory=dict)
-
-
-@torch.no_grad()
-def check_range(tracked: Tracked) -> None:
-    """Checks that every weight's type can hold its approximation.
-
-    Raises:
-        DeepTwistError: if one cannot, naming the layer.
-    """
-    for block, factors in tracked.factors:
-        # No number of an approximation, nor of a sum on the way to it, is much above ‖W‖: only
-        # near the end of the type can one lie beyond it.
-        weights = block.of(tracked.weights)
-        limit = torch.finfo(weights[0].dtype).max / _MARGIN
-        if all(tracked.norms[name] < limit for name in block.names):
-            continue
-        for name, found in zip(block.names, _approximations(block, factors, weights), strict=True):
-            if not found.isfinite().all():
-                raise DeepTwistError(f"layer {name!r} has an approximation beyond {found.dtype}")
-
-
-@torch.no_grad()
-def write(tracked: Tracked) -> dict[str, float]:
-    """Writes every reconstruction over its weight, in place; returns ‖W − W′‖_F of each layer.
-
-    The Parameter stays the same object in the same memory format, and the optimizer's state is
-    left alone.
-    """
-    names: list[str] = []
-    norms: list[Tensor] = []
-    low, high = _SQUARABLE
-    for block, factors in tracked.factors:
-        weights = block.of(tracked.weights)
-        approximations = _approximations(block, factors, weights)
-        squarable = all(low < tracked.norms[name] < high for name in block.names)
-        dtype = compute_dtype(weights[0].dtype) if squarable else torch.float64
-        shifts = torch._foreach_sub(
-            [weight.to(dtype) for weight in weights], [found.to(dtype) for found in approximations]
-        )
-        names += block.names
-        norms += torch._foreach_norm(shifts)
-        torch._foreach_copy_(weights, approximations)
-    found = dict.fromkeys(names, 0.0)
-    for name, norm in zip(names, numbers(norms), strict=True):
-        found[name] = math.hypot(found[name], norm)
-    return found
-
-
-def _approximations(block: Block, factors: Factors, weights: list[Tensor]) -> list[Tensor]:
-    """What is to be written over each of a block's weights, in its type and memory format."""
-    with torch.autocast(weights[0].device.type, enabled=False):
-        found = block.split(factors.reconstruct())
-    # To meet it in another format would cost more each time.
-    approximations = [torch.empty_like(weight) for weight in weights]
-    torch._foreach_copy_(
-        approximations, [x.reshape(w.shape) for x, w in zip(found, weights, strict=True)]
-    )
-    return approximations
 
 
 class DeepTwist:
@@ -127,6 +54,11 @@ class DeepTwist:
     ...     loss(model(x), y).backward(); optimizer.step(); optimizer.zero_grad()
     ...     twist.step()
     >>> small = twist.finish()  # doctest: +SKIP
+
+    Attributes:
+        steps: optimizer steps so far.
+        history: the record of every distortion so far.
+        output_difference: ‖y − y′‖ / ‖y‖ of the deployed network, once `finish` measured it.
     """
 
     def __init__(
@@ -135,10 +67,13 @@ class DeepTwist:
         plan: Plan,
         interval: int,
         *,
-        tolerance: float = 1e-3,
         example_input: Tensor | tuple[Tensor, ...] | None = None,
+        perturb: Perturb | None = None,
     ):
-        """Attaches to a model; nothing is changed until the first distortion.
+        """Attach to a model; nothing is changed until the first distortion.
+
+        The first distortion and the last are exact; those between begin with the factors of the
+        one before, at a fraction of the time (``docs/distortion.md``).
 
         Args:
             model: the network that was planned, unwrapped (not inside DDP or a compiled one). In a
@@ -146,19 +81,17 @@ class DeepTwist:
                 calls `step`, `distort` and `finish`; each factors a share of the layers.
             plan: see `deeptwist.plan`.
             interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual.
-            tolerance: how much squared error above the optimum, relatively, a distortion on the
-                way may have, by an estimate: it is then found from the one before it, at a
-                fraction of the cost. 0 makes all exact, as the first and the last always are.
             example_input: what `finish` compares outputs on, moved to the model's device; without
                 it, standard normal numbers of the plan's shapes.
+            perturb: changes what a distortion on the way writes, for ablations: called with a
+                layer's name, the step, its weight and the approximation, it returns what is
+                written instead. The last distortion goes without it.
 
         Raises:
-            DeepTwistError: if the interval is not positive, the tolerance is not from 0 to 1, the
-                plan compresses nothing, or it is for another model.
+            DeepTwistError: if the interval is not positive, the plan compresses nothing, or it is
+                for another model.
         """
         check_int("interval", interval)
-        if not 0 <= tolerance <= 1:
-            raise DeepTwistError(f"tolerance {tolerance} is not from 0 (exact) to 1")
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         for layer in plan.compressed:
@@ -166,22 +99,22 @@ class DeepTwist:
         self.model = model
         self.plan = plan
         self.interval = interval
-        self.tolerance = tolerance
         self.steps = 0
-        self.records: list[Distortion] = []
+        self.history: list[Distortion] = []
         self.output_difference: float | None = None
         self._example_input = example_input
-        self._starts: Starts = {}
+        self._perturb = perturb
+        self._factors: dict[str, Factors] = {}
 
-    def step(self, loss: Callable[[], Tensor | float] | None = None) -> Distortion | None:
-        """LayerCall once after every optimizer step (after the last of accumulated gradients).
+    def step(self, loss: Loss | None = None) -> Distortion | None:
+        """Count an optimizer step: call it after each (after the last of accumulated gradients).
 
         Args:
             loss: a closure that gives the training loss on some fixed batch; it is called just
                 before and just after a distortion, for ΔL/L.
 
         Returns:
-            The record of the distortion, at every `interval`-th call; else none.
+            The record of the distortion, at every `interval`-th call; else `None`.
 
         Raises:
             DeepTwistError: if a weight is not finite; no weight is changed then.
@@ -189,95 +122,12 @@ class DeepTwist:
         self.steps += 1
         return self.distort(loss) if self.steps % self.interval == 0 else None
 
-    def distort(self, loss: Callable[[], Tensor | float] | None = None) -> Distortion:
-        """One distortion step now; see `step`."""
-        self._distort(self._starts, self.tolerance, loss)
-        return self.records[-1]
+    def distort(self, loss: Loss | None = None) -> Distortion:
+        """Distort now, whatever the step; see `step`."""
+        return self._distort(loss)
 
-    def _distort(
-        self,
-        starts: Starts,
-        tolerance: float,
-        loss: Callable[[], Tensor | float] | None,
-        last: bool = False,
-    ) -> dict[str, list[Tensor]]:
-        """One distortion, of which each process does its share; the layers' kernels if `last`."""
-        shared = processes() > 1
-        mine = deal(costs(self.plan), processes())[rank()] if shared else None
-
-        def find() -> tuple[Tracked, Starts]:
-            tracked = track(self.model, self.plan, starts, tolerance, mine)
-            check_range(tracked)
-            parts = {n: [*some] if self.tolerance else [] for n, some in tracked.starts.items()}
-            if last:
-                for block, factors in tracked.factors:  # exact: each is one layer
-                    parts[block.names[0]].append(tuple(factors.kernels()))
-            return tracked, parts
-
-        (tracked, parts), tidings = together(find, lambda found: self._tidings(*found))
-        _check_alike(tidings)
-        before = _mean(loss)
-        _, shifts = together(lambda: write(tracked), _as_it_is)
-        if shared:
-            parts = self._exchange(tracked.weights, parts, tidings)
-        kernels = {name: list(some.pop()) for name, some in parts.items()} if last else {}
-        self._starts = parts if self.tolerance else {}
-        self.records.append(self._record(tidings, shifts, before, _mean(loss)))
-        return kernels
-
-    def _tidings(self, tracked: Tracked, parts: Starts) -> "_Tidings":
-        orders = {}
-        for name in parts:
-            strides = tracked.weights[name].stride()
-            orders[name] = tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
-        return _Tidings(
-            steps=self.steps,
-            plan=[(layer.name, layer.decomposition) for layer in self.plan.compressed],
-            norms=tracked.norms,
-            iterations=tracked.iterations,
-            fallbacks=tracked.fallbacks,
-            orders=orders,
-            shapes={name: shapes_of(some) for name, some in parts.items()},
-        )
-
-    def _exchange(self, weights: Weights, own: Starts, tidings: "list[_Tidings]") -> Starts:
-        """Everyone's parts, by layer; everyone's weights are written over those here."""
-        found: Starts = {}
-        for source, theirs in enumerate(tidings):
-            tensors = []
-            for name, order in theirs.orders.items():
-                weight = weights[name]
-                mine = source == rank()
-                found[name] = own[name] if mine else _empty(theirs.shapes[name], weight)
-                # As the numbers lie in memory, so that they are sent without being put in order.
-                tensors.append(weight.permute(order))
-                tensors += [tensor for some in found[name] for tensor in some]
-            broadcast(tensors, source)
-        return {layer.name: found[layer.name] for layer in self.plan.compressed}
-
-    def _record(
-        self,
-        tidings: "list[_Tidings]",
-        shifts: list[dict[str, float]],
-        before: float | None,
-        after: float | None,
-    ) -> Distortion:
-        moved = {name: shift for theirs in shifts for name, shift in theirs.items()}
-        fallbacks = {name: n for theirs in tidings for name, n in theirs.fallbacks.items()}
-        sizes = {layer.name: layer.weight_numel for layer in self.plan.compressed}
-        whole = math.hypot(*(moved[name] for name in sizes))
-        return Distortion(
-            step=self.steps,
-            weight_shift=whole / sum(sizes.values()),
-            layer_shifts={name: moved[name] / size for name, size in sizes.items()},
-            # Relative to nothing, an increase has no size.
-            loss_increase=(after - before) / before if before and after is not None else None,
-            iterations=max(theirs.iterations for theirs in tidings),
-            fallbacks={name: fallbacks[name] for name in sizes if name in fallbacks},
-        )
-
-    def finish(self, loss: Callable[[], Tensor | float] | None = None) -> nn.Module:
-        """A last distortion, then the decomposed model, checked against the distorted one.
+    def finish(self, loss: Loss | None = None) -> nn.Module:
+        """Distort a last time, exactly, and decompose the model, checked against the distorted one.
 
         Args:
             loss: as for `step`.
@@ -289,11 +139,111 @@ class DeepTwist:
             DeepTwistError: if a parameter is not finite, or if the outputs differ by more than
                 the square root of the coarsest precision that they are computed in.
         """
-        together(self._check_parameters, lambda _: None)
+        run_on_all_ranks(self._check_parameters, lambda _: None)
+        self._distort(loss, last=True)
         # The same factors serve both: CP's could not be found again from their product.
-        small = replace_layers(self.model, self.plan, self._distort({}, 0, loss, last=True))
-        self.output_difference, _ = together(lambda: self._compare(small), lambda _: None)
+        kernels = {name: factors.kernels() for name, factors in self._factors.items()}
+        small = replace_layers(self.model, self.plan, kernels)
+        self.output_difference, _ = run_on_all_ranks(lambda: self._compare(small), lambda _: None)
         return small
+
+    def _distort(self, loss: Loss | None, *, last: bool = False) -> Distortion:
+        weights = {
+            layer.name: get_planned_module(self.model, layer).weight.detach()
+            for layer in self.plan.compressed
+        }
+        (share, _), summaries = run_on_all_ranks(
+            lambda: self._approximate(weights, last), lambda result: result[1]
+        )
+        _check_in_sync(summaries)
+        before = _mean_over_ranks(loss)
+        # No weight has been written so far; from here on nothing can fail before all are.
+        self._factors = self._write(weights, share, [summary.shapes for summary in summaries])
+        shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
+        self.history.append(self._record(shifts, before, _mean_over_ranks(loss)))
+        return self.history[-1]
+
+    @torch.no_grad()
+    def _approximate(
+        self, weights: Mapping[str, Tensor], last: bool
+    ) -> "tuple[dict[str, _Approximation], _Summary]":
+        """Approximate this process's share of the layers: every n-th; nothing is written."""
+        check_finite(weights)
+        share = {
+            layer.name: self._approximate_layer(layer, weights[layer.name], last)
+            for layer in self.plan.compressed[process_rank() :: world_size()]
+        }
+        differences = [
+            weights[name].to(compute_dtype(x.weight.dtype)) - x.weight for name, x in share.items()
+        ]
+        shifts = dict(zip(share, norms(differences), strict=True))
+        for name, shift in shifts.items():
+            if not math.isfinite(shift):
+                dtype = weights[name].dtype
+                raise DeepTwistError(f"layer {name!r} has an approximation beyond {dtype}")
+        return share, _Summary(
+            steps=self.steps,
+            plan=[(layer.name, str(layer.decomposition)) for layer in self.plan.compressed],
+            norms=dict(zip(weights, norms(weights.values()), strict=True)),
+            shifts=shifts,
+            shapes={name: [x.shape for x in a.factors.tensors] for name, a in share.items()},
+        )
+
+    def _approximate_layer(
+        self, layer: PlannedLayer, weight: Tensor, last: bool
+    ) -> "_Approximation":
+        assert layer.convolution is not None
+        assert layer.decomposition is not None
+        start = None if last else self._factors.get(layer.name)
+        kernel = weight_to_kernel(weight, layer.convolution)
+        factors = layer.decomposition.decompose(kernel, start)
+        # What sums in fp32 lose would stand between the distorted network and the decomposed one.
+        exact = factors if start else factors.to(dtype=torch.float64)
+        approximation = kernel_to_weight(exact.reconstruct(), layer.convolution)
+        # In the weight's own memory format: to meet it in another would cost more each time.
+        written = torch.empty_like(weight).copy_(approximation.reshape(weight.shape))
+        if self._perturb is not None and not last:
+            written.copy_(self._perturb(layer.name, self.steps, weight, written))
+        return _Approximation(factors, written)
+
+    @torch.no_grad()
+    def _write(
+        self,
+        weights: Mapping[str, Tensor],
+        share: "Mapping[str, _Approximation]",
+        shapes: list[dict[str, list[torch.Size]]],
+    ) -> dict[str, Factors]:
+        """Write every process's approximations over the weights; return all factors.
+
+        The parameters stay the same objects in the same memory format.
+        """
+        factors: dict[str, Factors] = {}
+        for source, of_source in enumerate(shapes):
+            tensors = []
+            for layer in self.plan.compressed:
+                if layer.name not in of_source:
+                    continue
+                weight = weights[layer.name]
+                if source == process_rank():
+                    weight.copy_(share[layer.name].weight)
+                    factors[layer.name] = share[layer.name].factors
+                else:
+                    factors[layer.name] = _empty_factors(layer, of_source[layer.name], weight)
+                tensors += [weight, *factors[layer.name].tensors]
+            broadcast(tensors, source)
+        return {layer.name: factors[layer.name] for layer in self.plan.compressed}
+
+    def _record(
+        self, shifts: Mapping[str, float], before: float | None, after: float | None
+    ) -> Distortion:
+        sizes = {layer.name: layer.weight_numel for layer in self.plan.compressed}
+        return Distortion(
+            step=self.steps,
+            weight_shift=math.hypot(*shifts.values()) / sum(sizes.values()),
+            layer_shifts={name: shifts[name] / size for name, size in sizes.items()},
+            # Relative to nothing, an increase has no size.
+            loss_increase=(after - before) / before if before and after is not None else None,
+        )
 
     def _check_parameters(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -311,7 +261,7 @@ class DeepTwist:
                     f"the model cannot run on the example input: {first_line(error)}"
                 ) from error
             try:
-                found = _outputs(small, inputs)
+                outputs = _outputs(small, inputs)
             except FORWARD_ERRORS as error:
                 raise DeepTwistError(
                     f"the decomposed model cannot run: {first_line(error)}: a layer is used in "
@@ -320,7 +270,7 @@ class DeepTwist:
         if not expected:
             logger.warning("the model returns no tensors: decomposed and distorted not compared")
             return None
-        differences = [relative_error(e, f) for e, f in zip(expected, found, strict=True)]
+        differences = [relative_error(e, f) for e, f in zip(expected, outputs, strict=True)]
         # NaN is no number to compare with: it must count as the worst.
         worst = max(math.inf if math.isnan(d) else d for d in differences)
         allowed = _coarsest([*self.model.parameters(), *expected]) ** 0.5
@@ -345,109 +295,145 @@ class DeepTwist:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on bit for bit, in plain containers and tensors.
+        """Return what a checkpoint needs to go on bit for bit, in plain containers and tensors.
 
-        The step count, the records, and the bases from which the next distortion is found; the
+        The step count, the history, and the factors with which the next distortion begins; the
         weights are the model's. `torch.load(weights_only=True)` reads it back.
         """
         return {
             "steps": self.steps,
-            "records": [asdict(record) for record in self.records],
-            "starts": {
-                name: [tuple(tensor.clone() for tensor in tensors) for tensors in parts]
-                for name, parts in self._starts.items()
+            "history": [asdict(record) for record in self.history],
+            "factors": {
+                name: [tensor.clone() for tensor in factors.tensors]
+                for name, factors in self._factors.items()
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; without its bases, the next distortion is exact.
+        """Invert `state_dict`; without factors, as in states of version 0.1, the next is exact.
 
         Raises:
             DeepTwistError: if the state is not one of `state_dict`.
         """
         try:
             steps = int(state["steps"])
-            records = [Distortion(**copy.deepcopy(record)) for record in state["records"]]
-            starts = check_starts(self.plan, state.get("starts"))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from None
-        self.steps, self.records, self._starts = steps, records, starts
+            records = state["history"] if "history" in state else state["records"]
+            history = [
+                Distortion(**{k: copy.deepcopy(v) for k, v in record.items() if k not in _OLD_KEYS})
+                for record in records
+            ]
+            factors = {}
+            if state.get("factors"):
+                for layer in self.plan.compressed:
+                    factors[layer.name] = _checked_factors(layer, state["factors"][layer.name])
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from error
+        self.steps, self.history, self._factors = steps, history, factors
 
 
 @dataclass(frozen=True)
-class _Tidings:
+class _Approximation:
+    """A layer's factors, and what is to be written over its weight, in its memory format."""
+
+    factors: Factors
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Summary:
     """What a process tells the others of its share of a distortion, before any weight is written.
 
     Attributes:
         steps: optimizer steps so far.
         plan: every compressed layer's name and decomposition.
         norms: ‖W‖_F of every compressed layer.
-        iterations: see `Distortion`.
-        fallbacks: see `Distortion`.
-        orders: by layer of its share, the weight's axes from the outermost in memory.
-        shapes: by layer of its share, of the tensors that it gives besides.
+        shifts: ‖W − W′‖_F of every layer of its share.
+        shapes: by layer of its share, of the factors' tensors.
     """
 
     steps: int
-    plan: list[tuple[str, Decomposition | None]]
+    plan: list[tuple[str, str]]
     norms: dict[str, float]
-    iterations: int
-    fallbacks: dict[str, int]
-    orders: dict[str, tuple[int, ...]]
-    shapes: dict[str, list[list[torch.Size]]]
+    shifts: dict[str, float]
+    shapes: dict[str, list[torch.Size]]
 
 
-def _empty(shapes: list[list[torch.Size]], weight: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of these shapes, for numbers computed from a weight."""
+def _empty_factors(layer: PlannedLayer, shapes: list[torch.Size], weight: Tensor) -> Factors:
+    """Return factors of these shapes to be received, of the dtype that a weight's have."""
     dtype = compute_dtype(weight.dtype)
-    return [tuple(weight.new_empty(shape, dtype=dtype) for shape in some) for some in shapes]
+    return _factors(layer, [weight.new_empty(shape, dtype=dtype) for shape in shapes])
 
 
-def _check_alike(tidings: list[_Tidings]) -> None:
-    """Checks that all processes train one network: what one finds would ruin another's.
+def _checked_factors(layer: PlannedLayer, tensors: Iterable[Tensor]) -> Factors:
+    """Return factors of a checkpoint.
+
+    Raises:
+        DeepTwistError: if they are for another plan.
+        RuntimeError, TypeError, ValueError: if they are no factors.
+    """
+    factors = _factors(layer, tensors)
+    assert layer.convolution is not None
+    stages = factors.decomposition.convolutions(layer.convolution)
+    expected = [part.kernel_shape for stage in stages for part in stage]
+    if [tuple(kernel.shape) for kernel in factors.kernels()] != expected:
+        raise DeepTwistError(f"the factors of layer {layer.name!r} are for another plan")
+    return factors
+
+
+def _factors(layer: PlannedLayer, tensors: Iterable[Tensor]) -> Factors:
+    assert layer.convolution is not None
+    assert layer.decomposition is not None
+    return Factors(layer.decomposition, layer.convolution.kernel_shape, tuple(tensors))
+
+
+def _check_in_sync(summaries: list[_Summary]) -> None:
+    """Check that all processes train one network: what one approximates would ruin another's.
 
     Raises:
         DeepTwistError: on all of them, if they do not.
     """
-    first = tidings[0]
-    for number, theirs in enumerate(tidings):
-        if theirs.plan != first.plan:
+    first = summaries[0]
+    for number, summary in enumerate(summaries):
+        if summary.plan != first.plan:
             raise DeepTwistError(f"process {number} has another plan than process 0")
-        if theirs.steps != first.steps:
+        if summary.steps != first.steps:
             raise DeepTwistError(
-                f"process {number} has made {theirs.steps} steps, process 0 {first.steps}: "
+                f"process {number} has made {summary.steps} steps, process 0 {first.steps}: "
                 "load the same state on all"
             )
         for name, norm in first.norms.items():
-            if not math.isclose(norm, theirs.norms[name], rel_tol=_ALIKE):
+            if not math.isclose(norm, summary.norms[name], rel_tol=_SYNC_RTOL):
                 raise DeepTwistError(
                     f"layer {name!r} has other weights in process {number} than in process 0 "
-                    f"(‖W‖ {theirs.norms[name]:.6g} and {norm:.6g}): all must train one network, "
+                    f"(‖W‖ {summary.norms[name]:.6g} and {norm:.6g}): all must train one network, "
                     "as DDP does"
                 )
 
 
-def _as_it_is(value: T) -> T:
-    return value
-
-
-def _mean(loss: Callable[[], Tensor | float] | None) -> float | None:
-    """The loss over the examples of all processes, if there is a closure for it."""
+def _mean_over_ranks(loss: Loss | None) -> float | None:
+    """Return the loss over the examples of all processes, if there is a closure for it."""
     if loss is None:
         return None
-    _, losses = together(lambda: float(loss()), _as_it_is)
+    _, losses = run_on_all_ranks(lambda: float(loss()), lambda value: value)
     return sum(losses) / len(losses)
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """All tensors in the model's output; what it draws at random is the same every time."""
+    """Return all tensors in the model's output; what it draws at random is the same every time."""
     gpus = {x.device for x in (*inputs, *model.parameters()) if x.is_cuda}
     with torch.random.fork_rng(devices=list(gpus)):
         return output_tensors(model(*inputs))
 
 
 def _coarsest(tensors: list[Tensor]) -> float:
-    """The relative precision that a network of these tensors may be computed in."""
+    """Return the relative precision that a network of these tensors may be computed in."""
     floats = [x for x in tensors if x.is_floating_point()]
     devices = {x.device.type for x in floats}
     types = {x.dtype for x in floats}
