@@ -25,6 +25,7 @@ METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
     "tucker": Tucker(),
     "cp": CP(),
 }
+CP_RANK = 6  # at most: it has no full rank to speak of, and high ones take long
 EXACT = tuple(name for name in METHODS if name != "cp")  # at full rank
 
 # (layer, input shape); the weights are drawn where a test builds the layer

@@ -103,7 +103,7 @@ def test_valid_padding_is_none() -> None:
 
 @pytest.mark.parametrize("module", [nn.BatchNorm2d(3), nn.Embedding(3, 4), nn.LSTM(3, 4)])
 def test_other_modules_are_refused(module: nn.Module) -> None:
-    assert type(module).__name__ in error_of(ConvGeometry.of, module)
+    assert type(module).__name__ in error_of(ConvGeometry.from_module, module)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_geometry_that_is_none_is_refused(values: object) -> None:
 
 def test_bias_and_weights_are_held_not_copied_from_torchs_generator() -> None:
     state = torch.random.get_rng_state()
-    layer = ConvGeometry.from_module(nn.Conv2d(3, 4, 3, device="meta")).build(
+    layer = ConvGeometry.from_module(nn.Conv2d(3, 4, 3, device="meta")).make_module(
         torch.ones(1, 4, 3, 3, 3), None
     )
     assert layer.bias is None

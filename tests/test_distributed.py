@@ -3,7 +3,6 @@
 import copy
 import datetime
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import METHODS, difference
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deeptwist import SVD, Decomposition, DeepTwist, DeepTwistError, SpatialSVD, TiledSVD, plan
-from deeptwist.twist.distributed import broadcast, deal, processes, rank, together
-from deeptwist.twist.tracking import costs
+from deeptwist.twist.distributed import broadcast, process_rank, run_on_all_ranks, world_size
 
 X = torch.randn(12, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10
@@ -43,12 +39,10 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return model.to(dtype)
 
 
-def twisted(
-    method: Decomposition, model: nn.Module | None = None, tolerance: float = 1e-3, **options: Any
-) -> DeepTwist:
+def twisted(method: Decomposition, model: nn.Module | None = None, **options: Any) -> DeepTwist:
     model = network() if model is None else model
     options = {"ratio": 1.6, "example_input": X.to(next(model.parameters()).dtype), **options}
-    return DeepTwist(model, plan(model, method, **options), 1, tolerance=tolerance)
+    return DeepTwist(model, plan(model, method, **options), 1)
 
 
 def nudge(model: nn.Module, seed: int) -> None:
@@ -89,14 +83,13 @@ def every_method() -> dict[str, Any]:
 
 
 def exact() -> dict[str, Any]:
-    return state(steps(twisted(SpatialSVD(), tolerance=0)))
+    return state(steps(twisted(SpatialSVD()), 1))
 
 
 def finished() -> dict[str, Any]:
     twist = steps(twisted(TiledSVD(tile=(3, 7))))
     small = twist.finish()
-    again = twist.distort()  # from the last one's bases
-    return {**state(twist), "small": small.state_dict(), "y": small(X), "again": again.iterations}
+    return {**state(twist), "small": small.state_dict(), "y": small(X)}
 
 
 def narrow() -> dict[str, Any]:
@@ -105,7 +98,7 @@ def narrow() -> dict[str, Any]:
 
 def other_layouts() -> dict[str, Any]:
     model = network()
-    if rank():
+    if process_rank():
         model.to(memory_format=torch.channels_last)
     return state(steps(twisted(SVD(), model)))
 
@@ -120,7 +113,7 @@ def not_a_number() -> dict[str, Any]:
     for name in LAYERS:
         for call in (DeepTwist.step, DeepTwist.distort, DeepTwist.finish):
             twist = steps(twisted(SVD()))
-            if rank() == processes() - 1:
+            if process_rank() == world_size() - 1:
                 with torch.no_grad():
                     twist.model.get_submodule(name).weight.view(-1)[-1] = float("nan")
             before = state(twist)
@@ -133,7 +126,7 @@ def not_a_number() -> dict[str, Any]:
 
 def kept_not_a_number() -> tuple[str, str, bool]:
     twist = steps(twisted(SVD(), exclude=["5"]))
-    if rank() == 1:
+    if process_rank() == 1:
         with torch.no_grad():
             twist.model[5].weight[0] = float("nan")
     before = state(twist)
@@ -145,12 +138,12 @@ def losses() -> tuple[list[float], list[float | None]]:
     twist, seen = twisted(SVD()), []
 
     def loss() -> Tensor:
-        mine = X[rank() :: processes()]
+        mine = X[process_rank() :: world_size()]
         seen.append(float(twist.model.eval()(mine).square().mean()))
         return torch.tensor(seen[-1])
 
     twist.step(loss)
-    return seen, [record.loss_increase for record in twist.records]
+    return seen, [record.loss_increase for record in twist.history]
 
 
 def loss_that_fails() -> tuple[str, str, bool]:
@@ -158,7 +151,7 @@ def loss_that_fails() -> tuple[str, str, bool]:
     before = state(twist)
 
     def loss() -> float:
-        if rank() == 1:
+        if process_rank() == 1:
             raise ZeroDivisionError("nothing\nto divide by")
         return 1.0
 
@@ -168,7 +161,7 @@ def loss_that_fails() -> tuple[str, str, bool]:
 
 def other_network() -> tuple[str, str, bool]:
     twist = twisted(SVD())
-    if rank() == 1:
+    if process_rank() == 1:
         with torch.no_grad():
             twist.model[3].weight.mul_(1.01)
     before = state(twist)
@@ -177,19 +170,19 @@ def other_network() -> tuple[str, str, bool]:
 
 def other_steps() -> tuple[str, str]:
     twist = twisted(SVD())
-    twist.steps = 5 if rank() else 4
+    twist.steps = 5 if process_rank() else 4
     return failure(twist.step)
 
 
 def other_plan() -> tuple[str, str]:
-    return failure(twisted(SVD(), ratio=1.5 + rank()).step)
+    return failure(twisted(SVD(), ratio=1.5 + process_rank()).step)
 
 
 def resumed() -> dict[str, Any]:
     """From the state that the last process keeps: all hold everything."""
     twist = steps(twisted(TiledSVD(tile=(3, 7))), 2)
-    saved = [state(twist) if rank() == processes() - 1 else None]
-    dist.broadcast_object_list(saved, processes() - 1)
+    saved = [state(twist) if process_rank() == world_size() - 1 else None]
+    dist.broadcast_object_list(saved, world_size() - 1)
     again = twisted(TiledSVD(tile=(3, 7)))
     again.model.load_state_dict(saved[0]["model"])
     again.load_state_dict(saved[0]["twist"])
@@ -200,7 +193,7 @@ def resumed() -> dict[str, Any]:
 
 
 def trained() -> dict[str, Any]:
-    return train(rank(), processes())
+    return train(process_rank(), world_size())
 
 
 def train(place: int, count: int) -> dict[str, Any]:
@@ -222,14 +215,14 @@ def train(place: int, count: int) -> dict[str, Any]:
 
 
 def sent() -> list[Tensor]:
-    """Tensors of several types, layouts and sizes, more than a bucket of them, from each."""
+    """Tensors of several types, layouts and sizes, from each."""
     found = []
-    for source in range(processes()):
-        torch.manual_seed(rank())
+    for source in range(world_size()):
+        torch.manual_seed(process_rank())
         tensors = [
             torch.randn(4, 5, 6).permute(2, 0, 1),
             torch.randn(3, 2).double(),
-            torch.randn(2**23 + 1),
+            torch.randn(2**20 + 1),
             torch.randn(7).to(torch.bfloat16),
             torch.randn(()),
             torch.empty(0, 3),
@@ -241,7 +234,7 @@ def sent() -> list[Tensor]:
 
 
 def said() -> tuple[int, list[str]]:
-    return together(lambda: rank() * 10, lambda number: f"process {number // 10}")
+    return run_on_all_ranks(lambda: process_rank() * 10, lambda number: f"process {number // 10}")
 
 
 SCENES: list[Callable[[], Any]] = [
@@ -310,14 +303,12 @@ def test_exact_distortions_are_those_of_one_process_to_the_bit(job: list[Any]) -
 
 @pytest.mark.parametrize("name", METHODS)
 def test_followed_distortions_are_those_of_one_process(job: list[Any], name: str) -> None:
-    """Not to the bit: in how many steps they are found goes by the mean over a stack."""
     found, alone = job[0]["every_method"][name], state(steps(twisted(METHODS[name]), 2))
     for layer, weight in weights(alone).items():
         assert difference(weight, weights(found)[layer]) < 0.03
-    for record, expected in zip(found["twist"]["records"], alone["twist"]["records"], strict=True):
+    for record, expected in zip(found["twist"]["history"], alone["twist"]["history"], strict=True):
         assert record["weight_shift"] == pytest.approx(expected["weight_shift"], rel=0.01)
         assert list(record["layer_shifts"]) == LAYERS
-        assert (record["iterations"] > 0) == (expected["iterations"] > 0)
 
 
 @pytest.mark.parametrize("scene", [narrow, one_layer, other_layouts], ids=lambda s: s.__name__)
@@ -334,7 +325,6 @@ def test_finish_gives_all_the_network_that_one_process_would(job: list[Any]) -> 
     for found in (job[0]["finished"], job[-1]["finished"]):
         assert found["small"].keys() == alone["small"].keys()
         assert difference(alone["y"], found["y"]) < 0.03
-        assert found["again"] > 0
 
 
 def test_training_is_that_of_one_process_on_the_same_global_batch(job: list[Any]) -> None:
@@ -343,7 +333,7 @@ def test_training_is_that_of_one_process_on_the_same_global_batch(job: list[Any]
         found = found["trained"]
         assert alike(found["small"], job[0]["trained"]["small"])
         assert alike(found["model"], job[0]["trained"]["model"])
-        assert [r["step"] for r in found["twist"]["records"]] == [3, 6, 9, 10]
+        assert [r["step"] for r in found["twist"]["history"]] == [3, 6, 9, 10]
         for name, weight in weights(alone).items():
             assert difference(weight, weights(found)[name]) < 1e-2
 
@@ -351,7 +341,6 @@ def test_training_is_that_of_one_process_on_the_same_global_batch(job: list[Any]
 def test_every_process_can_resume(job: list[Any]) -> None:
     for found in job:
         assert alike(found["resumed"]["through"], found["resumed"]["resumed"])
-        assert found["resumed"]["resumed"]["twist"]["records"][-1]["iterations"] > 0
 
 
 def test_the_state_of_a_job_serves_one_process(job: list[Any]) -> None:
@@ -360,8 +349,8 @@ def test_the_state_of_a_job_serves_one_process(job: list[Any]) -> None:
     twist.model.load_state_dict(saved["model"])
     twist.load_state_dict(saved["twist"])
     nudge(twist.model, 9)
-    assert twist.step().iterations > 0
-    assert len(twist.records) == 3
+    assert twist.step() is not None
+    assert len(twist.history) == 3
 
 
 def test_the_loss_is_that_of_all_examples(job: list[Any]) -> None:
@@ -415,30 +404,7 @@ def test_processes_that_train_different_networks_are_refused(
         assert all(unchanged)
 
 
-# --- who does what
-
-
-@given(st.dictionaries(st.text(max_size=3), st.integers(0, 1000), max_size=20), st.integers(1, 6))
-def test_layers_are_dealt_out_evenly(tasks: dict[str, int], hands: int) -> None:
-    dealt = deal(tasks, hands)
-    assert len(dealt) == hands
-    assert sorted(task for hand in dealt for task in hand) == sorted(tasks)
-    loads = [sum(tasks[task] for task in hand) for hand in dealt]
-    # No hand has more than another by more than its own cheapest task, or it had not been given.
-    for hand, load in zip(dealt, loads, strict=True):
-        assert load - min((tasks[task] for task in hand), default=0) <= min(loads)
-
-
-def test_dealing_by_hand() -> None:
-    tasks = {"a": 3, "b": 7, "c": 4, "d": 3, "e": 1}
-    assert deal(tasks, 2) == [["b", "d"], ["a", "c", "e"]]
-    assert deal(tasks, 1) == [["a", "b", "c", "d", "e"]]
-    assert deal({}, 2) == [[], []]
-
-
-def test_a_layers_cost_is_its_numbers_times_its_rank() -> None:
-    made = plan(network(), SVD(rank=2), example_input=X)
-    assert costs(made) == {"0": 2 * 1152, "3": 2 * 1152, "5": 2 * 192, "8": 2 * 120}
+# --- what is said and sent
 
 
 def test_what_processes_tell_each_other(job: list[Any]) -> None:
@@ -447,10 +413,9 @@ def test_what_processes_tell_each_other(job: list[Any]) -> None:
 
 
 def test_one_process_is_a_job_of_one() -> None:
-    assert (processes(), rank()) == (1, 0)
-    assert together(lambda: 3, str) == (3, ["3"])
+    assert (world_size(), process_rank()) == (1, 0)
+    assert run_on_all_ranks(lambda: 3, str) == (3, ["3"])
     with pytest.raises(DeepTwistError, match=r"^as it is$"):
-        together(lambda: (_ for _ in ()).throw(DeepTwistError("as it is")), str)
+        run_on_all_ranks(lambda: (_ for _ in ()).throw(DeepTwistError("as it is")), str)
     tensor = torch.ones(3)
     broadcast([tensor], 0)
-    assert asdict(steps(twisted(SVD())).records[0])["fallbacks"] == {}

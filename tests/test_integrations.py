@@ -83,8 +83,8 @@ def check_same(twist: dt.DeepTwist, small: nn.Module | None, accumulate: int = 1
     """The same distortions at the same steps, and the same low-rank network in the end."""
     expected, expected_small = in_a_plain_loop(accumulate)
     last = EPOCHS * IMAGES // BATCH // accumulate
-    assert [x.step for x in twist.records] == [*range(INTERVAL, last + 1, INTERVAL), last]
-    assert twist.records == expected.records
+    assert [x.step for x in twist.history] == [*range(INTERVAL, last + 1, INTERVAL), last]
+    assert twist.history == expected.history
     assert small is not None
     assert sum(isinstance(module, FactoredLayer) for module in small.modules()) == 2
     # What the network weighs is of low rank: to decompose it again loses nothing.
@@ -275,7 +275,7 @@ def test_lightning_logs_every_distortion(tmp_path: Path) -> None:
     header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     column = header.split(",").index("weight_shift")
     logged = [float(row.split(",")[column]) for row in rows]
-    assert logged == [record.weight_shift for record in callback.twist.records]
+    assert logged == [record.weight_shift for record in callback.twist.history]
 
 
 @needs_lightning
@@ -398,7 +398,7 @@ def test_a_checkpoint_of_dense_training_is_gone_on_from(tmp_path: Path) -> None:
     steps = IMAGES // BATCH
     trainer, callback = trainer_of(Classifier(model), twist_of(model), tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
-    assert [record.step for record in callback.twist.records] == [3, 6, 8]
+    assert [record.step for record in callback.twist.history] == [3, 6, 8]
 
 
 @needs_transformers

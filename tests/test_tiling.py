@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeptwist.layers.tiling import Grid, Segment, cut
+from deeptwist.layers.lowering import Grid, Segment, segments
 
 SIDE = st.integers(1, 40)
 GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.integers(1, 60)))
@@ -20,14 +20,14 @@ GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.
     ],
 )
 def test_cutting(size: int, length: int, spans: list[tuple[int, int, int]]) -> None:
-    assert cut(size, length) == tuple(Segment(*span) for span in spans)
+    assert segments(size, length) == tuple(Segment(*span) for span in spans)
 
 
 @given(st.integers(1, 200), st.integers(1, 250))
 def test_the_pieces_cover_the_axis_once(size: int, length: int) -> None:
     pieces = [
         range(span.offset + i * span.length, span.offset + (i + 1) * span.length)
-        for span in cut(size, length)
+        for span in segments(size, length)
         for i in range(span.count)
     ]
     assert [place for piece in pieces for place in piece] == list(range(size))

@@ -282,12 +282,12 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
 
 
 def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: ImageData) -> None:
-    from deeptwist.training.ablations import RandomNoiseBaseline
+    from deeptwist.training.ablations import NoiseInPlaceOfDistortion
 
     model = network()
     made = run_of(digits, model=model).plan
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    noise = RandomNoiseBaseline(model, made, 1, seed=3)
+    noise = dt.DeepTwist(model, made, 1, perturb=NoiseInPlaceOfDistortion(seed=3))
     record = noise.step(lambda: 1.0)
     exact = dt.DeepTwist(network(), made, 1).step()
     assert record is not None

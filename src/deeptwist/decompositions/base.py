@@ -185,7 +185,7 @@ class Decomposition(ABC):
         return sum(part.macs(size) for part, size in self.workload(convolution, input_size))
 
     def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:
-        """Return the exact forms that the layer can run in, the one that should be fastest first."""
+        """Return the exact forms that the layer can run in, what should be fastest first."""
         return (CONVOLUTIONS,)
 
     def make_layer(

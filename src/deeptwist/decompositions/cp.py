@@ -168,7 +168,8 @@ def _solve_spatial(contracted: Tensor, out: Tensor, into: Tensor, spatial: list[
                 target = target * basis.reshape(groups, *shape, rank)
         target = target.movedim(1 + axis, 1).reshape(groups, side, -1, rank).sum(2)
         spatial[axis] = _solve(target, [out, into, *others], spatial[axis])
-    return (target * spatial[-1]).sum()
+    fitted: Tensor = (target * spatial[-1]).sum()
+    return fitted
 
 
 def _initial(unfolding: Tensor, rank: int) -> Tensor:
@@ -181,13 +182,15 @@ def _initial(unfolding: Tensor, rank: int) -> Tensor:
 
 def _without_zeros(basis: Tensor) -> Tensor:
     """Return a basis with random columns, the same every time, in place of those that are zero."""
+    groups, side, rank = basis.shape
     zero = (basis == 0).all(dim=1, keepdim=True)
-    return torch.where(zero, _random(*basis.shape).to(basis), basis)
+    return torch.where(zero, _random(groups, side, rank).to(basis), basis)
 
 
 def _random(groups: int, side: int, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(groups, side, rank, generator=generator) / side**0.5
+    numbers = torch.randn(groups, side, rank, generator=generator)
+    return numbers / math.sqrt(side)
 
 
 def _gram(bases: list[Tensor]) -> Tensor:

@@ -87,10 +87,10 @@ def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
         basis: (..., m, r).
     """
     # As rows: processors multiply them by contiguous matrices several times faster.
-    image = to_unit_scale(basis.mT @ matrix, 2)[0]
+    image = to_unit_scale(to_unit_scale(basis, 2)[0].mT @ matrix, 2)[0]
     rows = to_unit_scale(image @ matrix.mT, 2)[0]
-    basis = torch.linalg.qr(rows.mT).Q
-    return basis
+    orthonormal: Tensor = torch.linalg.qr(rows.mT).Q
+    return orthonormal
 
 
 def leading_subspace(matrix: Tensor, rank: int) -> Tensor:

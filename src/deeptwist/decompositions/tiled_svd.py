@@ -73,7 +73,7 @@ class TiledSVD(MatrixDecomposition):
         return all(column.length % convolution.kernel_numel == 0 for column in columns)
 
     def ranks(self, shape: Sequence[int]) -> list[int]:
-        """Return the rank of every patch: `rank` for full tiles, what keeps their ratio for edges."""
+        """Return every patch's rank: `rank` for full tiles, what keeps their ratio for edges."""
         grid = self.grid(shape)
         full_row, full_col = grid.rows[0].length, grid.cols[0].length
         if self.resolved_rank >= min(full_row, full_col):

@@ -46,7 +46,7 @@ class DeepTwistCallback(Callback):
         self._listening.close()
 
     def _log(self, trainer: Trainer) -> None:
-        metrics = {"weight_shift": self.twist.records[-1].weight_shift}
+        metrics = {"weight_shift": self.twist.history[-1].weight_shift}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 

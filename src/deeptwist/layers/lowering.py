@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def lower(kernel: Tensor) -> Tensor:
-    """Return the paper's lowering T × (S·d·d): (g, o, i, *k) → (g, o, i·Πk), input channels outermost."""
+    """Return the paper's lowering T × (S·d·d): (g, o, i, *k) → (g, o, i·Πk), inputs outermost."""
     return kernel.flatten(2)
 
 

@@ -262,13 +262,13 @@ class Trainer:
             evaluating += time.perf_counter() - started
             return train.loss
 
-        known, started = len(twist.records), time.perf_counter()
+        known, started = len(twist.history), time.perf_counter()
         result = distort(loss if count else None)
         seconds = time.perf_counter() - started - evaluating
-        if len(twist.records) == known:
+        if len(twist.history) == known:
             return result, None
         train, test = zip(*evaluations, strict=True) if evaluations else ((), ())
-        return result, DistortionRecord(twist.records[-1], self._lr, seconds, train, test)
+        return result, DistortionRecord(twist.history[-1], self._lr, seconds, train, test)
 
     def _end_epoch(self, callbacks: Callbacks) -> None:
         self._broadcast_buffers()

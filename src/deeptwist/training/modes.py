@@ -153,11 +153,11 @@ class RandomNoise(_DistortingMode):
         self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
     ) -> "DeepTwist":
         """Return a twist that adds noise until its last distortion."""
-        from deeptwist.training.ablations import RandomNoiseBaseline
+        from deeptwist.training.ablations import NoiseInPlaceOfDistortion
+        from deeptwist.twist.distortion import DeepTwist
 
-        return RandomNoiseBaseline(
-            model, plan, self.interval, seed=self.seed, example_input=example_input
-        )
+        noise = NoiseInPlaceOfDistortion(self.seed)
+        return DeepTwist(model, plan, self.interval, example_input=example_input, perturb=noise)
 
 
 @dataclass(frozen=True)

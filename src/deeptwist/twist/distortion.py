@@ -16,7 +16,8 @@ from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspect.layers import FORWARD_ERRORS, as_tuple, eval_mode, output_tensors
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
-from deeptwist.plan.plan import Plan, PlannedLayer
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer
 from deeptwist.twist.distributed import broadcast, process_rank, run_on_all_ranks, world_size
 
 logger = logging.getLogger("deeptwist")
@@ -190,10 +191,8 @@ class DeepTwist:
         )
 
     def _approximate_layer(
-        self, layer: PlannedLayer, weight: Tensor, last: bool
+        self, layer: CompressedLayer, weight: Tensor, last: bool
     ) -> "_Approximation":
-        assert layer.convolution is not None
-        assert layer.decomposition is not None
         start = None if last else self._factors.get(layer.name)
         kernel = weight_to_kernel(weight, layer.convolution)
         factors = layer.decomposition.decompose(kernel, start)
@@ -365,13 +364,13 @@ class _Summary:
     shapes: dict[str, list[torch.Size]]
 
 
-def _empty_factors(layer: PlannedLayer, shapes: list[torch.Size], weight: Tensor) -> Factors:
+def _empty_factors(layer: CompressedLayer, shapes: list[torch.Size], weight: Tensor) -> Factors:
     """Return factors of these shapes to be received, of the dtype that a weight's have."""
     dtype = compute_dtype(weight.dtype)
     return _factors(layer, [weight.new_empty(shape, dtype=dtype) for shape in shapes])
 
 
-def _checked_factors(layer: PlannedLayer, tensors: Iterable[Tensor]) -> Factors:
+def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Factors:
     """Return factors of a checkpoint.
 
     Raises:
@@ -379,7 +378,6 @@ def _checked_factors(layer: PlannedLayer, tensors: Iterable[Tensor]) -> Factors:
         RuntimeError, TypeError, ValueError: if they are no factors.
     """
     factors = _factors(layer, tensors)
-    assert layer.convolution is not None
     stages = factors.decomposition.convolutions(layer.convolution)
     expected = [part.kernel_shape for stage in stages for part in stage]
     if [tuple(kernel.shape) for kernel in factors.kernels()] != expected:
@@ -387,9 +385,7 @@ def _checked_factors(layer: PlannedLayer, tensors: Iterable[Tensor]) -> Factors:
     return factors
 
 
-def _factors(layer: PlannedLayer, tensors: Iterable[Tensor]) -> Factors:
-    assert layer.convolution is not None
-    assert layer.decomposition is not None
+def _factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Factors:
     return Factors(layer.decomposition, layer.convolution.kernel_shape, tuple(tensors))
 
 
