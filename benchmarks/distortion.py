@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tensorly
 import torch
+from deeptwist.decompositions.subspace import follow
 from safetensors.torch import load_file
 from sklearn.utils.extmath import randomized_svd
 from tensorly.decomposition import parafac, partial_tucker
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 import deeptwist as dt
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.memory import peak_memory
-from deeptwist.decompositions.subspace import follow
 from deeptwist.layers.geometry import weight_to_kernel
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.planned_layer import CompressedLayer
