@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import deeptwist as dt
+from deeptwist.cli import main
 from deeptwist.data import load_digits
 from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
 from deeptwist.training.metrics import read_run
@@ -106,7 +107,7 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["deeptwist.training.run", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["deeptwist.training.run", "deeptwist.cli.app", "sklearn.datasets"])
 
 
 def start(folder: Path, kill: Kill | None = None) -> int:
@@ -315,6 +316,16 @@ def test_a_folder_in_use_is_refused_and_left_alone(
     check_same(tmp_path, uninterrupted[0])
 
 
+def _main(folder: Path, words: list[str], limit: int) -> None:
+    """Run the command in a process of its own, which can write files of `limit` bytes at most."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with (folder / "stderr").open("w") as sys.stderr:
+        main(words)
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     factory = tmp_path / "mine.py"
     factory.write_text(
@@ -327,30 +338,20 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path
                 )
         """)
     )
-    words = ["-m", "deeptwist", "train", "mine:network", "--ratio", "2", "--out", "run"]
-    words += ["--epochs", "1", "--records.checkpoint-every", "2"]
+    words = ["train", "mine:network", "--ratio", "2", "--out", "run", "--epochs", "1"]
+    words += ["--records.checkpoint-every", "2"]
 
-    def started(limit: int) -> subprocess.CompletedProcess[str]:
-        def before() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def started(*more: str, limit: int) -> tuple[int | None, str]:
+        process = CONTEXT.Process(target=_main, args=(tmp_path, [*words, *more], limit))
+        process.start()
+        process.join()
+        return process.exitcode, (tmp_path / "stderr").read_text()
 
-        return subprocess.run(
-            [sys.executable, *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            preexec_fn=before,
-            check=False,
-        )
-
-    done = started(60_000)  # bytes in a file: less than a checkpoint's
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("deeptwist: cannot write 'run/checkpoint-")
+    code, stderr = started(limit=60_000)  # less than a checkpoint's
+    assert code == 2, stderr
+    assert stderr.splitlines()[-1].startswith("deeptwist: cannot write 'run/checkpoint-")
     assert not [*(tmp_path / "run").glob("*checkpoint*")]
-    words.append("--resume")
-    done = started(2**30)
-    assert done.returncode == 0, done.stderr
+    assert started("--resume", limit=2**30)[0] == 0
     assert (tmp_path / "run" / "run.json").exists()
 
 
