@@ -91,6 +91,9 @@ def test_the_paper_s_schedules() -> None:
         ("compression: {rank: [8, 8, 8]}", "should have at most 2 items after validation, not 3"),
         ("compression: {ratoi: 3}", "did you mean 'compression.ratio'?"),
         ("compression: {plan: a.json, ratio: 3}", "leave out ratio"),
+        ("optimizer: {name: adamww}", "unknown optimizer 'adamww': did you mean 'adamw'?"),
+        ("optimizer: {name: timm/lam}", "did you mean 'timm/lamb'?"),
+        ("schedule: {epochs: 2, warmup_epochs: 2}", "a warm-up of 2 epochs leaves none"),
         ("optimiser: {lr: 1}", "did you mean 'optimizer'?"),
     ],
 )

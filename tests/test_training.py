@@ -200,11 +200,8 @@ def test_a_distortion_without_effect_changes_no_training(digits: ImageData, tmp_
     plain, twisted = network(), network()
     train(run_of(digits, mode="dense", model=plain), tmp_path / "dense")
     run = run_of(digits, model=twisted)
-    layers = tuple(
-        replace(layer, decomposition=dt.SVD(rank=24)) if layer.decomposition else layer
-        for layer in run.plan.layers
-    )
-    train(replace(run, plan=replace(run.plan, layers=layers)), tmp_path / "twisted")
+    full = tuple(replace(layer, decomposition=dt.SVD(rank=24)) for layer in run.plan.compressed)
+    train(replace(run, plan=replace(run.plan, compressed=full)), tmp_path / "twisted")
     for one, other in zip(plain.parameters(), twisted.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 

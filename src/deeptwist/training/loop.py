@@ -6,7 +6,6 @@ training that was cut goes on with the same numbers.
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from deeptwist.data import ImageData, Split, augment
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
 from deeptwist.training.metrics import DistortionRecord, Epoch, Evaluation, Record
+from deeptwist.training.optimizers import lr_factor, make_optimizer
 from deeptwist.training.recipe import Recipe
 from deeptwist.twist.distortion import DeepTwist
 
@@ -88,16 +88,21 @@ class Trainer:
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
         self._twist, self._teacher, self._validation = twist, teacher, validation
         self._steps_per_epoch = steps_per_epoch(data, recipe.batch_size)
-        if recipe.batch_size % fabric.world_size:
+        parts = recipe.optimizer.accumulate
+        if recipe.batch_size % (fabric.world_size * parts):
+            in_parts = f" in {parts} parts" if parts > 1 else ""
             raise DeepTwistError(
-                f"batch_size {recipe.batch_size} cannot be shared by {fabric.world_size} processes"
+                f"batch_size {recipe.batch_size} cannot be shared by {fabric.world_size} "
+                f"processes{in_parts}"
             )
         self.step = 0
         self.steps = recipe.schedule.epochs * self._steps_per_epoch
         self.average = None if recipe.ema is None else _moving_average(model, recipe.ema)
         self.best: tuple[float, dict[str, Tensor]] | None = None
         model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
-        self._wrapped, self._optimizer = fabric.setup(model, _make_optimizer(model, recipe))
+        self._wrapped, self._optimizer = fabric.setup(
+            model, make_optimizer(model, recipe.optimizer)
+        )
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
         for copied in (teacher, self.average):
             if copied is not None:
@@ -113,13 +118,19 @@ class Trainer:
             DeepTwistError: if the loss is not finite, naming the step.
         """
         every = self._recipe.records.checkpoint_every
+        clip_norm = self._recipe.optimizer.clip_norm
         self._model.train()
         while self.step < self.steps:
             started = time.perf_counter()
             for x, labels in self._batches():
-                loss = self._loss(x, labels)
-                self._epoch_loss += self._mean_over_processes(loss)
-                self._fabric.backward(loss)
+                self._epoch_loss += self._mean_over_processes(self._backward(x, labels))
+                if clip_norm is not None:
+                    self._fabric.clip_gradients(
+                        self._wrapped,
+                        self._optimizer,
+                        max_norm=clip_norm,
+                        error_if_nonfinite=False,
+                    )
                 self._optimizer.step()
                 self._optimizer.zero_grad()
                 self._lr_scheduler.step()
@@ -211,6 +222,18 @@ class Trainer:
             labels = split.labels[rows].to(self._fabric.device)
             yield preprocess(images, self._model, self._data), labels
 
+    def _backward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradients of this process's share of a batch; return its loss, detached."""
+        parts = self._recipe.optimizer.accumulate
+        total = torch.zeros((), device=x.device)
+        chunks = zip(x.chunk(parts), labels.chunk(parts), strict=True)
+        for number, (images, targets) in enumerate(chunks, start=1):
+            with self._fabric.no_backward_sync(self._wrapped, enabled=number < parts):
+                loss = self._loss(images, targets) / parts
+                self._fabric.backward(loss)
+            total = total + loss.detach()
+        return total
+
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
         recipe = self._recipe
         logits = logits_of(self._wrapped(x))
@@ -222,13 +245,12 @@ class Trainer:
         weight, temperature = recipe.distillation.weight, recipe.distillation.temperature
         return (1 - weight) * loss + weight * distillation_loss(logits, taught, temperature)
 
-    def _mean_over_processes(self, loss: Tensor) -> Tensor:
+    def _mean_over_processes(self, mean: Tensor) -> Tensor:
         """Return the loss over all processes' images.
 
         Raises:
             DeepTwistError: if it is not finite.
         """
-        mean = loss.detach()
         if self._fabric.world_size > 1:
             mean = cast(Tensor, self._fabric.all_reduce(mean.clone(), reduce_op="mean"))
         if not mean.isfinite():
@@ -308,11 +330,7 @@ class Trainer:
         return float(self._lr_scheduler.get_last_lr()[0])
 
     def _lr_factor(self, step: int) -> float:
-        schedule = self._recipe.schedule
-        if schedule.kind == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        passed = sum(step >= epoch * self._steps_per_epoch for epoch in schedule.milestones)
-        return schedule.factor**passed
+        return lr_factor(self._recipe.schedule, step, self.steps, self._steps_per_epoch)
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:
@@ -335,17 +353,6 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Ten
     student, teacher = (functional.log_softmax(x / temperature, 1) for x in (logits, taught))
     return temperature**2 * functional.kl_div(
         student, teacher, reduction="batchmean", log_target=True
-    )
-
-
-def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    options = recipe.optimizer
-    return torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        nesterov=options.nesterov and options.momentum > 0,
     )
 
 

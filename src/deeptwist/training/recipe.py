@@ -38,6 +38,7 @@ Mode = Literal["dense", "deeptwist", "finetune", "projected", "random_noise", "d
 Precision = Literal["32-true", "bf16-mixed", "64-true"]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -73,19 +74,38 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimizerRecipe:
-    """SGD.
+    """How weights are updated.
 
     Attributes:
+        name: torch's optimizers in small letters (sgd, adamw, …), or timm/NAME.
         lr: The learning rate that the schedule starts from.
-        momentum: 0 for none.
+        momentum: 0 for none; for optimizers that have one.
         nesterov: Whether the momentum is Nesterov's.
-        weight_decay: Applied to every parameter.
+        betas: Decays of Adam's and its kin's moments; the optimizer's own without it.
+        weight_decay: Applied to every parameter, or as decay_all says.
+        decay_all: Whether weight decay applies to norms and biases too.
+        clip_norm: The largest norm of the gradient of all parameters; unlimited without it.
+        accumulate: Parts that a step's batch goes through the network in, to save memory; batch
+            norm sees each by itself.
     """
 
+    name: str = "sgd"
     lr: Annotated[NotNegative, Parameter(alias="--lr")] = 0.05
     momentum: NotNegative = 0.9
     nesterov: Annotated[bool, Parameter(negative="--no-nesterov")] = True
+    betas: tuple[Decay, Decay] | None = None
     weight_decay: NotNegative = 5e-4
+    decay_all: Annotated[bool, Parameter(negative="--no-decay-all")] = True
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    accumulate: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name != "sgd":  # which the command line's help need not import torch for
+            from deeptwist.training.optimizers import check_optimizer
+
+            check_optimizer(self.name)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -94,20 +114,26 @@ class ScheduleRecipe:
 
     Attributes:
         epochs: Passes over the training split.
-        kind: cosine to zero, step by step; or step, by the factor at each milestone.
+        kind: cosine or polynomial to zero, step by step; or step, by the factor at each milestone.
         milestones: Epochs after which the rate falls.
         factor: What it is multiplied by there.
+        power: Of the polynomial; 1 for a straight line.
+        warmup_epochs: Epochs, or parts of one, in which the rate rises from near zero.
     """
 
     epochs: Annotated[PositiveInt, Parameter(alias="--epochs")] = 6
-    kind: Literal["cosine", "step"] = "cosine"
+    kind: Literal["cosine", "step", "polynomial"] = "cosine"
     milestones: tuple[PositiveInt, ...] = ()
     factor: Share = 0.1
+    power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    warmup_epochs: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind == "cosine" and self.milestones:
-            raise ValueError("a cosine has no milestones: write kind: step")
+        if self.kind != "step" and self.milestones:
+            raise ValueError(f"a {self.kind} has no milestones: write kind: step")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"a warm-up of {self.warmup_epochs:g} epochs leaves none to train")
         return self
 
 
@@ -221,7 +247,7 @@ class Recipe:
         seed: Of initial weights, of the order of the images and their augmentation.
         precision: Lightning Fabric's name for it; bf16-mixed is bf16 autocast.
         data: The images.
-        optimizer: SGD.
+        optimizer: How weights are updated.
         schedule: Epochs and learning rate.
         compression: Which layers, and how; a dense run reads only its costs.
         fixed: Layers that are decomposed before training and not trained (the paper's
@@ -325,7 +351,7 @@ def explain(error: ValidationError) -> DeepTwistError:
     # A value that may be of several kinds has a reason from each.
     reasons = [each["msg"] for each in errors if _key(each["loc"]) == key]
     reason = ", or ".join(dict.fromkeys(reasons)).replace("Value error, ", "")
-    is_recipe = error.title == "Recipe"  # rather than a compression by itself
+    is_recipe = "CompressionRecipe" not in error.title  # by itself it is a command's options
     if not key:
         return DeepTwistError(f"the recipe contradicts itself: {reason}" if is_recipe else reason)
     # A section as a whole is more than one line should show.
