@@ -111,54 +111,32 @@ def benchmark(
     Args:
         artefact: A folder that deeptwist saved; without it the network is decomposed here.
     """
-    import torch
-
-    from deeptwist.benchmark.environment import describe_machine
-    from deeptwist.benchmark.layers import compare_layers
-    from deeptwist.benchmark.networks import measure, measure_memory
+    from deeptwist.benchmark.suite import benchmark as run_benchmark
 
     combinations = settings.settings()
-    first = combinations[0]
     dense, small, planned = small_network(model, network, options, artefact)
-    torch.set_num_threads(first.threads)
     steps = len(planned.compressed) * settings.layers + settings.rounds * len(combinations)
     with progress_bar("benchmark", steps) as advance:
-        layers = []
-        if settings.layers:
-            like = next(dense.parameters()).to(getattr(torch, first.dtype))
-            layers = compare_layers(
-                planned, like, batch=first.batch, rounds=settings.rounds, on_layer=advance
-            )
-        networks = list(
-            measure(
-                dense,
-                small,
-                lambda batch: network.example_input(model, batch),
-                combinations,
-                rounds=settings.rounds,
-                on_round=advance,
-            )
+        result = run_benchmark(
+            dense,
+            small,
+            planned,
+            lambda batch: network.example_input(model, batch),
+            combinations,
+            rounds=settings.rounds,
+            layers=settings.layers,
+            on_step=advance,
         )
-    memory = measure_memory(dense, small, network.example_input(model, first.batch))
     if as_json:
-        result = {
-            "machine": describe_machine(),
-            "parameters_before": sum(p.numel() for p in dense.parameters()),
-            "parameters": sum(p.numel() for p in small.parameters()),
-            "macs_before": planned.dense_macs,
-            "macs": planned.macs,
-            "networks": [asdict(measurement) for measurement in networks],
-            "layers": [{**asdict(layer), "efficiency": layer.efficiency} for layer in layers],
-            "peak_memory": asdict(memory),
-        }
-        print(json.dumps(result))
+        print(json.dumps(result.to_dict()))
         return
-    print_layers(layers)
-    print_networks(model, networks, planned.dense_macs / max(1, planned.macs))
+    print_layers(result.layers)
+    print_networks(model, result.networks, result.macs_before / max(1, result.macs))
+    memory = result.peak_memory
     print(
-        f"\npeak memory at batch {first.batch}, above weights and input: "
+        f"\npeak memory at batch {combinations[0].batch}, above weights and input: "
         f"dense {memory.dense / 2**20:.1f} MB, decomposed {memory.decomposed / 2**20:.1f} MB"
-        f"\n{describe_machine()}"
+        f"\n{result.machine}"
     )
 
 
