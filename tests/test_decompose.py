@@ -236,12 +236,33 @@ def test_an_output_that_a_module_keeps_is_no_obstacle() -> None:
 
 
 def test_a_model_that_cannot_be_copied_is_named() -> None:
+    class Single(nn.ReLU):
+        def __deepcopy__(self, memo: object) -> "Single":
+            raise RuntimeError("there can be only one")
+
     model = network()
-    model.lock = Lock()
+    model[2] = Single()
     made = plan(model, SVD(), ratio=2, example_input=X)
-    told = error_of(decompose, model, made)
-    assert "Sequential cannot be copied" in told
-    assert "lock" in told
+    assert "cannot be copied: there can be only one" in error_of(decompose, model, made)
+
+
+class CorrelationBlock:
+    """A plain object that holds an output, as RAFT's does."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.pyramid = {"levels": [x]}
+
+
+def test_what_a_module_holds_besides_is_no_obstacle() -> None:
+    model = network()
+    model.lock, model.generator = Lock(), (x for x in ())
+    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), interval=1)
+    model.features = [model(X)]
+    model.block = CorrelationBlock(model.features[0])
+    twist.step()
+    small = twist.finish()
+    assert small.lock is model.lock
+    assert not small.block.pyramid["levels"][0].requires_grad
 
 
 def test_hooks_that_are_lost_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from deeptwist import SVD, DeepTwist, Plan, decompose, plan
-from deeptwist.inspect.layers import eval_mode, layers_of
+from deeptwist.inspect.layers import inspect_model
+from deeptwist.inspect.modes import eval_mode
 
 X = torch.randn(2, 8, 6, 6)
 
@@ -62,15 +63,94 @@ def test_a_subclass_is_kept() -> None:
     assert [layer.name for layer in plan_of(model).compressed] == ["1"]
 
 
-def test_timms_own_convolutions_are_kept() -> None:
+def checked_finish(model: nn.Module, x: Tensor = X) -> nn.Module:
+    """Every layer is compressed, twisted and deployed, and the deployed network is exact."""
+    made = plan_of(model, x)
+    assert not made.kept
+    twist = DeepTwist(model, made, interval=1)
+    twist.step()
+    small = twist.finish()
+    assert twist.output_difference is not None
+    assert twist.output_difference < 1e-5
+    return small.eval()
+
+
+@pytest.mark.parametrize(
+    "kind", ["StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame"]
+)
+def test_timms_standardised_convolutions_are_exact(kind: str) -> None:
     layers = pytest.importorskip("timm.layers")
-    model = nn.Sequential(layers.StdConv2d(8, 8, 3), layers.Conv2dSame(8, 8, 3), conv())
-    assert "StdConv2d" in str(reason_of(model, "0"))
-    assert "Conv2dSame" in str(reason_of(model, "1"))
+    checked_finish(nn.Sequential(getattr(layers, kind)(8, 8, 3, stride=2)))
+
+
+def test_timms_same_padding_is_exact_at_every_size() -> None:
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(layers.Conv2dSame(8, 8, 3, stride=2))
+    small = checked_finish(model)
+    for size in (5, 6, 7, 8):  # the padding depends on the size
+        x = torch.randn(2, 8, size, size)
+        assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+class Causal(nn.Conv1d):
+    """Pads in its own forward, as audio networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (2 * self.dilation[0], 0)))
+
+
+def test_a_causal_convolution_is_that_behind_a_padding() -> None:
+    model = nn.Sequential(Causal(8, 8, 3, dilation=2))
+    small = checked_finish(model, torch.randn(2, 8, 20))
+    x = torch.randn(2, 8, 31)
+    assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_normalised_weight_is_written_through(
+    normalise: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = nn.Sequential(normalise(nn.Conv2d(8, 8, 3)), nn.ReLU(), normalise(nn.Conv2d(8, 8, 3)))
+    model(X).sum().backward()
+    small = checked_finish(model)
+    assert not [name for name, _ in small.named_parameters() if "orig" in name or "_g" in name]
+
+
+class InitOnly(nn.Conv2d):
+    """Sets its arguments and nothing else, as torchvision's Conv3DSimple does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+
+
+class OwnLinear(nn.Linear):
+    """What timm's Linear is outside TorchScript."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+
+def test_a_subclass_that_computes_what_its_base_does_is_the_base() -> None:
+    checked_finish(nn.Sequential(InitOnly(8), nn.ReLU(), InitOnly(8), OwnLinear(6, 6)))
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
 
 
 def test_a_parametrized_weight_is_kept() -> None:
-    model = nn.Sequential(parametrizations.weight_norm(conv()), conv())
+    model = nn.Sequential(conv(), conv())
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Halved())
     assert "parametrized" in str(reason_of(model, "0"))
     made = plan_of(model)
     assert made.dense_parameters == sum(p.numel() for p in model.parameters())
@@ -150,10 +230,30 @@ def test_a_weight_that_is_only_read_is_kept() -> None:
     assert decompose(model, plan_of(model))(X).shape == model(X).shape
 
 
-def test_a_weight_that_is_read_besides_is_refused_in_one_line() -> None:
+def test_a_weight_that_is_read_besides_is_kept() -> None:
     """Called and read: a factored layer has no `weight` to read."""
     model = Calling(lambda x, a: a(x) + F.conv2d(x, a.weight, padding=1), conv())
-    error_of(DeepTwist(model, plan_of(model), interval=1).finish)
+    assert "its owner reads (conv2d)" in str(reason_of(model, "layers.0"))
+
+
+def test_a_weight_that_linear_is_given_is_a_call() -> None:
+    """As Swin, BEiT and EVA-02 give their qkv, with a bias of their own."""
+    bias = torch.randn(6)
+    model = Calling(
+        lambda x, a, b: F.linear(F.linear(x, a.weight, a.bias), b.weight, bias),
+        nn.Linear(6, 6),
+        nn.Linear(6, 6),
+    )
+    assert len(plan_of(model).compressed[0].calls) == 1
+    checked_finish(model)
+
+
+def test_a_weight_whose_type_is_read_takes_no_memory() -> None:
+    model = Calling(lambda x, a: a(x.to(a.weight.device, a.weight.dtype)), conv())
+    small = checked_finish(model)
+    assert small.layers[0].weight.shape == (8, 8, 3, 3)
+    with pytest.raises(AttributeError, match="needs a dense weight"):
+        small.layers[0].weight.data  # noqa: B018
 
 
 def test_a_call_with_more_than_the_input_is_kept() -> None:
@@ -246,9 +346,9 @@ def test_the_mode_comes_back_even_after_an_error() -> None:
 
 def test_layers_come_in_the_models_order_with_their_turn() -> None:
     model = Calling(lambda x, a, b, c: a(c(x)), conv(), conv(), conv())
-    layers = layers_of(model, (X,))
+    layers = inspect_model(model, (X,)).layers
     assert [layer.names[0] for layer in layers] == ["layers.0", "layers.1", "layers.2"]
-    assert layers[2].turn < layers[0].turn < layers[1].turn
+    assert layers[2].call_order < layers[0].call_order < layers[1].call_order
 
 
 def test_legacy_weight_norm_does_not_stop_the_others() -> None:
@@ -258,7 +358,7 @@ def test_legacy_weight_norm_does_not_stop_the_others() -> None:
         model = nn.Sequential(nn.utils.weight_norm(conv()), conv())
     model(X).sum().backward()
     made = plan_of(model)
-    assert [layer.name for layer in made.compressed] == ["1"]
+    assert [layer.name for layer in made.compressed] == ["0", "1"]
     assert decompose(model, made)(X).shape == X.shape
 
 

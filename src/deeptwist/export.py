@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
-from deeptwist.inspect.layers import output_tensors
+from deeptwist.inspect.modes import output_tensors
 from deeptwist.serialization import atomic_write, distinct
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeptwist.inspect.layers import eval_mode
+from deeptwist.inspect.modes import eval_mode
 from deeptwist.plan.timing import Timing, median_ratio, summarize, time_interleaved
 
 

@@ -12,7 +12,7 @@ from deeptwist.benchmark.comparison import Comparison, compare_functions
 from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.runtimes import DType, Runtime, prepare
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.layers import eval_mode
+from deeptwist.inspect.modes import eval_mode
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.routing import stages_bias
+from deeptwist.layers.weight_view import WeightView
 
 
 class FactoredLayer(nn.Sequential):
     """A convolution or linear layer held as factors: plain torch layers, one after the other.
 
     The geometry of the layer it stands in for stays readable (``in_channels``, ``stride``, …;
-    ``in_features`` and ``out_features`` for a linear layer).
+    ``in_features`` and ``out_features`` for a linear layer). So do ``weight``'s shape, type and
+    device, and the bias.
 
     Attributes:
         convolution: the geometry of the layer that it stands in for.
@@ -37,6 +40,26 @@ class FactoredLayer(nn.Sequential):
         else:
             for field in fields(convolution):
                 setattr(self, field.name, getattr(convolution, field.name))
+
+    __jit_unused_properties__ = ("weight", "bias")
+
+    @property
+    def weight(self) -> WeightView:
+        """Return what stands for the dense weight; it takes no memory."""
+        return WeightView(self, self.convolution.weight_shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the bias (out_channels,), if there is one."""
+        return stages_bias(self)
+
+    def pad_input(self, padding: nn.Module) -> None:
+        """Put a module that pads the input in front of the factors."""
+        factors = dict(self.named_children())
+        for name in factors:
+            delattr(self, name)
+        for name, module in {"pad": padding, **factors}.items():
+            self.add_module(name, module)
 
     def _get_name(self) -> str:
         return f"FactoredLayer[{self.decomposition}, {self.convolution}]"

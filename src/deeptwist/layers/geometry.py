@@ -5,8 +5,9 @@ nothing downstream needs to tell the two apart.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import index
 from typing import Any, Literal, cast
 
 import torch
@@ -81,28 +82,29 @@ class ConvGeometry:
             DeepTwistError: for any other module.
         """
         if isinstance(layer, nn.Linear):
-            return cls(layer.in_features, layer.out_features)
+            return cls(index(layer.in_features), index(layer.out_features))
         transposed = isinstance(layer, _TRANSPOSED)
         if not (transposed or isinstance(layer, _CONVOLUTIONS)):
             raise DeepTwistError(f"{type(layer).__name__} is not a convolution or linear layer")
         conv = cast(nn.Conv2d, layer)  # all six have these fields
-        none = (0,) * len(conv.kernel_size)
-        padding: tuple[int, ...] | Literal["same"]
+        kernel_size = _sizes(conv.kernel_size, conv.weight.dim() - 2)
+        zeros = (0,) * len(kernel_size)
+        padding: tuple[int, ...] | Literal["same"] = zeros
         if conv.padding == "same":
             padding = "same"
-        else:
-            padding = none if isinstance(conv.padding, str) else tuple(conv.padding)
+        elif not isinstance(conv.padding, str):
+            padding = _sizes(conv.padding, len(kernel_size))
         return cls(
-            in_channels=conv.in_channels,
-            out_channels=conv.out_channels,
-            kernel_size=tuple(conv.kernel_size),
-            stride=tuple(conv.stride),
+            in_channels=index(conv.in_channels),
+            out_channels=index(conv.out_channels),
+            kernel_size=kernel_size,
+            stride=_sizes(conv.stride, len(kernel_size)),
             padding=padding,
-            dilation=tuple(conv.dilation),
-            groups=conv.groups,
+            dilation=_sizes(conv.dilation, len(kernel_size)),
+            groups=index(conv.groups),
             padding_mode=conv.padding_mode,
             transposed=transposed,
-            output_padding=tuple(conv.output_padding) if transposed else none,
+            output_padding=_sizes(conv.output_padding, len(kernel_size)) if transposed else zeros,
         )
 
     @property
@@ -124,6 +126,13 @@ class ConvGeometry:
             self.in_channels // self.groups,
             *self.kernel_size,
         )
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of torch's weight: (o, i/g, *k), or (i, o/g, *k) for a transposed layer."""
+        into, out = self.in_channels, self.out_channels
+        first, second = (into, out) if self.transposed else (out, into)
+        return (first, second // self.groups, *self.kernel_size)
 
     @property
     def weight_numel(self) -> int:
@@ -243,6 +252,19 @@ class ConvGeometry:
 
 
 ParallelConvs = tuple[ConvGeometry, ...]  # side by side, each on its part of the channels
+
+
+def _sizes(value: Any, dims: int) -> tuple[int, ...]:
+    """One number per spatial axis, as torch reads them: one for all, numpy's integers too.
+
+    Raises:
+        DeepTwistError: if they are not integers.
+    """
+    values = tuple(value) if isinstance(value, Iterable) else (value,) * dims
+    try:
+        return tuple(index(number) for number in values) * (dims if len(values) == 1 else 1)
+    except TypeError as error:
+        raise DeepTwistError(f"{value!r} is not one whole number per spatial axis") from error
 
 
 def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> ConvGeometry:

@@ -1,6 +1,6 @@
 """Modules without weights that bring channels to where tiled layers need them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -106,3 +106,23 @@ class PointwiseOnLastDim(nn.Sequential):
         rows = x.unsqueeze(0).flatten(0, -2)  # (Π leading, in_features)
         y: Tensor = super().forward(rows.unsqueeze(-1))  # type: ignore[no-untyped-call]
         return y.reshape(x.shape[:-1] + y.shape[1:2])
+
+
+def stages_bias(stages: Iterable[nn.Module]) -> Tensor | None:
+    """Return what modules one after the other add to each output channel; the last has the bias."""
+    bias: Tensor | None = None
+    for stage in stages:
+        if isinstance(stage, ChannelPermutation):
+            bias = None if bias is None else bias[stage.order]
+        elif isinstance(stage, SplitConcat):
+            biases = [cast(Tensor | None, layer.bias) for layer in stage.layers]
+            bias = (
+                torch.cat([b for b in biases if b is not None])
+                if all(b is not None for b in biases)
+                else None
+            )
+        elif isinstance(stage, PointwiseOnLastDim):
+            bias = stages_bias(stage)
+        else:
+            bias = getattr(stage, "bias", None)
+    return bias

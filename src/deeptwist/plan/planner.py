@@ -9,7 +9,9 @@ from deeptwist.decompositions import CannotDecomposeError, Decomposition, Factor
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int
-from deeptwist.inspect.layers import Layer, as_tuple, layers_of
+from deeptwist.inspect.layers import Layer, inspect_model
+from deeptwist.inspect.modes import as_tuple
+from deeptwist.inspect.weights import read_weight
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
 from deeptwist.plan.autotune import choose_by_clock
 from deeptwist.plan.layer_filter import LayerFilter, Override
@@ -71,7 +73,7 @@ def plan(
         overrides or {},
     )
     inputs = as_tuple(example_input)
-    layers = layers_of(model, inputs)
+    layers = inspect_model(model, inputs).layers
     rules.check_patterns(name for layer in layers for name in layer.names)
     for choice in (decomposition, *rules.overrides.values()):
         if isinstance(choice, Decomposition) and choice.needs_ratio and ratio is None:
@@ -108,7 +110,7 @@ def plan_from_model(
         if isinstance(module, FactoredLayer)
     }
     inputs = as_tuple(example_input)
-    layers = layers_of(model, inputs)
+    layers = inspect_model(model, inputs).layers
     planned: list[PlannedLayer] = []
     for layer in layers:
         module = factored.pop(layer.names[0], None)
@@ -131,7 +133,7 @@ def plan_from_model(
 def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
     """Return the convolution that runs first, linear layers not counted."""
     convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
-    return min(convolutions, key=lambda layer: layer.turn, default=None)
+    return min(convolutions, key=lambda layer: layer.call_order, default=None)
 
 
 def _assemble(
@@ -236,11 +238,10 @@ def _check_is_smaller(layer: CompressedLayer) -> None:
 
 
 def _initial_error(layer: Layer, planned: CompressedLayer) -> float | None:
-    weight = layer.module.weight
-    assert isinstance(weight, Tensor)
+    weight = read_weight(layer.module)
     if weight.is_meta:
         return None
-    kernel = weight_to_kernel(weight.detach(), planned.convolution)
+    kernel = weight_to_kernel(weight, planned.convolution)
     if not kernel.isfinite().all():
         raise DeepTwistError(f"layer {planned.name!r} has weights that are NaN or infinite")
     return relative_error(kernel, planned.decomposition.decompose(kernel).reconstruct())

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from deeptwist.data import ImageData, Split, batches, normalize
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspect.layers import FORWARD_ERRORS, eval_mode
+from deeptwist.inspect.modes import FORWARD_ERRORS, eval_mode
 from deeptwist.training.metrics import Evaluation
 
 _BATCH = 500

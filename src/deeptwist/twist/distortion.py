@@ -10,11 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompose import check_finite, get_planned_module, norms, replace_layers
+from deeptwist.decompose import (
+    check_finite,
+    check_plan,
+    dry_run,
+    example_inputs,
+    get_planned_module,
+    keep_frozen,
+    norms,
+    replace_layers,
+    with_plain_weights,
+)
 from deeptwist.decompositions import Factors
-from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspect.layers import FORWARD_ERRORS, as_tuple, eval_mode, output_tensors
+from deeptwist.inspect.verify import compare
+from deeptwist.inspect.weights import computes_weight, read_weight, write_weight
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -22,7 +32,6 @@ from deeptwist.twist.distributed import broadcast, process_rank, run_on_all_rank
 
 logger = logging.getLogger("deeptwist")
 
-_TF32 = 2.0**-10  # precision that cuDNN computes fp32 in, unless told otherwise
 _SYNC_RTOL = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
 _OLD_KEYS = {"iterations", "fallbacks"}  # of a record, in version 0.1
 
@@ -95,8 +104,10 @@ class DeepTwist:
         check_int("interval", interval)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
-        for layer in plan.compressed:
-            get_planned_module(model, layer)
+        check_plan(model, plan)
+        plan = keep_frozen(model, plan)
+        if plan.inputs or example_input is not None:
+            dry_run(model, plan, example_input)
         self.model = model
         self.plan = plan
         self.interval = interval
@@ -106,6 +117,7 @@ class DeepTwist:
         self._example_input = example_input
         self._perturb = perturb
         self._factors: dict[str, Factors] = {}
+        self._written: dict[str, Tensor] = {}  # by the last distortion, of what computes its weight
 
     def step(self, loss: Loss | None = None) -> Distortion | None:
         """Count an optimizer step: call it after each (after the last of accumulated gradients).
@@ -150,7 +162,7 @@ class DeepTwist:
 
     def _distort(self, loss: Loss | None, *, last: bool = False) -> Distortion:
         weights = {
-            layer.name: get_planned_module(self.model, layer).weight.detach()
+            layer.name: read_weight(get_planned_module(self.model, layer))
             for layer in self.plan.compressed
         }
         (share, _), summaries = run_on_all_ranks(
@@ -230,6 +242,10 @@ class DeepTwist:
                     factors[layer.name] = _empty_factors(layer, of_source[layer.name], weight)
                 tensors += [weight, *factors[layer.name].tensors]
             broadcast(tensors, source)
+        modules = {name: self.model.get_submodule(name) for name in weights}
+        self._written = {n: w for n, w in weights.items() if computes_weight(modules[n])}
+        for name, weight in self._written.items():
+            write_weight(modules[name], weight)
         return {layer.name: factors[layer.name] for layer in self.plan.compressed}
 
     def _record(
@@ -251,47 +267,15 @@ class DeepTwist:
                 raise DeepTwistError(f"layer {owner!r} has parameters that are NaN or infinite")
 
     def _compare(self, small: nn.Module) -> float | None:
-        with eval_mode(self.model), eval_mode(small), torch.no_grad():
-            try:
-                inputs = self._inputs()
-                expected = _outputs(self.model, inputs)
-            except FORWARD_ERRORS as error:
-                raise DeepTwistError(
-                    f"the model cannot run on the example input: {first_line(error)}"
-                ) from error
-            try:
-                outputs = _outputs(small, inputs)
-            except FORWARD_ERRORS as error:
-                raise DeepTwistError(
-                    f"the decomposed model cannot run: {first_line(error)}: a layer is used in "
-                    "other ways than calling it; exclude it"
-                ) from error
-        if not expected:
-            logger.warning("the model returns no tensors: decomposed and distorted not compared")
-            return None
-        differences = [relative_error(e, f) for e, f in zip(expected, outputs, strict=True)]
-        # NaN is no number to compare with: it must count as the worst.
-        worst = max(math.inf if math.isnan(d) else d for d in differences)
-        allowed = _coarsest([*self.model.parameters(), *expected]) ** 0.5
-        logger.info("decomposed and distorted outputs differ by %.2e (relative)", worst)
-        if not worst <= allowed:
-            raise DeepTwistError(
-                f"the decomposed model's output differs by {worst:.1e} from the distorted one's "
-                f"(at most {allowed:.1e}): a layer computes more than its weight says; exclude it"
-            )
-        return worst
-
-    def _inputs(self) -> tuple[Tensor, ...]:
-        reference = next(self.model.parameters())
-        if self._example_input is not None:
-            return tuple(x.to(reference.device) for x in as_tuple(self._example_input))
-        generator = torch.Generator().manual_seed(0)
-        return tuple(
-            torch.randn(shape, generator=generator).to(reference)
-            if getattr(torch, dtype).is_floating_point
-            else torch.zeros(shape, dtype=getattr(torch, dtype), device=reference.device)
-            for shape, dtype in self.plan.inputs
-        )
+        calls = {layer.name: len(layer.calls) for layer in self.plan.compressed}
+        dense = with_plain_weights(self.model, self.plan, self._written)
+        inputs = example_inputs(self.model, self.plan, self._example_input)
+        try:
+            difference = compare(dense, small, calls, inputs)
+        except DeepTwistError as error:
+            raise DeepTwistError(f"{error}; the trained weights are safe in `model`") from error
+        logger.info("decomposed and distorted outputs differ by %.2e (relative)", difference)
+        return difference
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs to go on bit for bit, in plain containers and tensors.
@@ -419,20 +403,3 @@ def _mean_over_ranks(loss: Loss | None) -> float | None:
         return None
     _, losses = run_on_all_ranks(lambda: float(loss()), lambda value: value)
     return sum(losses) / len(losses)
-
-
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return all tensors in the model's output; what it draws at random is the same every time."""
-    gpus = {x.device for x in (*inputs, *model.parameters()) if x.is_cuda}
-    with torch.random.fork_rng(devices=list(gpus)):
-        return output_tensors(model(*inputs))
-
-
-def _coarsest(tensors: list[Tensor]) -> float:
-    """Return the relative precision that a network of these tensors may be computed in."""
-    floats = [x for x in tensors if x.is_floating_point()]
-    devices = {x.device.type for x in floats}
-    types = {x.dtype for x in floats}
-    types |= {torch.get_autocast_dtype(kind) for kind in devices if torch.is_autocast_enabled(kind)}
-    found = [torch.finfo(dtype).eps for dtype in types]
-    return max(*found, _TF32) if "cuda" in devices and torch.float32 in types else max(found)
