@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -500,6 +501,18 @@ def test_a_damaged_run_is_refused(tmp_path: Path, error_of: Callable[..., str]) 
     assert "no finished run" in error_of(read_run, tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"name": "half"}))
     assert "damaged" in error_of(read_run, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_is_read(digits: ImageData, tmp_path: Path) -> None:
+    run = run_of(digits, mode="finetune", ema=0.5)
+    summary = train(run, tmp_path)
+    values = json.loads((tmp_path / "run.json").read_text())
+    values["mode"], values["refined"] = "decomposed", values.pop("variants")
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    old = {**run.recipe.to_dict(), "mode": "decomposed", "tolerance": 0.001}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
+    assert read_run(tmp_path).summary == summary
+    assert train(run, tmp_path, resume=True) == summary
 
 
 def test_networks_by_name_start_from_their_seed(digits: ImageData) -> None:
