@@ -1,5 +1,6 @@
 """The training system on the embedded digits: what it counts, repeats, records and refuses."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
 from deeptwist.data import ImageData, Split, load_digits, normalize
-from deeptwist.models import load_weights
+from deeptwist.models import build_model, load_weights
 from deeptwist.training.evaluation import evaluate
 from deeptwist.training.metrics import DistortionRecord, Epoch, Record, read_run
 from deeptwist.training.post_training import recalibrate_batch_norm
@@ -460,6 +461,27 @@ def test_label_smoothing_and_distillation_change_the_loss_as_defined(
     taught = 0.7 * plain + 0.3 * divergence
     found = first_loss("taught", distillation={"weight": 0.3, "temperature": 4})
     assert found == pytest.approx(float(taught), rel=1e-4)
+
+
+def test_any_network_may_teach(
+    digits: ImageData, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    """One of the start's own weights teaches as the start does; one of other classes is refused."""
+    torch.manual_seed(3)
+    teacher = build_model("resnet20", in_channels=1)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    named = {"model": "resnet20", "weights": str(tmp_path / "teacher.safetensors")}
+    states = []
+    for name, distillation in (("own", {}), ("named", named)):
+        run = run_of(digits, mode="dense", distillation=distillation, model=copy.deepcopy(teacher))
+        train(run, tmp_path / name)
+        states.append(run.model.state_dict())
+    assert same(*states)
+    save_file(build_model("resnet20", num_classes=7, in_channels=1).state_dict(), named["weights"])
+    message = error_of(run_of, digits, mode="dense", distillation=named)
+    assert "linear.weight (7, 64) where the model has (10, 64)" in message
+    message = error_of(make_recipe, {"model": "x", "distillation": {"model": "resnet20"}})
+    assert "a teacher is a model and its weights" in message
 
 
 def test_fixed_layers_are_decomposed_and_never_change(digits: ImageData, tmp_path: Path) -> None:

@@ -191,15 +191,26 @@ class CompressionRecipe(CompressionConfig):
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DistillationRecipe:
-    """Learning from the dense network that the run started from (Hinton et al., 2015).
+    """Learning from a teacher's outputs (Hinton et al., 2015).
 
     Attributes:
+        model: The teacher, named as networks are; the dense network that the run starts from
+            without it.
+        weights: The teacher's checkpoint.
         weight: Of the teacher's part of the loss; the labels' part has the rest.
         temperature: Divides both networks' logits.
     """
 
+    model: str | None = None
+    weights: str | None = None
     weight: Share = 0.5
     temperature: Annotated[float, Field(gt=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.model is None) != (self.weights is None):
+            raise ValueError("a teacher is a model and its weights: give both or neither")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -254,7 +265,7 @@ class Recipe:
             fully-connected layers of VGG19); a dense run leaves them as they are.
         label_smoothing: Share of the target that is spread over all classes.
         ema: Decay of an exponential moving average of the weights, a row of its own.
-        distillation: From the dense network; none without it.
+        distillation: From a teacher, the dense network or another; none without it.
         recalibration: Training batches to take batch norm's statistics anew on after the last
             distortion, a row of its own; 0 for none.
         tail: Fine-tuning in the decomposed form, a row of its own.

@@ -55,6 +55,7 @@ class TrainingRun:
         data: without the images that the recipe holds out.
         validation: those images; `None` where it holds out none.
         name: of the run, as tables call it.
+        teacher: to distil from, where it is another network than the model.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class TrainingRun:
     data: ImageData
     validation: Split | None
     name: str
+    teacher: nn.Module | None = None
 
     @property
     def steps(self) -> int:
@@ -90,10 +92,7 @@ def build_run(
     shape = data.train.images.shape[1:]
     if model is None:
         torch.manual_seed(recipe.seed)
-        channels = None if shape[0] == 3 else int(shape[0])  # 3 is what networks take by themselves
-        model = build_model(recipe.model, num_classes=len(data.classes), in_channels=channels)
-        if recipe.weights is not None:
-            load_weights(model, recipe.weights)
+        model = _build_for(data, recipe.model, recipe.weights)
     if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
         model.double()
     example = torch.zeros(2, *shape).to(next(model.parameters()))
@@ -105,7 +104,7 @@ def build_run(
     else:  # a plan that says what the network costs
         plan = plan_from_model(model, model, example)
     data, validation = _hold_out(data, recipe.data.validation)
-    return TrainingRun(recipe, model, plan, data, validation, name)
+    return TrainingRun(recipe, model, plan, data, validation, name, _build_teacher(recipe, data))
 
 
 def train(
@@ -153,7 +152,9 @@ def _train(
     recipe, plan, data, mode = run.recipe, run.plan, run.data, run.recipe.training_mode
     model = run.model.to(fabric.device)
     before = evaluate(model, data.test, data)
-    teacher = None if recipe.distillation is None else copy.deepcopy(model)
+    teacher = run.teacher
+    if recipe.distillation is not None and teacher is None:
+        teacher = copy.deepcopy(model)
     network = mode.trained_network(model, plan)
     untrained = None
     if mode.compresses:
@@ -216,6 +217,31 @@ def make_fabric(recipe: Recipe) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def _build_for(data: ImageData, name: str, weights: str | None) -> nn.Module:
+    """Return a network for a data set's classes and channels."""
+    channels = int(data.train.images.shape[1])
+    model = build_model(
+        name,
+        num_classes=len(data.classes),
+        in_channels=None if channels == 3 else channels,  # 3 is what networks take by themselves
+    )
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
+    """Return a teacher of its own; check that it takes the images and knows as many classes."""
+    distillation = recipe.distillation
+    if distillation is None or distillation.model is None:
+        return None
+    teacher = _build_for(data, distillation.model, distillation.weights)
+    if recipe.precision == "64-true":
+        teacher.double()
+    evaluate(teacher, data.test.evenly_spaced(8), data)
+    return teacher
 
 
 def _decompose_and_freeze(model: nn.Module, plan: Plan) -> nn.Module:
