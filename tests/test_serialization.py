@@ -487,3 +487,74 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 def test_a_base_on_meta_is_refused(folder: Path) -> None:
     with torch.device("meta"):
         assert "make it on the CPU" in error_of(load, folder, network())
+
+
+# --- what else a model holds
+
+
+class Versioned(nn.Module):
+    """Looks at the version of its state, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        if metadata.get("version") not in (1, 2):
+            raise ValueError("version should be set to 1 or 2")
+        self.loaded_version = metadata["version"]
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+def test_the_version_of_a_modules_state_is_kept(tmp_path: Path) -> None:
+    model = Versioned()
+    small = decompose(model, plan(model, SVD(), ratio=2, example_input=X))
+    folder = save(small, tmp_path)
+    assert load(folder, Versioned).loaded_version == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert config["module_versions"] == {"": 2}
+    del config["module_versions"]  # as 0.1 wrote it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load(folder, Versioned)(X), small.eval()(X))
+
+
+def test_a_folder_that_says_executor_loads(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for layer in config["layers"].values():
+        layer["executor"] = layer.pop("implementation")
+    edit(folder, layers=config["layers"])
+    load(folder, network)
+
+
+@pytest.mark.parametrize(
+    "aliases",
+    [{"4.bias": "nothing"}, {"4.bias": "4.weight"}, {"a": "b", "b": "a"}, {"a": "a"}],
+    ids=str,
+)
+def test_aliases_of_nothing_or_in_a_ring(folder: Path, aliases: dict[str, str]) -> None:
+    edit(folder, aliases=aliases)
+    assert "damaged" in error_of(load, folder, network)
+
+
+def test_a_function_that_would_run_the_dense_layers_is_refused(folder: Path) -> None:
+    def patched() -> nn.Module:
+        model = network()
+        model.forward = lambda x: nn.Sequential.forward(model, x)  # type: ignore[method-assign]
+        return model
+
+    assert "store it afterwards" in error_of(load, folder, patched)
+
+
+def test_a_compiled_forward_is_no_obstacle(folder: Path) -> None:
+    def compiled() -> nn.Module:
+        model = network()
+        model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+        return model
+
+    assert torch.equal(load(folder, compiled)(X), load(folder, network)(X))

@@ -8,7 +8,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from deeptwist._version import __version__
 from deeptwist.decompose import get_planned_module, replace_layers
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.inspect.swap import stored_modules
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -69,7 +71,7 @@ def fsync(path: Path) -> None:
 
 
 def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:
-    """Writes a decomposed model to a folder, each file under a temporary name first.
+    """Write a decomposed model to a folder, each file under a temporary name first.
 
     Args:
         model: what `DeepTwist.finish` or `decompose` gave.
@@ -112,17 +114,18 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
                 "base_model": base_model or type(model).__name__,
                 "weights_sha256": _sha256(weights),
                 "aliases": aliases,
+                "module_versions": _module_versions(model),
                 "layers": layers,
             }
             config.write_text(json.dumps(values, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise DeepTwistError(f"cannot write {folder}: {reason}") from None
+        raise DeepTwistError(f"cannot write {folder}: {reason}") from error
     return folder
 
 
 def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Reads a folder that `save` wrote.
+    """Read a folder that `save` wrote.
 
     Args:
         path: the folder.
@@ -158,16 +161,22 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
     try:
         state = load_file(weights)
     except SafetensorError as error:
-        raise DeepTwistError(f"{weights} is no safetensors file: {first_line(error)}") from None
-    for alias, name in config["aliases"].items():
-        if name in state:
-            state[alias] = state[name]
-    _load_strictly(small, state, base_model=config["base_model"])
+        raise DeepTwistError(
+            f"{weights} is not a valid safetensors file: {first_line(error)}"
+        ) from error
+    stored = stored_modules(small, {x.name: base.get_submodule(x.name) for x in layers})
+    if stored:
+        raise DeepTwistError(
+            f"a function stored on this {type(base).__name__} refers to the dense layer "
+            f"{stored[0]!r} and would go on running it: load first, store it afterwards"
+        )
+    state.update(_aliased(state, config["aliases"]))
+    _load_strictly(small, state, config)
     return small.eval()
 
 
 def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
-    """Refuses a layer whose tensors are not those that `load` will look for."""
+    """Refuse a layer whose tensors are not those that `load` will look for."""
     kernels = _empty_kernels(layer, "meta")
     bias = torch.empty(layer.convolution.out_channels, device="meta")
     made = layer.decomposition.make_layer(layer.convolution, kernels, bias, layer.implementation)
@@ -187,7 +196,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DeepTwistError(f"{path} is not JSON: {first_line(error)}") from None
+        raise DeepTwistError(f"{path} is not JSON: {first_line(error)}") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise DeepTwistError(
@@ -200,6 +209,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise DeepTwistError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
     if not all(isinstance(name, str) for name in config["aliases"].values()):
         raise DeepTwistError(f"{path} is damaged: an alias is not a name")
+    versions = config.get("module_versions", {})  # not in folders that 0.1 saved
+    if not isinstance(versions, dict) or not all(type(v) is int for v in versions.values()):
+        raise DeepTwistError(f"{path} is damaged: 'module_versions' is not versions by module")
     return config
 
 
@@ -211,12 +223,12 @@ def _planned(name: str, values: Any) -> CompressedLayer:
             kind="",
             convolution=convolution,
             decomposition=from_dict(values["decomposition"]),
-            implementation=values.get("implementation"),
+            implementation=values.get("implementation", values.get("executor")),  # before 0.2
         )
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(
             f"{CONFIG} is damaged at layer {name!r}: {first_line(error)}"
-        ) from None
+        ) from error
 
 
 def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
@@ -224,8 +236,30 @@ def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
     return [torch.empty(part.kernel_shape, device=device) for level in levels for part in level]
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: str) -> None:
+def _module_versions(model: nn.Module) -> dict[str, int]:
+    """Return the versions of the modules' states, but for 1: what a state dict has as metadata."""
+    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    versions = {name: values.get("version") for name, values in metadata.items()}
+    return {name: version for name, version in versions.items() if version not in (None, 1)}
+
+
+def _aliased(state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of a state's further names.
+
+    Raises:
+        DeepTwistError: if a further name has a tensor itself, or stands for none.
+    """
+    for alias, name in aliases.items():
+        if alias in state or name not in state:
+            raise DeepTwistError(
+                f"{CONFIG} is damaged: {alias!r} is to be {name!r}, and {WEIGHTS} does not agree"
+            )
+    return {alias: state[name] for alias, name in aliases.items()}
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], config: Mapping[str, Any]) -> None:
     expected = model.state_dict(keep_vars=True)
+    base_model = config["base_model"]
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
         raise DeepTwistError(
@@ -248,7 +282,15 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], *, base_model: st
                 )
             tensor.data = tensor.data.to(saved)
     # Copied, not assigned: what is tied stays tied, and no memory of the file's is held on to.
-    model.load_state_dict(state, strict=True)
+    versioned = OrderedDict(state)
+    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    versions = config.get("module_versions")
+    if versions is not None:
+        metadata = {
+            name: {**values, "version": versions.get(name, 1)} for name, values in metadata.items()
+        }
+    versioned._metadata = metadata  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=True)
 
 
 def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspect.weights import compiled_method
+from deeptwist.inspect.weights import has_compiled_forward
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType)
 
@@ -40,9 +40,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
         raise DeepTwistError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}"
         ) from error
-    for name, module in small.named_modules():
+    for module in small.modules():
         # `torch.compile(model.forward)` would go on running the original.
-        if "forward" in vars(module) and compiled_method(_original(model, name)) is not None:
+        if has_compiled_forward(module):
             del module.forward
     return small
 
@@ -51,13 +51,6 @@ def stored_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[s
     """Return the names of those modules that functions stored on a model still refer to."""
     wanted = {id(module): name for name, module in modules.items()}
     return [wanted[id(v)] for v in _referenced(model, frozenset()) if id(v) in wanted]
-
-
-def _original(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:  # inside a replacement
-        return nn.Identity()
 
 
 def _referenced(root: object, skipped: frozenset[int]) -> Iterator[object]:

@@ -6,7 +6,6 @@ recorded: where it pads its input at most, and calls the layer's function once o
 bias, it is that layer behind a padding. A few classes are known to compute their weight first.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,7 +69,7 @@ def layer_geometry(module: nn.Module) -> ConvGeometry:
 def unsupported_reason(module: nn.Module) -> str | None:
     """Return why a module's computation is not that of one weight, `None` where it is."""
     reason = class_reason(module)
-    if reason is None and "forward" in vars(module) and compiled_method(module) is None:
+    if reason is None and "forward" in vars(module) and not has_compiled_forward(module):
         return "has a forward of its own, stored on the module"
     if reason is None and has_hooks(module):
         return "has hooks (pruning, …), which a factored layer would lose"
@@ -94,13 +93,13 @@ def class_reason(module: nn.Module) -> str | None:
     return None
 
 
-def compiled_method(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the method behind ``module.forward = torch.compile(module.forward)``, or `None`."""
-    stored = vars(module).get("forward")
-    method = getattr(stored, "_torchdynamo_orig_callable", None)
-    is_its_own = getattr(method, "__self__", None) is module
-    is_its_own = is_its_own and getattr(method, "__func__", None) is type(module).forward
-    return cast(Callable[..., Any], method) if is_its_own else None
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether ``module.forward = torch.compile(module.forward)`` is all that is stored on it."""
+    compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    if compiled is None:
+        return False
+    method = getattr(compiled, "__wrapped__", compiled)  # torch puts a frame around its own code
+    return getattr(method, "__func__", method) is type(module).forward
 
 
 def computes_weight(module: nn.Module) -> bool:
