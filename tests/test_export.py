@@ -429,7 +429,10 @@ def test_the_command_decomposes_by_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--ratio", "1.5", "--format", "program", "--opset", "17"], "--opset is of ONNX"),
+        (
+            ["--ratio", "1.5", "--format", "program", "--opset", "17"],
+            "--opset applies to ONNX only",
+        ),
         (["--ratio", "1.5", "--format", "tflite"], "tflite"),
         (["--artefact", "nowhere"], "no config.json"),
         (["--artefact", "nowhere", "--ratio", "2"], "--artefact is decomposed already"),

@@ -5,7 +5,6 @@ what the model computes, at several batch sizes.
 """
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -25,6 +24,7 @@ from torch.nn.utils import parametrize
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
 from deeptwist.inspect.modes import output_tensors
+from deeptwist.inspect.swap import stored_modules, swap
 from deeptwist.serialization import atomic_write, distinct
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
@@ -161,12 +161,13 @@ def export_state_dict(model: nn.Module, path: str | Path) -> Exported:
 
 def _plain(model: nn.Module) -> nn.Module:
     """A copy for use: on the processor, in evaluation mode, its weights plain parameters."""
-    try:
-        plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    except (RuntimeError, TypeError) as error:
+    # A forward that is compiled, or wrapped, would go on running the model itself.
+    plain = swap(model, {}).cpu().eval().requires_grad_(False)
+    if stored_modules(plain, {"": model}):
         raise DeepTwistError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}"
-        ) from error
+            f"a function stored on this {type(model).__name__} refers to the model and would be "
+            "exported in place of the copy: store it after the export"
+        )
     for module in plain.modules():
         if not parametrize.is_parametrized(module):
             continue
@@ -356,7 +357,11 @@ def _quiet() -> Iterator[None]:
     # Their messages come from a dozen loggers, some with a level of their own.
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

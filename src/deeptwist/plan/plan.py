@@ -16,7 +16,7 @@ from deeptwist.plan.planned_layer import (
     PlannedLayer,
     layer_from_dict,
 )
-from deeptwist.plan.table import format_table, layer_row, total_row
+from deeptwist.plan.table import format_table, kept_lines, layer_row, total_row
 
 _FORMAT = 2
 
@@ -32,6 +32,8 @@ class Plan:
         other_parameters: parameters that are no layer's weight: biases, normalisation.
         examples: how many the example input holds; costs are per example.
         inputs: the shape and type of each of the example input's tensors.
+        network_macs: MACs of all examples through the whole dense network, attention and other
+            products of matrices included; `None` where torch could not count them.
     """
 
     compressed: tuple[CompressedLayer, ...]
@@ -40,6 +42,7 @@ class Plan:
     other_parameters: int = 0
     examples: int = 1
     inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
+    network_macs: int | None = None
 
     @property
     def layers(self) -> tuple[PlannedLayer, ...]:
@@ -113,6 +116,7 @@ class Plan:
                 "other_parameters": self.other_parameters,
                 "examples": self.examples,
                 "inputs": self.inputs,
+                "network_macs": self.network_macs,
                 "layers": [layer.to_dict() for layer in self.layers],
             },
             indent=1,
@@ -134,6 +138,9 @@ class Plan:
                 )
             check_int("other_parameters", values["other_parameters"], 0)
             check_int("examples", values["examples"])
+            network_macs = values.get("network_macs")  # not in format 1
+            if network_macs is not None:
+                check_int("network_macs", network_macs, 0)
             for shape, dtype in values["inputs"]:
                 for side in shape:
                     check_int("a side of an input", side, 0)
@@ -146,6 +153,7 @@ class Plan:
                 compressed=(),
                 other_parameters=values["other_parameters"],
                 examples=values["examples"],
+                network_macs=network_macs,
                 inputs=tuple((tuple(shape), str(dtype)) for shape, dtype in values["inputs"]),
             )
             return plan.with_layers(layer_from_dict(layer) for layer in layers)
@@ -164,7 +172,15 @@ class Plan:
             for layer in self.layers
         ]
         parameters = self.dense_parameters, self.parameters
-        return format_table(rows, total_row(parameters, (self.dense_macs, self.macs)))
+        total = total_row(parameters, (self.dense_macs, self.macs), self._network_speedup())
+        return format_table(rows, total, kept_lines(self.kept, parameters[0]))
+
+    def _network_speedup(self) -> float | None:
+        """Dense ÷ decomposed MACs of the whole network, what is no layer included."""
+        if not self.network_macs:
+            return None
+        dense = max(self.network_macs // self.examples, self.dense_macs)
+        return dense / max(1, dense - self.dense_macs + self.macs)
 
 
 def read_plan(path: Path) -> Plan:

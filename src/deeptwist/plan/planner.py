@@ -9,7 +9,7 @@ from deeptwist.decompositions import CannotDecomposeError, Decomposition, Factor
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int
-from deeptwist.inspect.layers import Layer, inspect_model
+from deeptwist.inspect.layers import Inspection, Layer, inspect_model
 from deeptwist.inspect.modes import as_tuple
 from deeptwist.inspect.weights import read_weight
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
@@ -73,7 +73,8 @@ def plan(
         overrides or {},
     )
     inputs = as_tuple(example_input)
-    layers = inspect_model(model, inputs).layers
+    inspection = inspect_model(model, inputs)
+    layers = inspection.layers
     rules.check_patterns(name for layer in layers for name in layer.names)
     for choice in (decomposition, *rules.overrides.values()):
         if isinstance(choice, Decomposition) and choice.needs_ratio and ratio is None:
@@ -86,7 +87,7 @@ def plan(
         _plan_layer(layer, decomposition, ratio, rules, rank_multiple, is_first=layer is first)
         for layer in layers
     ]
-    made = _assemble(model, inputs, layers, planned)
+    made = _assemble(model, inputs, inspection, planned)
     return choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
 
 
@@ -110,7 +111,8 @@ def plan_from_model(
         if isinstance(module, FactoredLayer)
     }
     inputs = as_tuple(example_input)
-    layers = inspect_model(model, inputs).layers
+    inspection = inspect_model(model, inputs)
+    layers = inspection.layers
     planned: list[PlannedLayer] = []
     for layer in layers:
         module = factored.pop(layer.names[0], None)
@@ -127,7 +129,7 @@ def plan_from_model(
             )
     if factored:
         raise DeepTwistError(f"the dense model has no layer {min(factored)!r}")
-    return _assemble(model, inputs, layers, planned)
+    return _assemble(model, inputs, inspection, planned)
 
 
 def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
@@ -139,9 +141,10 @@ def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
 def _assemble(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    layers: Sequence[Layer],
+    inspection: Inspection,
     planned: Sequence[PlannedLayer],
 ) -> Plan:
+    layers = inspection.layers
     counted = sum(layer.weight_numel for layer in layers)
     total = sum(p.numel() for p in model.parameters())
     first = _first_convolution(layers)
@@ -152,6 +155,7 @@ def _assemble(
         other_parameters=total - counted,
         examples=inputs[0].shape[0] if batched else 1,
         inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
+        network_macs=inspection.macs,
     )
     return empty.with_layers(planned)
 

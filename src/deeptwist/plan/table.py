@@ -37,23 +37,41 @@ def layer_row(layer: PlannedLayer, dense_macs: int, macs: int) -> Row:
     )
 
 
-def total_row(parameters: tuple[int, int], macs: tuple[int, int]) -> Row:
+def total_row(
+    parameters: tuple[int, int], macs: tuple[int, int], network_speedup: float | None
+) -> Row:
     """Return the cells of the whole model, of (dense, decomposed) counts."""
+    fewer = f"{macs[0] / max(1, macs[1]):.2f}× fewer MACs"
+    if network_speedup is not None:
+        fewer += f" in layers, {network_speedup:.2f}× in the whole network"
     return (
         "all parameters",
         *[""] * 4,
         f"{parameters[0]:,} → {parameters[1]:,}",
         f"{macs[0]:,} → {macs[1]:,}",
-        f"{parameters[0] / parameters[1]:.2f}× smaller, "
-        f"{macs[0] / max(1, macs[1]):.2f}× fewer MACs",
+        f"{parameters[0] / parameters[1]:.2f}× smaller, {fewer}",
     )
 
 
-def format_table(rows: Sequence[Row], total: Row) -> str:
-    """Align the cells in columns, the total below a rule."""
+def format_table(rows: Sequence[Row], total: Row, notes: Sequence[str] = ()) -> str:
+    """Align the cells in columns; below a rule come the notes and the total."""
     lines = [_HEADER, *rows, total]
     # The last column holds reasons, whose length must not push the others apart.
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER) - 1)]
     header, *body, last = ("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in lines)
     rule = "─" * len(header)
-    return "\n".join([header, rule, *body, rule, last])
+    return "\n".join([header, rule, *body, rule, *notes, last])
+
+
+def kept_lines(kept: Sequence[KeptLayer], parameters: int) -> list[str]:
+    """Return a line for every reason, of how many layers and parameters it keeps dense."""
+    reasons: dict[str, list[KeptLayer]] = {}
+    for layer in kept:
+        reasons.setdefault(layer.reason.partition(":")[0], []).append(layer)
+    lines = []
+    for reason, layers in reasons.items():
+        count = sum(layer.weight_numel for layer in layers)
+        lines.append(
+            f"kept, {len(layers)} layers, {count:,} parameters ({count / parameters:.1%}): {reason}"
+        )
+    return lines
