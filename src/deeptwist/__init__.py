@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from deeptwist.decompositions import TiledSVD as TiledSVD
     from deeptwist.decompositions import Tucker as Tucker
     from deeptwist.errors import DeepTwistError as DeepTwistError
+    from deeptwist.plan.calibration import Calibration as Calibration
+    from deeptwist.plan.calibration import calibrate as calibrate
+    from deeptwist.plan.calibration import recalibrate_batch_norm as recalibrate_batch_norm
     from deeptwist.plan.plan import Plan as Plan
     from deeptwist.plan.planner import plan as plan
     from deeptwist.serialization import load as load
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CP": "decompositions",
     "SVD": "decompositions",
+    "Calibration": "plan.calibration",
     "DeepTwist": "twist",
     "DeepTwistError": "errors",
     "Decomposition": "decompositions",
@@ -36,9 +40,11 @@ _MODULES = {
     "SpatialSVD": "decompositions",
     "TiledSVD": "decompositions",
     "Tucker": "decompositions",
+    "calibrate": "plan.calibration",
     "decompose": "decompose",
     "load": "serialization",
     "plan": "plan.planner",
+    "recalibrate_batch_norm": "plan.calibration",
     "save": "serialization",
 }
 __all__ = ["__version__", *_MODULES]

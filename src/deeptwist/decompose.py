@@ -24,6 +24,7 @@ from deeptwist.inspect.weights import (
 )
 from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
 from deeptwist.plan.autotune import tune_implementations
+from deeptwist.plan.calibration import Calibration, to_device
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
 
@@ -79,7 +80,9 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
+def factorize(
+    model: nn.Module, plan: Plan, calibration: Calibration | None = None
+) -> dict[str, Factors]:
     """The factors of every compressed layer's weight as it is now; the model is not touched.
 
     Raises:
@@ -90,12 +93,15 @@ def factorize(model: nn.Module, plan: Plan) -> dict[str, Factors]:
         layer.name: read_weight(get_planned_module(model, layer)) for layer in plan.compressed
     }
     check_finite(weights)
+    moments = calibration.moments if calibration else {}
     factors = {}
     for layer in plan.compressed:
         kernel = weight_to_kernel(weights[layer.name], layer.convolution)
         # A loop that runs under autocast must not have its factors computed in bf16.
         with torch.autocast(kernel.device.type, enabled=False):
-            factors[layer.name] = layer.decomposition.decompose(kernel)
+            factors[layer.name] = layer.decomposition.decompose(
+                kernel, second_moment=to_device(moments.get(layer.name), kernel)
+            )
     return factors
 
 
@@ -123,7 +129,12 @@ def numbers(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def decompose(
-    model: nn.Module, plan: Plan, *, implementation: str | None = None, tune: bool = False
+    model: nn.Module,
+    plan: Plan,
+    *,
+    implementation: str | None = None,
+    tune: bool = False,
+    calibration: Calibration | None = None,
 ) -> nn.Module:
     """The decomposed model: a copy in which every planned layer is held by its factors.
 
@@ -136,6 +147,8 @@ def decompose(
         implementation: the exact form of every layer that has one of this name (``"im2col"``: the
             paper's), in place of the plan's.
         tune: whether each layer takes the form that is fastest here, by the clock.
+        calibration: what `calibrate` returned; factors then lose least of the layers' outputs,
+            in place of the weights, in every layer that it holds.
 
     Raises:
         DeepTwistError: if a weight is not finite, if the plan is for another model, or if no
@@ -146,7 +159,9 @@ def decompose(
     if implementation is not None:
         plan = with_implementation(plan, implementation)
     check_plan(model, plan)
-    kernels = {name: factors.kernels() for name, factors in factorize(model, plan).items()}
+    kernels = {
+        name: factors.kernels() for name, factors in factorize(model, plan, calibration).items()
+    }
     small = replace_layers(model, plan, kernels)
     if plan.inputs:
         _check_decomposed(model, small, plan)

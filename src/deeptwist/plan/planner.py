@@ -13,7 +13,9 @@ from deeptwist.inspect.layers import Inspection, Layer, inspect_model
 from deeptwist.inspect.modes import as_tuple
 from deeptwist.inspect.weights import read_weight
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
+from deeptwist.layers.moments import SecondMoment
 from deeptwist.plan.autotune import choose_by_clock
+from deeptwist.plan.calibration import Calibration, relative_output_error, to_device
 from deeptwist.plan.layer_filter import LayerFilter, Override
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
@@ -34,6 +36,7 @@ def plan(
     overrides: Mapping[str, Override] | None = None,
     min_speedup: float | None = None,
     tune: bool = False,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide for every layer how it is held; the model itself is not touched.
 
@@ -56,6 +59,8 @@ def plan(
             the last pattern that matches counts, before all rules above.
         min_speedup: keep layers that are not this many times as fast factored, timed here.
         tune: whether the exact forms of every layer are timed and the fastest is taken.
+        calibration: what `deeptwist.calibrate` returned; `relative_error` is then the outputs',
+            in every layer that it holds. Give it to `deeptwist.decompose` too.
 
     Returns:
         The plan; every layer that is not compressed is in it with its reason.
@@ -83,8 +88,17 @@ def plan(
         check_ratio(ratio)
     check_int("rank_multiple", rank_multiple)
     first = _first_convolution(layers)
+    moments = calibration.moments if calibration else {}
     planned = [
-        _plan_layer(layer, decomposition, ratio, rules, rank_multiple, is_first=layer is first)
+        _plan_layer(
+            layer,
+            decomposition,
+            ratio,
+            rules,
+            rank_multiple,
+            moments.get(layer.names[0]),
+            is_first=layer is first,
+        )
         for layer in layers
     ]
     made = _assemble(model, inputs, inspection, planned)
@@ -166,6 +180,7 @@ def _plan_layer(
     ratio: float | None,
     rules: LayerFilter,
     rank_multiple: int,
+    moment: SecondMoment | None,
     *,
     is_first: bool,
 ) -> PlannedLayer:
@@ -188,7 +203,7 @@ def _plan_layer(
                 resolved = resolved.round_ranks(rank_multiple)
             planned = _compress(layer, layer.convolution, resolved)
             _check_is_smaller(planned)
-            return replace(planned, relative_error=_initial_error(layer, planned))
+            return replace(planned, relative_error=_initial_error(layer, planned, moment))
         except CannotDecomposeError as error:
             reason = str(error)
     kept = _keep(layer, reason or "")
@@ -241,11 +256,17 @@ def _check_is_smaller(layer: CompressedLayer) -> None:
         raise CannotDecomposeError(f"would slow down: {after:,} MACs for {before:,}")
 
 
-def _initial_error(layer: Layer, planned: CompressedLayer) -> float | None:
+def _initial_error(
+    layer: Layer, planned: CompressedLayer, moment: SecondMoment | None
+) -> float | None:
     weight = read_weight(layer.module)
     if weight.is_meta:
         return None
     kernel = weight_to_kernel(weight, planned.convolution)
     if not kernel.isfinite().all():
         raise DeepTwistError(f"layer {planned.name!r} has weights that are NaN or infinite")
-    return relative_error(kernel, planned.decomposition.decompose(kernel).reconstruct())
+    moment = to_device(moment, kernel)
+    approximation = planned.decomposition.decompose(kernel, second_moment=moment).reconstruct()
+    if moment is not None:
+        return relative_output_error(kernel, approximation, moment)
+    return relative_error(kernel, approximation)

@@ -1,0 +1,299 @@
+"""Calibration: the second moment of every layer's inputs, gathered from a few batches."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.inspect.layers import inspect_model
+from deeptwist.inspect.modes import eval_mode
+from deeptwist.inspect.weights import input_padding
+from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.moments import SecondMoment
+
+_CHUNK_NUMEL = 2**24  # patches that are laid out at once: 64 MB in fp32
+_KEY = "deeptwist_calibration"
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The second moments of the inputs of a model's layers.
+
+    Attributes:
+        moments: by layer name.
+    """
+
+    moments: Mapping[str, SecondMoment]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; `load` reads it."""
+        shapes = {name: [list(m.kernel_size), m.axes] for name, m in self.moments.items()}
+        tensors = {name: m.values.cpu().contiguous() for name, m in self.moments.items()}
+        save_file(tensors, path, metadata={_KEY: json.dumps(shapes)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            DeepTwistError: if the file cannot be read, or holds no calibration.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = json.loads((file.metadata() or {})[_KEY])
+                moments = {
+                    name: SecondMoment(file.get_tensor(name), tuple(size), axes)
+                    for name, (size, axes) in shapes.items()
+                }
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise DeepTwistError(f"cannot read calibration {path}: {first_line(error)}") from error
+        return cls(moments)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Inputs] | None = None,
+    max_side: int = 4608,
+) -> Calibration:
+    """Gather the second moment of what every layer's lowered kernel multiplies.
+
+    Under torch.distributed every process gives its own batches, as many as the others, and all
+    get the moments of all. The model is run in evaluation mode and left as it was.
+
+    Args:
+        model: any network.
+        batches: tensors, or tuples and lists whose first element is the input, as data loaders
+            give them; labels are not needed. All of them are run.
+        inputs: a batch → the tuple of the model's positional inputs, for anything else.
+        max_side: of a layer's moment, which holds its square in fp32: 4,608 (a 3×3 kernel over
+            512 channels) is 85 MB. Beyond it, fewer kernel axes are resolved.
+
+    Raises:
+        DeepTwistError: if there is no batch, or a layer's inputs are not finite.
+    """
+    check_int("max_side", max_side)
+    read = inputs or _first_element
+    device = next(model.parameters()).device
+    collectors: dict[str, _Collector] = {}
+    handles = []
+    try:
+        for batch in batches:
+            x = tuple(tensor.to(device) for tensor in read(batch))
+            if not handles:
+                for layer in inspect_model(model, x).layers:
+                    if layer.convolution is not None and layer.reason is None:
+                        collector = _Collector(
+                            layer.convolution,
+                            _resolved_axes(layer.convolution, max_side),
+                            input_padding(layer.module),
+                        )
+                        collectors[layer.names[0]] = collector
+                        handles.append(layer.module.register_forward_pre_hook(collector))
+            with torch.no_grad(), eval_mode(model):
+                model(*x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not handles:
+        raise DeepTwistError("there is nothing to calibrate: no batch, or no supported layer")
+    moments = {}
+    for name, collector in collectors.items():
+        moments[name] = collector.moment()
+        if not moments[name].values.isfinite().all():
+            raise DeepTwistError(f"layer {name!r} has inputs that are NaN or infinite")
+    return Calibration(moments)
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], *, inputs: Callable[[Any], Inputs] | None = None
+) -> nn.Module:
+    """Return a copy whose batch norms hold the mean statistics of these batches.
+
+    Args:
+        model: deployed; left as it is.
+        batches: see `calibrate`.
+        inputs: see `calibrate`.
+    """
+    read = inputs or _first_element
+    model = copy.deepcopy(model).eval()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all that it sees
+        norm.train()
+    device = next(model.parameters()).device
+    for batch in batches:
+        model(*(tensor.to(device) for tensor in read(batch)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def to_device(moment: SecondMoment | None, kernel: Tensor) -> SecondMoment | None:
+    """Return a moment where its kernel is."""
+    return None if moment is None else replace(moment, values=moment.values.to(kernel.device))
+
+
+def relative_output_error(kernel: Tensor, approximation: Tensor, moment: SecondMoment) -> float:
+    """Return the root of the relative mean squared error of a layer's outputs.
+
+    Args:
+        kernel: (g, o, i, *k).
+        approximation: of the same shape.
+        moment: of the layer's inputs.
+    """
+    lost = _squared_norm(kernel.double() - approximation.double(), moment)
+    total = _squared_norm(kernel.double(), moment)
+    return math.sqrt(max(0.0, lost) / total) if total > 0 else 0.0
+
+
+def _squared_norm(kernel: Tensor, moment: SecondMoment) -> float:
+    """Return tr(W M Wᵀ); positions on axes that are not resolved count as rows of W."""
+    dims, groups = len(moment.kernel_size), len(kernel)
+    split = 3 + dims - moment.axes
+    order = (0, 1, *range(3, split), 2, *range(split, 3 + dims))
+    rows = kernel.permute(order).reshape(groups, -1, moment.values.shape[-1])
+    return float((rows @ moment.values.to(rows) * rows).sum())
+
+
+def _first_element(batch: Any) -> Inputs:
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(x, Tensor):
+        raise DeepTwistError(
+            f"a batch is a {type(batch).__name__} without a tensor first: say with inputs= how "
+            "to read it"
+        )
+    return (x,)
+
+
+def _resolved_axes(convolution: ConvGeometry, max_side: int) -> int:
+    """Return how many of the last kernel axes a moment of bounded size resolves."""
+    channels, size = convolution.in_channels // convolution.groups, convolution.kernel_size
+    fitting = [
+        axes
+        for axes in range(convolution.dims + 1)
+        if channels * math.prod(size[convolution.dims - axes :]) <= max_side
+    ]
+    return max(fitting, default=0)
+
+
+@dataclass(eq=False)
+class _Collector:
+    """A forward hook that sums p pᵀ over all patches p that a layer sees."""
+
+    convolution: ConvGeometry
+    axes: int
+    padding: nn.Module | None
+    total: Tensor | None = None
+    count: int = 0
+    _unresolved: list[tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        unresolved = self.convolution.kernel_size[: self.convolution.dims - self.axes]
+        self._unresolved = list(product(*map(range, unresolved)))
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        with torch.autocast(args[0].device.type, enabled=False):
+            x = args[0] if self.padding is None else self.padding(args[0])
+            self._add(x.float() if x.dtype != torch.float64 else x)
+
+    def _add(self, x: Tensor) -> None:
+        convolution, groups = self.convolution, self.convolution.groups
+        if convolution.dims == 0:
+            self._add_patches(x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1))
+            return
+        if x.dim() == convolution.dims + 1:
+            x = x[None]
+        positions = math.prod(convolution.output_size(x.shape[2:]))
+        taps = math.prod(convolution.kernel_size[convolution.dims - self.axes :])
+        step = max(1, _CHUNK_NUMEL // max(1, x.shape[1] * taps * positions))
+        for chunk in x.split(step):
+            for slices in self._slices(chunk):
+                # (n, g, i·taps, positions) → (g, n·positions, i·taps)
+                patches = torch.stack(slices, dim=2).flatten(3)
+                patches = patches.reshape(len(chunk), groups, -1, patches.shape[-1])
+                self._add_patches(patches.permute(1, 0, 3, 2).flatten(1, 2))
+
+    def _add_patches(self, patches: Tensor) -> None:
+        if self.total is None:
+            side = patches.shape[-1]
+            self.total = patches.new_zeros(len(patches), side, side)
+        self.total += patches.mT @ patches
+        self.count += patches.shape[1]
+
+    def _slices(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """Yield, for each tap of the unresolved axes, what the taps of the others see."""
+        convolution = self.convolution
+        x, size = self._padded(x), convolution.output_size(x.shape[2:])
+        resolved = [range(k) for k in convolution.kernel_size[convolution.dims - self.axes :]]
+        for outer in self._unresolved:
+            slices = []
+            for inner in product(*resolved):
+                view = x
+                for axis, tap in enumerate((*outer, *inner)):
+                    dilation, stride = convolution.dilation[axis], convolution.stride[axis]
+                    if convolution.transposed:
+                        tap, stride = convolution.kernel_size[axis] - 1 - tap, 1
+                    start, length = tap * dilation, (size[axis] - 1) * stride + 1
+                    view = view.narrow(axis + 2, start, length)
+                    if stride > 1:
+                        view = view[(slice(None),) * (axis + 2) + (slice(None, None, stride),)]
+                slices.append(view)
+            yield slices
+
+    def _padded(self, x: Tensor) -> Tensor:
+        convolution, margins = self.convolution, []
+        size = convolution.output_size(x.shape[2:])
+        for axis in range(convolution.dims):
+            reach = convolution.dilation[axis] * (convolution.kernel_size[axis] - 1)
+            if convolution.transposed:
+                x = _spread(x, axis + 2, convolution.stride[axis])
+            if convolution.padding == "same":
+                left, right = reach // 2, reach - reach // 2
+            elif convolution.transposed:
+                left = reach - convolution.padding[axis]
+                right = reach + size[axis] - left - x.shape[axis + 2]
+            else:
+                left = right = convolution.padding[axis]
+            margins = [left, right, *margins]  # `pad` begins with the last axis
+        mode = convolution.padding_mode.replace("zeros", "constant")
+        return functional.pad(x, margins, mode=mode) if any(margins) else x
+
+    def moment(self) -> SecondMoment:
+        """Return the mean over all patches, of all processes."""
+        if self.total is None:
+            raise DeepTwistError("a layer that was inspected is not called on these batches")
+        total, count = self.total, torch.tensor(float(self.count), device=self.total.device)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(total)
+            distributed.all_reduce(count)
+        return SecondMoment(total / count, self.convolution.kernel_size, self.axes)
+
+
+def _spread(x: Tensor, dim: int, stride: int) -> Tensor:
+    """Put stride − 1 zeros between neighbours on one axis, as transposed convolutions see them."""
+    if stride == 1:
+        return x
+    shape = list(x.shape)
+    shape[dim] = (shape[dim] - 1) * stride + 1
+    spread = x.new_zeros(shape)
+    spread[(slice(None),) * dim + (slice(None, None, stride),)] = x
+    return spread

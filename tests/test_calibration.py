@@ -1,0 +1,116 @@
+"""Second moments gathered by hooks, against the layers' own outputs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import GEOMETRIES, error_of
+from torch import Tensor, nn
+
+import deeptwist as dt
+from deeptwist.layers.geometry import weight_to_kernel
+from deeptwist.layers.moments import SecondMoment
+from deeptwist.plan.calibration import _squared_norm
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_moment_s_norm_of_a_kernel_is_that_of_the_outputs(geometry: str) -> None:
+    make, shape = GEOMETRIES[geometry]
+    layer, x = make().double(), torch.randn(shape).double()
+    model = nn.Sequential(layer)
+    if not (layers := dt.plan(model, dt.SVD(rank=1), example_input=x).layers):
+        return
+    (planned,) = layers
+    if planned.convolution is None or getattr(layer, "weight", None) is None:
+        return
+    moments = dt.calibrate(model, [x]).moments
+    if not moments:
+        return
+    moment = moments["0"]
+    with torch.no_grad():
+        y = layer(x)
+        if layer.bias is not None:
+            bias = (
+                layer.bias
+                if not planned.convolution.dims
+                else layer.bias[(slice(None), *[None] * planned.convolution.dims)]
+            )
+            y = y - bias
+    kernel = weight_to_kernel(layer.weight.detach(), planned.convolution)
+    positions = y.numel() // planned.convolution.out_channels
+    assert _squared_norm(kernel, moment) == pytest.approx(float(y.square().sum()) / positions)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(6, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 24, 3)
+    ).eval()
+
+
+def batches() -> list[Tensor]:
+    mix = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 8, 6, 10, 10, generator=torch.Generator().manual_seed(2))
+    return list(torch.einsum("oi,bnihw->bnohw", mix, x))
+
+
+@pytest.mark.parametrize("method", [dt.SVD(), dt.SpatialSVD(), dt.TiledSVD(), dt.Tucker()], ids=str)
+def test_a_calibrated_layer_loses_less_of_its_outputs(method: dt.Decomposition) -> None:
+    model, data = network(), batches()
+    calibration = dt.calibrate(model, data)
+    made = dt.plan(model, method, ratio=3, example_input=data[0], include="0")
+    plain, calibrated = (dt.decompose(model, made, calibration=c)[0] for c in (None, calibration))
+    x = torch.cat(data)
+    with torch.no_grad():
+        lost = [float((layer(x) - model[0](x)).square().sum()) for layer in (plain, calibrated)]
+    assert lost[1] <= lost[0] * (1 + 1e-5)
+    planned = dt.plan(
+        model, method, ratio=3, example_input=data[0], include="0", calibration=calibration
+    ).compressed[0]
+    with torch.no_grad():
+        y = model[0](x) - model[0].bias[:, None, None]
+    assert planned.relative_error == pytest.approx((lost[1] / float(y.square().sum())) ** 0.5)
+
+
+def test_pairs_of_a_loader_and_layers_that_are_called_twice() -> None:
+    layer = nn.Linear(4, 4)
+    model, x = nn.Sequential(layer, nn.ReLU(), layer), torch.randn(50, 4)
+    values = dt.calibrate(model, [(x, "labels")]).moments["0"].values[0]
+    both = torch.cat([x, layer(x).relu()]).detach()
+    assert torch.allclose(values, both.mT @ both / len(both), atol=1e-5)
+    assert "inputs=" in error_of(dt.calibrate, model, [{"x": x}])
+    again = dt.calibrate(model, [{"x": x}], inputs=lambda batch: (batch["x"],)).moments["0"]
+    assert torch.allclose(again.values[0], values)
+    assert "no batch" in error_of(dt.calibrate, model, [])
+
+
+def test_a_large_moment_is_held_with_fewer_axes() -> None:
+    model, data = network(), batches()
+    full = dt.calibrate(model, data).moments["3"]
+    for side, axes in ((24 * 3, 1), (24, 0), (1, 0)):
+        bounded = dt.calibrate(model, data, max_side=side).moments["3"]
+        assert bounded.axes == axes
+        assert torch.allclose(bounded.values, full.over(axes), rtol=1e-3, atol=1e-4)
+
+
+def test_a_calibration_survives_the_disk(tmp_path: Path) -> None:
+    calibration = dt.calibrate(network().half().float(), batches())
+    calibration.save(tmp_path / "moments.safetensors")
+    loaded = dt.Calibration.load(tmp_path / "moments.safetensors")
+    assert loaded.moments.keys() == calibration.moments.keys()
+    for name, moment in calibration.moments.items():
+        again: SecondMoment = loaded.moments[name]
+        assert torch.equal(again.values, moment.values)
+        assert replace(again, values=moment.values) == moment
+    assert "cannot read calibration" in error_of(dt.Calibration.load, tmp_path / "none")
+
+
+def test_batch_norms_take_the_mean_over_the_batches() -> None:
+    model, data = network(), batches()
+    found = dt.recalibrate_batch_norm(model, data)
+    with torch.no_grad():
+        y = torch.cat([model[0](x) for x in data])
+    assert torch.allclose(found[1].running_mean, y.mean((0, 2, 3)), atol=1e-5)
+    assert torch.equal(model[1].running_mean, torch.zeros(24))
+    assert found[1].momentum == model[1].momentum
