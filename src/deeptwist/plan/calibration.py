@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspect.layers import inspect_model
@@ -91,7 +92,7 @@ def calibrate(
     read = inputs or _first_element
     device = next(model.parameters()).device
     collectors: dict[str, _Collector] = {}
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         for batch in batches:
             x = tuple(tensor.to(device) for tensor in read(batch))
@@ -260,7 +261,8 @@ class _Collector:
             yield slices
 
     def _padded(self, x: Tensor) -> Tensor:
-        convolution, margins = self.convolution, []
+        convolution = self.convolution
+        margins: list[int] = []
         size = convolution.output_size(x.shape[2:])
         for axis in range(convolution.dims):
             reach = convolution.dilation[axis] * (convolution.kernel_size[axis] - 1)
