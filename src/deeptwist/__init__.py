@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deeptwist.decompositions import TiledSVD as TiledSVD
     from deeptwist.decompositions import Tucker as Tucker
     from deeptwist.errors import DeepTwistError as DeepTwistError
+    from deeptwist.inspect.fuse import fuse as fuse
     from deeptwist.plan.calibration import Calibration as Calibration
     from deeptwist.plan.calibration import calibrate as calibrate
     from deeptwist.plan.calibration import recalibrate_batch_norm as recalibrate_batch_norm
@@ -42,6 +43,7 @@ _MODULES = {
     "Tucker": "decompositions",
     "calibrate": "plan.calibration",
     "decompose": "decompose",
+    "fuse": "inspect.fuse",
     "load": "serialization",
     "plan": "plan.planner",
     "recalibrate_batch_norm": "plan.calibration",
