@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deeptwist.errors import DeepTwistError, check_int
 
@@ -21,6 +21,8 @@ class CompressionConfig:
     Attributes:
         decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp.
         ratio: Dense ÷ factored weights that every compressed layer keeps at least.
+        macs: Dense ÷ factored MACs that the layers to compress keep together: a budget.
+        allocation: uniform: the ratio for every layer; budget: ranks that lose least together.
         rank: An explicit rank instead; two numbers for Tucker.
         fraction: For Tucker, the paper's fraction of the channels instead.
         tile: For tiled_svd: rows and columns of the lowered kernel.
@@ -38,6 +40,8 @@ class CompressionConfig:
 
     decomposition: str = "tiled_svd"
     ratio: float | None = None
+    macs: float | None = None
+    allocation: Literal["uniform", "budget"] | None = None
     rank: int | tuple[int, int] | None = None
     fraction: float | None = None
     tile: tuple[int, int] | None = None
@@ -84,6 +88,8 @@ class CompressionConfig:
             self.method,
             example_input=example_input,
             ratio=self.ratio,
+            macs=self.macs,
+            allocation=self.allocation,
             skip_first_conv=self.skip_first_conv,
             min_in_channels=self.min_in_channels,
             linear=self.linear,

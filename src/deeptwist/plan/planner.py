@@ -2,31 +2,38 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor, nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.decompositions.ranks import check_ratio
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.inspect.layers import Inspection, Layer, inspect_model
 from deeptwist.inspect.modes import as_tuple
 from deeptwist.inspect.weights import read_weight
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
 from deeptwist.layers.moments import SecondMoment
-from deeptwist.plan.autotune import choose_by_clock
+from deeptwist.plan.allocation import Candidate, allocate
+from deeptwist.plan.autotune import choose_by_clock, keep
 from deeptwist.plan.calibration import Calibration, relative_output_error, to_device
 from deeptwist.plan.layer_filter import LayerFilter, Override
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
+Allocation = Literal["uniform", "budget"]
+_RATIOS = (1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # tried by layer
+
 
 def plan(
     model: nn.Module,
-    decomposition: Decomposition,
+    decomposition: Decomposition | Sequence[Decomposition],
     *,
     example_input: Tensor | tuple[Tensor, ...],
     ratio: float | None = None,
+    macs: float | None = None,
+    allocation: Allocation | None = None,
     skip_first_conv: bool = False,
     min_in_channels: int = 1,
     linear: bool = True,
@@ -45,9 +52,15 @@ def plan(
 
     Args:
         model: any network; it is run once on the example input, in evaluation mode.
-        decomposition: how layers are held; its rank, if open, is set by `ratio`.
+        decomposition: how layers are held; its rank, if open, is set by `ratio`. Of several, each
+            layer takes the one that loses least for its cost.
         example_input: one batch, or the tuple of the model's positional inputs.
-        ratio: dense ÷ factored weights that every compressed layer keeps at least.
+        ratio: dense ÷ factored weights that every compressed layer keeps at least; with a
+            budget, that the layers to compress keep together.
+        macs: dense ÷ factored MACs that the layers to compress keep together: a budget.
+        allocation: ``"uniform"``: `ratio` for every layer, the paper's rule and the default
+            beside a ratio and one decomposition alone; ``"budget"``: the ranks that lose least,
+            by the sum of the layers' relative squared errors, under all budgets given.
         skip_first_conv: keep the convolution that runs first, as the paper does.
         min_in_channels: keep layers with fewer input channels S (the paper: S ≥ 128).
         linear: whether linear layers are compressed too.
@@ -81,7 +94,11 @@ def plan(
     inspection = inspect_model(model, inputs)
     layers = inspection.layers
     rules.check_patterns(name for layer in layers for name in layer.names)
-    for choice in (decomposition, *rules.overrides.values()):
+    decompositions = (
+        [decomposition] if isinstance(decomposition, Decomposition) else [*decomposition]
+    )
+    shares_budget = _shares_budget(allocation, ratio, macs, decompositions)
+    for choice in (*(() if shares_budget else decompositions), *rules.overrides.values()):
         if isinstance(choice, Decomposition) and choice.needs_ratio and ratio is None:
             raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
     if ratio is not None:
@@ -89,18 +106,28 @@ def plan(
     check_int("rank_multiple", rank_multiple)
     first = _first_convolution(layers)
     moments = calibration.moments if calibration else {}
+    options: list[list[CompressedLayer]] = [[] for _ in layers]
+    if shares_budget:
+        options = [
+            _options(layer, decompositions, rules, rank_multiple, moments, layer is first)
+            for layer in layers
+        ]
     planned = [
-        _plan_layer(
+        ways[0]
+        if ways
+        else _plan_layer(
             layer,
-            decomposition,
-            ratio,
+            decompositions[0],
+            ratio or macs,
             rules,
             rank_multiple,
             moments.get(layer.names[0]),
             is_first=layer is first,
         )
-        for layer in layers
+        for layer, ways in zip(layers, options, strict=True)
     ]
+    if shares_budget:
+        planned = _share_budget(options, planned, (ratio, macs))
     made = _assemble(model, inputs, inspection, planned)
     return choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
 
@@ -270,3 +297,97 @@ def _initial_error(
     if moment is not None:
         return relative_output_error(kernel, approximation, moment)
     return relative_error(kernel, approximation)
+
+
+def _shares_budget(
+    allocation: str | None,
+    ratio: float | None,
+    macs: float | None,
+    decompositions: Sequence[Decomposition],
+) -> bool:
+    """Whether ranks come from budgets of all layers together."""
+    if not decompositions:
+        raise DeepTwistError("there is no decomposition to plan with: give at least one")
+    if allocation not in (None, "uniform", "budget"):
+        raise unknown_name_error("allocation", allocation, ("uniform", "budget"))
+    if macs is not None:
+        check_ratio(macs)
+    needs_budget = macs is not None or len(decompositions) > 1
+    if allocation == "uniform" and needs_budget:
+        raise DeepTwistError("a uniform allocation takes a ratio and one decomposition alone")
+    if not needs_budget and allocation != "budget":
+        return False
+    if ratio is None and macs is None:
+        raise DeepTwistError("there is no budget to share: give ratio, macs or both")
+    for decomposition in decompositions:
+        if not decomposition.needs_ratio:
+            raise DeepTwistError(f"{decomposition} has a rank: leave it to the budget")
+    return True
+
+
+def _options(
+    layer: Layer,
+    decompositions: Sequence[Decomposition],
+    rules: LayerFilter,
+    rank_multiple: int,
+    moments: Mapping[str, SecondMoment],
+    is_first: bool,
+) -> list[CompressedLayer]:
+    """Return the ways to compress a layer that takes part in a budget, with their errors."""
+    if layer.reason is not None or layer.convolution is None or rules.override(layer.names):
+        return []
+    if rules.skip_reason(layer.names, layer.convolution, is_first=is_first) is not None:
+        return []
+    options: dict[Decomposition, CompressedLayer] = {}
+    for decomposition in decompositions:
+        for ratio in _RATIOS:
+            try:
+                resolved = decomposition.resolve(layer.convolution, ratio)
+                planned = _compress(layer, layer.convolution, resolved.round_ranks(rank_multiple))
+                if planned.decomposition in options:
+                    continue
+                _check_is_smaller(planned)
+            except CannotDecomposeError:
+                continue
+            error = _initial_error(layer, planned, moments.get(layer.names[0]))
+            if error is None:
+                raise DeepTwistError("a budget is shared by errors: load weights, not on meta")
+            options[planned.decomposition] = replace(planned, relative_error=error)
+    return list(options.values())
+
+
+def _share_budget(
+    options: Sequence[Sequence[CompressedLayer]],
+    planned: Sequence[PlannedLayer],
+    ratios: tuple[float | None, float | None],
+) -> list[PlannedLayer]:
+    """Return the planned layers with those that have options at the ranks that lose least.
+
+    Args:
+        options: for every layer, the ways to compress it; none where it takes no part.
+        planned: for every layer, what is planned where it has no options.
+        ratios: dense ÷ factored weights and MACs of the layers that take part, together.
+    """
+    taking_part = [index for index, ways in enumerate(options) if ways]
+    dense = [_costs(options[index][0], factored=False) for index in taking_part]
+    kinds = [kind for kind, ratio in enumerate(ratios) if ratio is not None]
+    budgets = [sum(costs[k] for costs in dense) / (ratios[k] or 1) for k in kinds]
+    candidates = []
+    for index, costs in zip(taking_part, dense, strict=True):
+        row = [Candidate(tuple(costs[k] for k in kinds), 0.0)]
+        for way in options[index]:
+            way_costs = _costs(way, factored=True)
+            error = (way.relative_error or 0.0) ** 2
+            row.append(Candidate(tuple(way_costs[k] for k in kinds), error))
+        candidates.append(row)
+    shared = list(planned)
+    for index, choice in zip(taking_part, allocate(candidates, budgets), strict=True):
+        ways, reason = options[index], "not worth it: the budget is met without"
+        shared[index] = ways[choice - 1] if choice else keep(ways[0], reason)
+    return shared
+
+
+def _costs(layer: CompressedLayer, *, factored: bool) -> tuple[int, int]:
+    """Return a layer's weights and MACs."""
+    macs = sum(n * conv.macs(size) for conv, size, n in layer.workload(factored=factored))
+    return (layer.compressed_numel if factored else layer.weight_numel), macs
