@@ -561,3 +561,29 @@ def test_resuming_is_as_if_nothing_had_happened(method: Decomposition) -> None:
     train(resumed, again, data[4:])
     assert same_bits(resumed, bits(model))
     assert again.history == twist.history
+
+
+def test_what_does_not_train_is_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 3, 8, 8))
+    twist = DeepTwist(model, made, interval=1)
+    assert ["'0'" in record.message for record in caplog.records] == [True]
+    twist.step()
+    assert torch.equal(model[0].weight, before)
+    assert isinstance(twist.finish()[0], nn.Conv2d)
+
+
+def test_a_weight_that_no_optimizer_moves_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 3, 8, 8))
+    twist = DeepTwist(model, made, interval=1)
+    twist.step()
+    with torch.no_grad():
+        model[2].weight.add_(0.1)
+    twist.step()
+    twist.step()
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1
+    assert messages[0].startswith("not trained since the first distortion: '0':")

@@ -7,34 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeptwist.errors import require_extra, unknown_name_error
+from deeptwist.training.optimizer_names import TORCH_OPTIMIZERS
 from deeptwist.training.recipe import OptimizerRecipe, ScheduleRecipe
-
-_NOT_FOR_ALL = ("Muon", "SparseAdam", "LBFGS")  # take matrices, sparse gradients, closures only
-_TORCH = {
-    name.lower(): kind
-    for name, kind in vars(torch.optim).items()
-    if inspect.isclass(kind)
-    and issubclass(kind, torch.optim.Optimizer)
-    and kind is not torch.optim.Optimizer
-    and name not in _NOT_FOR_ALL
-}
-
-
-def check_optimizer(name: str) -> None:
-    """Check that an optimizer is known, torch's by its name or timm's as ``timm/NAME``.
-
-    Raises:
-        DeepTwistError: if it is not, naming the nearest; if timm is needed and not installed.
-    """
-    if name.startswith("timm/"):
-        with require_extra("timm"):
-            from timm.optim import list_optimizers  # type: ignore[attr-defined]
-        known = [f"timm/{optimizer}" for optimizer in list_optimizers()]
-    else:
-        known = [*_TORCH, "timm/NAME"]
-    if name not in known or name == "timm/NAME":
-        raise unknown_name_error("optimizer", name, known)
 
 
 def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Optimizer:
@@ -51,7 +25,7 @@ def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Op
             groups, name, momentum=options.momentum, **values
         )
         return optimizer
-    kind = _TORCH[options.name]
+    kind = TORCH_OPTIMIZERS[options.name]
     accepted = inspect.signature(kind).parameters
     own: dict[str, Any] = {
         "momentum": options.momentum,

@@ -102,7 +102,7 @@ class OptimizerRecipe:
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name != "sgd":  # which the command line's help need not import torch for
-            from deeptwist.training.optimizers import check_optimizer
+            from deeptwist.training.optimizer_names import check_optimizer
 
             check_optimizer(self.name)
         return self

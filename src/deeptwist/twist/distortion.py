@@ -117,6 +117,7 @@ class DeepTwist:
         self._example_input = example_input
         self._perturb = perturb
         self._factors: dict[str, Factors] = {}
+        self._first: dict[str, Tensor] = {}  # what the first distortion wrote, until the second
         self._written: dict[str, Tensor] = {}  # by the last distortion, of what computes its weight
 
     def step(self, loss: Loss | None = None) -> Distortion | None:
@@ -165,6 +166,8 @@ class DeepTwist:
             layer.name: read_weight(get_planned_module(self.model, layer))
             for layer in self.plan.compressed
         }
+        if not last:
+            self._warn_of_untrained(weights)
         (share, _), summaries = run_on_all_ranks(
             lambda: self._approximate(weights, last), lambda result: result[1]
         )
@@ -172,9 +175,24 @@ class DeepTwist:
         before = _mean_over_ranks(loss)
         # No weight has been written so far; from here on nothing can fail before all are.
         self._factors = self._write(weights, share, [summary.shapes for summary in summaries])
+        if not self.history and not last:
+            self._first = {name: weight.clone() for name, weight in weights.items()}
         shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
         self.history.append(self._record(shifts, before, _mean_over_ranks(loss)))
         return self.history[-1]
+
+    def _warn_of_untrained(self, weights: Mapping[str, Tensor]) -> None:
+        """Name the layers that did not move between the first distortion and the second, once."""
+        if len(self.history) != 1 or not self._first:
+            return
+        still = [n for n, w in self._first.items() if torch.equal(w, weights[n])]
+        self._first = {}
+        if still:
+            logger.warning(
+                "not trained since the first distortion: %s: does the optimizer hold the weights "
+                "of this model, and not of a copy?",
+                ", ".join(map(repr, still)),
+            )
 
     @torch.no_grad()
     def _approximate(
