@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwistError, SpatialSVD, TiledSVD, Tucker
 from deeptwist.decompositions import FactoredLayer, Factors
-from deeptwist.decompositions.base import SingleRankDecomposition
 from deeptwist.layers.geometry import ConvGeometry, kernel_to_weight, weight_to_kernel
 
 METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
@@ -25,7 +24,7 @@ METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
     "tucker": Tucker(),
     "cp": CP(),
 }
-CP_RANK = 6  # at most: it has no full rank to speak of, and high ones take long
+LARGEST_RANK = {"cp": 6}  # it has no full rank to speak of, and high ones take long
 EXACT = tuple(name for name in METHODS if name != "cp")  # at full rank
 
 # (layer, input shape); the weights are drawn where a test builds the layer
@@ -125,18 +124,12 @@ def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 def at(method: Decomposition, convolution: ConvGeometry, share: float) -> Decomposition:
     """The method at this share of its full rank, and at rank 1 at least."""
-    _, out, into, *_ = convolution.kernel_shape
-    if isinstance(method, SingleRankDecomposition):
-        resolvable = method
-        if isinstance(method, TiledSVD):
-            resolvable = replace(method, tile=method.grid(method.lowered_shape(convolution)).tile)
-        full = resolvable.full_rank(convolution)
-        if isinstance(method, CP):
-            full = min(full, 6)  # it has no full rank to speak of, and high ones take long
-        method = replace(method, rank=max(1, int(share * full)))
+    full, most = method.full_rank(convolution), LARGEST_RANK.get(method.method, 10**9)
+    if isinstance(full, int):
+        rank: Any = max(1, int(share * min(full, most)))
     else:
-        method = Tucker(rank=(max(1, int(share * out)), max(1, int(share * into))))
-    return method.resolve(convolution, None)
+        rank = tuple(max(1, int(share * each)) for each in full)
+    return replace(method, rank=rank).resolve(convolution, None)
 
 
 def pairs(

@@ -97,6 +97,10 @@ class Decomposition(ABC):
         """
 
     @abstractmethod
+    def full_rank(self, convolution: ConvGeometry) -> int | tuple[int, ...]:
+        """Return the rank from which on nothing is lost."""
+
+    @abstractmethod
     def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
         """Return the convolutions that the layer becomes, one stage after another."""
 
@@ -137,15 +141,42 @@ class Decomposition(ABC):
             start: the factors of a kernel that was nearly this one. They are refined by a few
                 steps, at a fraction of the time; without them the factors are exact.
             second_moment: of the layer's inputs, for the least mean squared error of its outputs
-                in place of the weights'; it goes without a start.
+                in place of the weights'; a start is then not used. Never worse for them than
+                without it.
         """
         kernel = kernel.detach().to(compute_dtype(kernel.dtype))
         if start is not None:
             start = start.to(device=kernel.device, dtype=kernel.dtype)
         # A loop that runs under autocast must not have its factors computed in bf16.
         with torch.no_grad(), torch.autocast(kernel.device.type, enabled=False):
-            tensors = self.factorize(kernel, start.tensors if start else None, second_moment)
-        return Factors(self, tuple(kernel.shape), tensors)
+            if second_moment is not None:
+                return self._decompose_calibrated(kernel, second_moment)
+            tensors = self.factorize(kernel, start.tensors if start else None, None)
+            return Factors(self, tuple(kernel.shape), tensors)
+
+    def _decompose_calibrated(self, kernel: Tensor, second_moment: SecondMoment) -> Factors:
+        # Where a method cannot take all of the moment into account, the plain way may be better.
+        candidates = [
+            Factors(self, tuple(kernel.shape), self.factorize(kernel, None, moment))
+            for moment in (second_moment, None)
+        ]
+        lost = [second_moment.squared_norm(kernel - x.reconstruct()) for x in candidates]
+        return candidates[int(lost[1] < lost[0])]
+
+    def errors_at_all_ranks(
+        self, kernel: Tensor, second_moment: SecondMoment | None = None
+    ) -> Tensor | None:
+        """Return the relative error at every rank from one spectrum; `None` where there is no such.
+
+        Args:
+            kernel: (g, o, i, *k), finite; the rank need not be resolved.
+            second_moment: as for `decompose`; the error is then that of the outputs.
+
+        Returns:
+            ‖W − W′‖_F / ‖W‖_F in fp64, with the rank, less one, for its index: one axis for a
+            rank, two for a pair of ranks. See the method for what it bounds.
+        """
+        return None
 
     @property
     def needs_ratio(self) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 from deeptwist.layers.geometry import compute_dtype
 
 _FLOOR = 1e-8  # of a second moment's mean eigenvalue, added to all: no direction counts for nothing
+_LEAST = 1e-30  # the same for an input that is zero altogether
 
 
 def truncated_svd(
@@ -58,6 +59,28 @@ def _weighted_svd(unit: Tensor, rank: int, second_moment: Tensor) -> tuple[Tenso
     whitened = unit @ root
     basis = leading_eigenvectors(whitened.mT @ whitened, rank)
     return whitened @ basis, torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)
+
+
+def squared_singular_values(matrix: Tensor, second_moment: Tensor | None = None) -> Tensor:
+    """Return the squared singular values (..., min(m, n)) of W M^½, the largest first.
+
+    Args:
+        matrix: W, (..., m, n), of unit scale, in fp64.
+        second_moment: M, (..., n, n), whose scale is taken out; the identity where it is `None`.
+    """
+    if second_moment is not None:
+        moment = regularized(second_moment)
+        if matrix.shape[-2] <= matrix.shape[-1]:
+            return _descending(matrix @ moment @ matrix.mT)
+        matrix = matrix @ torch.linalg.cholesky(moment)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        matrix = matrix.mT
+    return _descending(matrix @ matrix.mT)
+
+
+def _descending(gram: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(-1).clamp_min(0)
 
 
 def refine(matrix: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,14 +136,14 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
 
 
 def regularized(second_moment: Tensor) -> Tensor:
-    """Return a second moment (..., n, n) at unit scale in fp64, positive definite.
+    """Return second moments (b, n, n), the largest at unit scale, in fp64, positive definite.
 
     Directions that no input had, as of dead channels, then count for little, but not for nothing.
     """
-    moment = to_unit_scale(second_moment.double(), 2)[0]
+    moment = to_unit_scale(second_moment.double(), second_moment.dim())[0]
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return moment + torch.where(mean > 0, mean * _FLOOR, 1) * identity
+    return moment + (mean * _FLOOR).clamp_min(_LEAST) * identity
 
 
 def to_unit_scale(tensor: Tensor, dims: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from deeptwist.decompositions.base import SingleRankDecomposition, Tensors
-from deeptwist.decompositions.linalg import refine, truncated_svd
+from deeptwist.decompositions.linalg import refine, squared_singular_values, truncated_svd
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.moments import SecondMoment
 
@@ -58,3 +59,35 @@ class MatrixDecomposition(SingleRankDecomposition):
     def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
         products = [left @ right for left, right in zip(tensors[::2], tensors[1::2], strict=True)]
         return self.assemble(products, shape)
+
+    def errors_at_all_ranks(
+        self, kernel: Tensor, second_moment: SecondMoment | None = None
+    ) -> Tensor:
+        """Return the relative error at every rank, which is exact: the tails of the spectra.
+
+        In a second moment's metric it is that of the moment that each matrix is weighted by.
+        """
+        batches = self.partition(kernel.detach())
+        moments: list[Tensor | None] = [None] * len(batches)
+        if second_moment is not None:
+            moments = [*self.moments(second_moment, kernel.shape)]
+        scale = kernel.detach().abs().max().double()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        tails = []
+        for matrices, moment in zip(batches, moments, strict=True):
+            values = (
+                squared_singular_values(matrices.double() / scale, moment).flatten(0, -2).sum(0)
+            )
+            # What is lost at rank 0, 1, …: all of it, down to nothing.
+            tails.append(torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]))
+        total = sum(float(tail[0]) for tail in tails)
+        full = max(min(matrices.shape[-2:]) for matrices in batches)
+        lost = [
+            sum(
+                float(tail[rank])
+                for tail, rank in zip(tails, replace(self, rank=r).ranks(kernel.shape), strict=True)
+            )
+            for r in range(1, full + 1)
+        ]
+        errors = torch.tensor(lost, dtype=torch.float64) / (total or 1)
+        return errors.clamp_min(0).sqrt()

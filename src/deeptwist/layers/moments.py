@@ -88,5 +88,27 @@ class SecondMoment:
         wide.diagonal(dim1=2, dim2=5).copy_(blocks.unsqueeze(-1))
         return wide.reshape(groups, channels * asked, channels * asked)
 
+    def squared_norm(self, kernel: Tensor) -> Tensor:
+        """Return ‖K M^½‖²_F of a kernel (g, o, i, *k), a scalar in fp64.
+
+        Of W − W′ it is the mean squared error of the outputs, times the positions along axes that
+        are not resolved.
+        """
+        held = self._taps(self.axes)
+        groups, out, channels = kernel.shape[:3]
+        rows = kernel.double().reshape(groups, out, channels, -1, held).transpose(2, 3)
+        rows = rows.reshape(groups, -1, channels * held)
+        return ((rows @ self.values.double()) * rows).sum()
+
+    def relative_error(self, exact: Tensor, approximation: Tensor) -> float:
+        """Return the root of E‖y − y′‖² / E‖y‖² of the outputs y of two kernels (g, o, i, *k).
+
+        It is 0 where no output differs, and also where there is no output to compare with.
+        """
+        scale = exact.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        lost = self.squared_norm((exact.double() - approximation.double()) / scale)
+        total = self.squared_norm(exact.double() / scale)
+        return math.sqrt(max(0.0, float(lost / total))) if total > 0 else 0.0
+
     def _taps(self, axes: int) -> int:
         return math.prod(self.kernel_size[len(self.kernel_size) - axes :])
