@@ -14,12 +14,9 @@ SAMPLE = [
     ("timm", "mobilenetv3_small_050", 64),
     ("timm", "lcnet_050", 64),
     ("timm", "tf_efficientnet_lite0", 64),
-    ("timm", "nfnet_f0", 64),
-    ("timm", "beit_base_patch16_224", 224),
     ("torchvision", "resnet18", 64),
     ("torchvision", "mnasnet0_5", 64),
     ("torchvision", "swin_t", 64),
-    ("torchvision", "vit_b_16", 224),
     ("torchvision", "r3d_18", 32),
 ]
 _MODELS = ("resnet", "regnet", "efficientnet", "mobile", "dense", "convnext", "swin", "vit", "deit")
