@@ -11,8 +11,6 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 - ``weight_numel`` counts the numbers that the layer stores, ``macs`` the work that it does.
 - The layer equals the convolution with the reconstructed kernel.
 - A start changes the time, and the result by little: ``docs/distortion.md`` says how little.
-
-``docs/add-a-decomposition.md`` shows what a new one needs.
 """
 
 from abc import ABC, abstractmethod
