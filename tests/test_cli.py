@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Done:
     stderr: str
 
 
-def run(*words: object) -> Done:
+def run(*words: object, main: Callable[[list[str]], None] = main) -> Done:
     """The command in this process: a new one would spend its time on importing torch."""
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
@@ -43,9 +44,9 @@ def run(*words: object) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def refused(*words: object) -> str:
+def refused(*words: object, main: Callable[[list[str]], None] = main) -> str:
     """The one line that a mistake is answered with."""
-    done = run(*words)
+    done = run(*words, main=main)
     assert done.returncode == 2, done
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

@@ -11,28 +11,29 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from deeptwist.training.records import (
-    DistortedAt,
-    Epoch,
-    Evaluation,
-    Refined,
-    Run,
-    Summary,
-    read_run,
-)
+import yaml
 from torch import nn
 
 import deeptwist as dt
 from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.timing import Timing
-from deeptwist.report import wording, write_report
+from deeptwist.report import formatting, write_report
 from deeptwist.report.comparison import cases_of, verdict
 from deeptwist.report.drawing import Plot
 from deeptwist.report.plots import plots_of
 from deeptwist.report.settings import settings
 from deeptwist.report.styles import looks_of
-from deeptwist.training import records
+from deeptwist.training import metrics
+from deeptwist.training.metrics import (
+    DistortionRecord,
+    Epoch,
+    Evaluation,
+    Run,
+    Summary,
+    Variant,
+    read_run,
+)
 from deeptwist.training.recipe import make_recipe
 from deeptwist.twist.distortion import Distortion
 
@@ -56,12 +57,20 @@ def small_plan(decomposition: dt.Decomposition) -> dt.Plan:
 
 
 def make_recipe_values(*changes: str) -> dict[str, Any]:
-    return make_recipe({"model": "resnet20"}, changes).to_dict()
+    values: dict[str, Any] = {"model": "resnet20"}
+    for change in changes:
+        key, _, text = change.partition("=")
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = yaml.safe_load(text)
+    return make_recipe(values).to_dict()
 
 
 REFINED = (
-    Refined("recalibrated", 0.87, 0.41, "model-recalibrated"),
-    Refined("tail", 0.95, 0.2, "model-tail"),
+    Variant("recalibrated", 0.87, 0.41, "model-recalibrated"),
+    Variant("tail", 0.95, 0.2, "model-tail"),
 )
 STEPS = ("schedule.kind=step", "schedule.milestones=[2, 4]")
 PLANS = {"tucker": small_plan(dt.Tucker()), "spatial_svd": small_plan(dt.SpatialSVD())}
@@ -93,7 +102,7 @@ def make_run(
         output_difference=3e-7 if mode == "deeptwist" else None,
         latency=None if decomposition is None else latency,
         latency_batch=None if decomposition is None else 16,
-        refined=(),
+        variants=(),
         recipe=make_recipe_values(f"mode={mode}"),
         processes=1,
         machine="a machine",
@@ -123,12 +132,10 @@ def make_run(
             "seconds": 0.02 * turn,
             "train": moments(1 / turn, 3 / turn),
             "test": moments(1 / turn, 3 / turn, 0.7 + turn / 50, 0.5 + turn**2 / 300),
-            "iterations": 1,
-            "fallbacks": {},
         }
         for turn in range(1, 9)
     ]
-    run = Run(summary, epochs, [] if mode in ("dense", "decomposed") else distortions, plan)
+    run = Run(summary, epochs, [] if mode in ("dense", "finetune") else distortions, plan)
     return replace(run, summary=replace(summary, **changes))
 
 
@@ -140,7 +147,7 @@ def moments(before: float, after: float, *accuracies: float) -> list[dict[str, f
 def pair(decomposition: str, **changes: Any) -> list[Run]:
     return [
         make_run(f"{mode}-{decomposition}", mode, decomposition, **changes)
-        for mode in ("deeptwist", "decomposed")
+        for mode in ("deeptwist", "finetune")
     ]
 
 
@@ -304,7 +311,7 @@ def test_hostile_names_are_only_names(page: Callable[..., Page]) -> None:
 
 def test_a_name_that_is_no_text_does_no_harm(page: Callable[..., Page]) -> None:
     names = ["\ud800", "層", "x" * 500, "_hidden", ""]
-    runs = [make_run(name, "decomposed", "tucker") for name in names]
+    runs = [make_run(name, "finetune", "tucker") for name in names]
     found = page(*[replace(run, epochs=[], plan=None) for run in runs])
     assert [row["run"] for row in found.rows()] == ["?", *names[1:]]
 
@@ -313,7 +320,7 @@ def test_what_is_imported() -> None:
     code = (
         "import sys, deeptwist\n"
         "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "import deeptwist.training.records\n"
+        "import deeptwist.training.metrics\n"
         "before = set(sys.modules)\n"
         "import deeptwist.report\n"
         "assert not {'matplotlib.pyplot'} & (set(sys.modules) - before)\n"
@@ -411,7 +418,7 @@ def test_networks_and_data_sets_are_not_mixed(page: Callable[..., Page]) -> None
                 make_run(),
                 make_run("a", "deeptwist", "TiledSVD(tile=(64, 72))", accuracy=0.85, ratio=8.0),
                 make_run("b", "deeptwist", "tucker", accuracy=0.8641),
-                make_run("c", "decomposed", "tucker", accuracy=0.8702, macs=80_000_000),
+                make_run("c", "finetune", "tucker", accuracy=0.8702, macs=80_000_000),
                 make_run("d", "deeptwist", "tucker", accuracy=0.866, steps=1),
             ],
             "Conventional fine-tuning, Tucker: 87.0 % at 4.0× fewer parameters and 1.2× more MACs; "
@@ -505,7 +512,7 @@ def test_many_runs_and_long_ones(page: Callable[..., Page]) -> None:
     runs = [
         make_run(f"{mode}-{ratio}", mode, "tucker", ratio=float(ratio), parameters=464_154 // ratio)
         for ratio in range(2, 9)
-        for mode in ("deeptwist", "decomposed")
+        for mode in ("deeptwist", "finetune")
     ]
     long = [
         {**runs[0].distortions[0], "step": step, "weight_shift": 2.0 + step % 7}
@@ -526,7 +533,7 @@ def test_looks_differ_and_pairs_share_colour_and_marker() -> None:
     runs = [
         make_run(f"{mode}{ratio}", mode, "tucker", ratio=float(ratio))
         for ratio in range(42)
-        for mode in ("deeptwist", "decomposed")
+        for mode in ("deeptwist", "finetune")
     ]
     looks = looks_of(runs)
     assert len(set(looks)) == len(looks)
@@ -538,9 +545,9 @@ def test_looks_differ_and_pairs_share_colour_and_marker() -> None:
 
 
 def test_a_control_looks_like_no_other_run() -> None:
-    modes = ("deeptwist", "decomposed", "projection", "noise", "once")
+    modes = ("deeptwist", "finetune", "projected", "random_noise", "decompose_at_end")
     looks = dict(zip(modes, looks_of([make_run(m, m, "tucker") for m in modes]), strict=True))
-    assert looks["deeptwist"].color == looks["decomposed"].color
+    assert looks["deeptwist"].color == looks["finetune"].color
     assert len({look.color for look in looks.values()}) == 4
     assert not any(looks[control].filled for control in modes[2:])
 
@@ -615,7 +622,7 @@ def test_a_distortion_is_drawn_once() -> None:
 def test_refinements_are_rows_of_their_own(page: Callable[..., Page]) -> None:
     recipe = make_recipe_values("recalibration=4", "tail.epochs=2")
     plain = make_run("a", "deeptwist", "tucker")
-    run = make_run("a", "deeptwist", "tucker", refined=REFINED, recipe=recipe)
+    run = make_run("a", "deeptwist", "tucker", variants=REFINED, recipe=recipe)
     assert verdict(cases_of([run])[0]) == verdict(cases_of([plain])[0])
     found = page(run)
     _, own, *rows = found.tables[0]
@@ -631,7 +638,7 @@ def test_refinements_are_rows_of_their_own(page: Callable[..., Page]) -> None:
 
 
 def test_refinements_stand_beside_their_run() -> None:
-    plot = plot_called("Accuracy against", [make_run("a", "deeptwist", "tucker", refined=REFINED)])
+    plot = plot_called("Accuracy against", [make_run("a", "deeptwist", "tucker", variants=REFINED)])
     assert [name for name, _ in plot.key] == ["a", "recalibrated", "tail"]
     marks = re.findall(r'x="([\d.-]+)" y="([\d.-]+)" style="[^"]*series-0[^"]*"', plot.svg)
     run, recalibrated, tail = sorted((float(x), float(y)) for x, y in marks)
@@ -646,10 +653,10 @@ def test_controls_are_named_and_are_no_rivals(page: Callable[..., Page]) -> None
         make_run(mode, mode, "tucker", accuracy=accuracy)
         for mode, accuracy in (
             ("deeptwist", 0.9),
-            ("decomposed", 0.8),
-            ("projection", 0.85),
-            ("noise", 0.84),
-            ("once", 0.83),
+            ("finetune", 0.8),
+            ("projected", 0.85),
+            ("random_noise", 0.84),
+            ("decompose_at_end", 0.83),
         )
     ]
     assert "conventional fine-tuning at the same ratio has 80.0" in verdict(cases_of(runs)[0])
@@ -770,8 +777,10 @@ def test_settings_are_named_and_defaults_that_say_nothing_left_out() -> None:
 
 def test_settings_of_other_modes_are_left_out() -> None:
     interval = "interval S_D, steps between distortions"
-    assert interval in settings_of("noise")
-    assert not any(interval in settings_of(mode) for mode in ("dense", "decomposed", "once"))
+    assert interval in settings_of("random_noise")
+    assert not any(
+        interval in settings_of(mode) for mode in ("dense", "finetune", "decompose_at_end")
+    )
     assert "first convolution kept" not in settings_of("dense")
 
 
@@ -779,40 +788,40 @@ def test_settings_of_other_modes_are_left_out() -> None:
 
 
 def test_numbers_are_said_plainly() -> None:
-    assert wording.points(-0.0000001) == wording.points(0.0) == "0.00"
-    assert wording.points(0.0123) == "+1.23"
-    assert wording.speed(0.5).endswith("(slower)")
-    assert wording.speed(2.0).endswith("(faster)")
-    assert wording.speed(0.999) == "1.00×"
-    assert wording.fewer(0, 0) == ""
-    assert wording.fewer(7, 7) == "as many"
-    assert wording.fewer(100, 150) == "1.50×\xa0more"
-    assert wording.power_of_ten(2e-5) == "2·10⁻⁵"
-    assert wording.power_of_ten(1e-4) == "10⁻⁴"
-    assert wording.milliseconds(123.4) == "123"
-    assert wording.listed(["a", "b", "c"]) == "a, b and c"
-    assert wording.listed(["a"]) == "a"
-    assert wording.listed([]) == ""
+    assert formatting.points(-0.0000001) == formatting.points(0.0) == "0.00"
+    assert formatting.points(0.0123) == "+1.23"
+    assert formatting.speed(0.5).endswith("(slower)")
+    assert formatting.speed(2.0).endswith("(faster)")
+    assert formatting.speed(0.999) == "1.00×"
+    assert formatting.fewer(0, 0) == ""
+    assert formatting.fewer(7, 7) == "as many"
+    assert formatting.fewer(100, 150) == "1.50×\xa0more"
+    assert formatting.power_of_ten(2e-5) == "2·10⁻⁵"
+    assert formatting.power_of_ten(1e-4) == "10⁻⁴"
+    assert formatting.milliseconds(123.4) == "123"
+    assert formatting.listed(["a", "b", "c"]) == "a, b and c"
+    assert formatting.listed(["a"]) == "a"
+    assert formatting.listed([]) == ""
 
 
 # --- records
 
 
 def test_these_runs_are_what_a_folder_holds(tmp_path: Path) -> None:
-    run = make_run("a", "deeptwist", "tucker", refined=REFINED)
+    run = make_run("a", "deeptwist", "tucker", variants=REFINED)
     assert run.plan is not None
     run.summary.write(tmp_path)
-    (tmp_path / records.PLAN).write_text(run.plan.to_json(), encoding="utf-8")
+    (tmp_path / metrics.PLAN).write_text(run.plan.to_json(), encoding="utf-8")
     for epoch in run.epochs:
         values = without(epoch, "event") | {"test": Evaluation(**epoch["test"])}
-        records.append(tmp_path / records.METRICS, Epoch(**values))
+        metrics.append_record(tmp_path / metrics.METRICS, Epoch(**values))
     for line in run.distortions:
         beside = {key: line[key] for key in ("lr", "seconds")} | {
             split: tuple(Evaluation(**found) for found in line[split])
             for split in ("train", "test")
         }
         distortion = Distortion(**without(line, "event", "train", "test", *beside))
-        records.append(tmp_path / records.METRICS, DistortedAt(distortion, **beside))
+        metrics.append_record(tmp_path / metrics.METRICS, DistortionRecord(distortion, **beside))
     assert read_run(tmp_path) == run
 
 

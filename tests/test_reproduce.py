@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from experiments.paper.__main__ import main
 from experiments.paper.cells import Workplace, title
 from experiments.paper.experiments import EXPERIMENTS, fig2, fig5, fig7, table1, table2
 from experiments.paper.findings import Finished
@@ -54,7 +55,7 @@ def request_(folder: Path) -> Request:
 
 
 def test_the_list_names_all_eleven() -> None:
-    lines = run("reproduce", "--list").stdout.splitlines()
+    lines = run("--list", main=main).stdout.splitlines()
     assert [line.split()[0] for line in lines] == ALL
     assert list(EXPERIMENTS) == ALL
 
@@ -64,7 +65,7 @@ def test_the_list_names_all_eleven() -> None:
 
 def test_an_experiment_from_the_command_line(folder: Path, request_: Request) -> None:
     words = "--profile", "smoke", "--out", request_.out, "--runs", request_.runs
-    done = run("reproduce", "fig2", *words)
+    done = run("fig2", *words, main=main)
     page = folder / "results" / "fig2" / "smoke.md"
     assert done.stdout.split() == [str(page)]
     assert done.returncode == 0
@@ -310,14 +311,14 @@ def test_a_cell_that_fails_leaves_the_others_alone(folder: Path, request_: Reque
     ],
 )
 def test_mistakes_get_one_line(words: list[str], answer: str, tmp_path: Path) -> None:
-    assert answer in refused("reproduce", *words, "--out", tmp_path, "--runs", tmp_path / "runs")
+    assert answer in refused(*words, "--out", tmp_path, "--runs", tmp_path / "runs", main=main)
 
 
 def test_another_network_s_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "resnet20.safetensors"
     save_file(build_model("vgg19_bn", in_channels=1).state_dict(), path)
     words = ["fig4", "--profile", "smoke", "--weights", path, "--out", tmp_path, "--runs", tmp_path]
-    assert "1 of 1 cells of fig4 failed" in refused("reproduce", *words)
+    assert "1 of 1 cells of fig4 failed" in refused(*words, main=main)
 
 
 # --- what is exact

@@ -297,7 +297,7 @@ def _state(
     made = {f"deeptwist {run.summary.version}, {run.summary.machine}" for run in read.values()}
     lines += [f"Run with {one}." for one in sorted(made)]
     files = "" if place.weights is None else f" --weights {place.weights.name}"
-    again = f"deeptwist reproduce {experiment.name} --profile {setting.profile} --data "
+    again = f"python -m experiments.paper {experiment.name} --profile {setting.profile} --data "
     lines.append(f"`{again}{Path(place.data).name}{files} --seeds {seeds.replace(',', '')}`")
     missing = [turn for turn in turns if turn not in read]
     if missing:

@@ -3,6 +3,10 @@
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -12,14 +16,24 @@ def main(words: Sequence[str] | None = None) -> None:
         words: what was written after ``deeptwist``; the process's own arguments if not given.
     """
     try:
-        from cyclopts import CycloptsError
-        from pydantic import ValidationError
-
         from deeptwist.cli.app import app
-        from deeptwist.training.recipe import explain
     except ModuleNotFoundError as error:
         sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
+    run(app, words)
+
+
+def run(app: "App", words: Sequence[str] | None) -> None:
+    """Run a command of an application, with the answers to bad input that `main` gives.
+
+    Args:
+        app: its commands.
+        words: what was written after its name; the process's own arguments if not given.
+    """
+    from cyclopts import CycloptsError
+    from pydantic import ValidationError
+
     from deeptwist.errors import DeepTwistError
+    from deeptwist.training.recipe import explain
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
