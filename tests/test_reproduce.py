@@ -173,7 +173,7 @@ def test_a_folder_is_named_for_what_decides_the_outcome(tmp_path: Path) -> None:
         assert folder(recipe) != folder(recipe, weights=other)
         assert folder(recipe) != folder(replace(recipe, seed=1))
         assert folder(recipe).name.startswith(title(recipe))
-    assert folder(cell) != folder(replace(cell, tolerance=0))
+    assert folder(cell) != folder(replace(cell, label_smoothing=0.1))
 
 
 def test_several_seeds_are_averaged(folder: Path, request_: Request) -> None:

@@ -75,14 +75,14 @@ class Finished:
         """The run of a cell's first seed that is finished."""
         return next(iter(self.runs.get(name, ())), None)
 
-    def accuracy(self, name: str, *, refined: str | None = None) -> float | None:
+    def accuracy(self, name: str, *, variant: str | None = None) -> float | None:
         """Mean test accuracy in percent over seeds; none where the cell has not been run."""
-        found = self._accuracies(name, refined)
+        found = self._accuracies(name, variant)
         return statistics.fmean(found) if found else None
 
-    def shown(self, name: str, *, refined: str | None = None) -> str:
+    def shown(self, name: str, *, variant: str | None = None) -> str:
         """The same for a table, with the deviation over seeds."""
-        return _mean(self._accuracies(name, refined))
+        return _mean(self._accuracies(name, variant))
 
     def top5(self, name: str) -> str:
         """As `shown`, of the five first guesses."""
@@ -103,15 +103,15 @@ class Finished:
                 return 100 * run.summary.accuracy_before
         return None
 
-    def _accuracies(self, name: str, refined: str | None) -> list[float]:
+    def _accuracies(self, name: str, variant: str | None) -> list[float]:
         summaries = [run.summary for run in self.runs.get(name, ())]
-        if refined is None:
+        if variant is None:
             return [100 * summary.accuracy for summary in summaries]
         return [
             100 * one.accuracy
             for summary in summaries
             for one in summary.variants
-            if one.name == refined
+            if one.name == variant
         ]
 
 

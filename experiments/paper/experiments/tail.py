@@ -59,12 +59,12 @@ def show(finished: Finished, setting: Setting) -> Findings:
             ways = [f"{words} {point}, {way}" for way, _ in MODES]
             splits = [split(words, point, epochs) for epochs in tails]
             shown = [finished.shown(name) for name in ways]
-            shown += [finished.shown(name, variants="tail") for name in splits]
+            shown += [finished.shown(name, variant="tail") for name in splits]
             rows.append((f"{words} {point}", finished.ratio(ways[0]), *shown))
             tuned, learnt = (finished.accuracy(name) for name in ways)
             learnt_higher.append(above(learnt, tuned))
             tail_higher += [
-                above(finished.accuracy(name, variants="tail"), tuned) for name in splits
+                above(finished.accuracy(name, variant="tail"), tuned) for name in splits
             ]
     header = (
         "",
@@ -104,7 +104,7 @@ def _by_split(finished: Finished, setting: Setting, words: str) -> tuple[tuple[f
     point, whole = setting.middle, setting.recipe.schedule.epochs
     tuned, learnt = (finished.accuracy(f"{words} {point}, {way}") for way, _ in MODES)
     found = {0: learnt, whole: tuned} | {
-        epochs: finished.accuracy(split(words, point, epochs), variants="tail")
+        epochs: finished.accuracy(split(words, point, epochs), variant="tail")
         for epochs in setting.tails
     }
     return known(sorted(found.items()))

@@ -88,7 +88,9 @@ class CP(SingleRankDecomposition):
         out, into, *spatial = _als(tensor.unflatten(3, wide), rank, start)
         if root is not None:
             into = torch.linalg.solve_triangular(root.mT, into, upper=True)
-        share = scale.flatten(2).pow(1 / (2 + len(wide)))
+        # A kernel of zeros stays zero: sweeps alone would only shrink the first directions.
+        nonzero = tensor.flatten(1).any(1)[:, None, None]
+        share = scale.flatten(2).pow(1 / (2 + len(wide))) * nonzero
         bases = [(basis * share).to(kernel.dtype) for basis in _balance([out, into, *spatial])]
         windows, ones = iter(bases[2:]), torch.ones_like(bases[0][:, :1])
         return (*bases[:2], *(next(windows) if side > 1 else ones for side in sides))
