@@ -86,7 +86,7 @@ def test_an_experiment_from_the_command_line(folder: Path, request_: Request) ->
         assert cell["accuracy_before"] == ours["accuracy_before"]  # all start from one network
     assert (ours["mode"], conventional["mode"], dense["mode"]) == (
         "deeptwist",
-        "decomposed",
+        "finetune",
         "dense",
     )
     assert ours["parameters"] == conventional["parameters"] < dense["parameters"]
@@ -112,7 +112,7 @@ def test_every_experiment_runs_to_the_end(name: str, request_: Request) -> None:
     text = page.read_text(encoding="utf-8")
     assert "not run" not in text.lower()
     for cell in cells.values():
-        accuracies = [cell["accuracy"], *(one["accuracy"] for one in cell["refined"])]
+        accuracies = [cell["accuracy"], *(one["accuracy"] for one in cell["variants"])]
         if name != "fig4":  # it shows distortions alone
             assert any(f" {100 * accuracy:.2f} " in text for accuracy in accuracies)
     drawings = sorted(page.parent.glob("*.svg"))
