@@ -66,6 +66,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "answer"),
     [
         (["plam"], 'Did you mean "plan"?'),
+        (["plan", "resnet20", "--ratio", "4", "--input", "3x99999999x99999999"], "no memory for"),
+        (["plan", "resnet20", "--ratio", "4", "--input", f"3x{10**30}x9"], "no memory for"),
+        (["plan", "resnet20", "--ratio", "4", "--num-classes", f"{10**15}"], "not enough memory"),
         (["plan", "resnet20", "--ratoi", "4"], "Did you mean --ratio?"),
         (["plan", "resnet20", "--ratio", "four"], "--ratio"),
         (["plan", "resnet20", "--ratio", "0.5"], "ratio 0.5 compresses nothing"),

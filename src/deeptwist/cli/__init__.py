@@ -41,6 +41,10 @@ def run(app: "App", words: Sequence[str] | None) -> None:
     except (DeepTwistError, CycloptsError) as error:
         cause = error.__cause__
         sys.exit(_complain(str(explain(cause) if isinstance(cause, ValidationError) else error)))
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        sys.exit(_complain(f"not enough memory: {str(error).strip().splitlines()[0]}"))
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as 'head' does: nothing to say
     except KeyboardInterrupt:

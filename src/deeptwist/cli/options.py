@@ -65,7 +65,11 @@ class NetworkOptions:
 
         usual = "3x224x224" if "/" in model else "3x32x32"
         shape = _parse_size(self.input or usual)
-        return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+        try:
+            return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+        except (RuntimeError, TypeError) as error:  # more than memory, or an integer, holds
+            size = "×".join(map(str, (batch, *shape)))
+            raise DeepTwistError(f"no memory for an input of {size} numbers") from error
 
 
 def small_network(
