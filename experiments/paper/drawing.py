@@ -1,19 +1,14 @@
 """Figures in the report's style, each a file of its own that follows light and dark."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 from experiments.paper.findings import Figure
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from deeptwist.report.formatting import power_of_ten
-from deeptwist.report.styles import CARD, DASHES, DOTS, INK, MUTED, VARIABLES
-from deeptwist.report.svg import render
+from deeptwist.report import plotting
+from deeptwist.report.styles import DASHED, INK, NO_LINE, SERIES, SOLID, PlotStyle
 
-COLORS = tuple(color for color, name in VARIABLES.items() if "series" in name)
 _MARKERS = "os^DvPX"
 _SHEET = files("deeptwist.report").joinpath("style.css").read_text(encoding="utf-8")
 _STYLE = (
@@ -30,7 +25,7 @@ class Curve:
     Attributes:
         name: none for a curve that the key leaves out.
         points: (x, y).
-        color: its place in `COLORS`; none for the ink's.
+        color: its place in `styles.SERIES`; none for the ink's.
         dashed: the line, and its markers hollow.
         markers: whether it has any.
         line: whether it has one.
@@ -42,6 +37,16 @@ class Curve:
     dashed: bool = False
     markers: bool = True
     line: bool = True
+
+    @property
+    def style(self) -> PlotStyle:
+        """The same for the report's charts."""
+        return PlotStyle(
+            INK if self.color is None else SERIES[self.color % len(SERIES)],
+            _MARKERS[(self.color or 0) % len(_MARKERS)] if self.markers else "",
+            filled=not self.dashed,
+            line=NO_LINE if not self.line else DASHED if self.dashed else SOLID,
+        )
 
 
 def known(points: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, float], ...]:
@@ -72,59 +77,23 @@ def chart(
         log_x: whether equal factors are equally far apart.
         log_y: the same upwards.
     """
-    drawn = [curve for curve in curves if curve.points]
-    if not drawn:
+    plotted = [curve for curve in curves if curve.points]
+    if not plotted:
         return None
-
-    def paint(axes: Axes) -> None:
-        for curve in drawn:
-            _draw(axes, curve)
-        if level is not None:
-            axes.axhline(level[1], color=MUTED, linestyle=(0, DOTS), label=level[0])
-        if log_x:
-            axes.set_xscale("log")
-            across = sorted({point[0] for curve in drawn for point in curve.points})
-            axes.set_xticks(across, minor=False)
-            axes.set_xticks([], minor=True)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if log_y:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))  # short numbers
-        axes.set_title(y)
-        axes.set_xlabel(x)
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, frameon=False, fontsize=9
-        )
-
-    named = [curve.name for curve in drawn if curve.name is not None]
-    rows = (len(named) + (level is not None) + 1) // 2
-    label = f"{title}: {', '.join(named)}"
-    drawing = render(paint, name=name, label=label, height=3.2 + 0.2 * rows)
-    return Figure(name, title, _as_file(str(drawing)))
-
-
-def _draw(axes: Axes, curve: Curve) -> None:
-    color = INK if curve.color is None else COLORS[curve.color % len(COLORS)]
-    axes.plot(
-        *zip(*curve.points, strict=True),
-        color=color,
-        label=curve.name or "_",
-        linestyle="none" if not curve.line else (0, DASHES) if curve.dashed else "solid",
-        marker=_MARKERS[(curve.color or 0) % len(_MARKERS)] if curve.markers else "",
-        markerfacecolor=CARD if curve.dashed else color,
-        markeredgecolor=color,
-        markevery=max(1, len(curve.points) // 40),
+    drawing = plotting.Chart(
+        title,
+        "",
+        tuple(plotting.Curve(curve.points, curve.style, curve.name or "") for curve in plotted),
+        x=x,
+        y=y,
+        scale="log" if log_y else "linear",
+        log_x=log_x,
+        level=level,
     )
+    return Figure(name, title, _as_file(plotting.render(drawing, name=name)))
 
 
-def _as_file(drawing: str) -> str:
-    """A drawing of a page as a file: with a size, its name space and the page's colours."""
-    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
-    assert found is not None
-    width, height = found.groups()
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-    opening, _, rest = drawing.partition(">")
-    return f"{opening.replace('<svg ', head, 1)}><style>{_STYLE}</style>{rest}\n"
+def _as_file(svg: str) -> str:
+    """Return a drawing of a page as a file of its own, with the page's colours."""
+    opening, _, rest = svg.partition(">")
+    return f"{opening}><style>{_STYLE}</style>{rest}"

@@ -1,20 +1,26 @@
-"""Runs that may be compared, and the sentence that they come to."""
+"""Runs that may be compared, and the sentence that sums them up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deeptwist.report.formatting import METHOD_MODES, fewer, method_name, mode_name, percent
+from deeptwist.report.formatting import (
+    format_percent,
+    format_ratio,
+    method_name,
+    mode_name,
+)
 from deeptwist.training.metrics import Run, Summary
+from deeptwist.training.modes import find_mode
 
 
 @dataclass(frozen=True)
-class Case:
+class RunGroup:
     """All runs of one network on one data set: accuracies are comparable only within it.
 
     Attributes:
         model: the network's name.
         data: the data set's name.
-        runs: those of one decomposition sit together; within it, and otherwise, as given.
+        runs: those of one decomposition side by side; otherwise in the order of the call.
     """
 
     model: str
@@ -29,12 +35,12 @@ class Case:
     @property
     def compressed(self) -> tuple[Run, ...]:
         """The runs that ended with a decomposed network."""
-        return tuple(run for run in self.runs if run.summary.mode != "dense")
+        return tuple(run for run in self.runs if find_mode(run.summary.mode).compresses)
 
     @property
     def dense(self) -> Run | None:
         """The most accurate dense run: the hardest one to come near."""
-        runs = [run for run in self.runs if run.summary.mode == "dense"]
+        runs = [run for run in self.runs if not find_mode(run.summary.mode).compresses]
         return max(runs, key=lambda run: run.summary.accuracy, default=None)
 
     @property
@@ -54,50 +60,49 @@ class Case:
         return None if self.best is None else self.best.summary.accuracy_before
 
 
-def cases_of(runs: Sequence[Run]) -> list[Case]:
-    """The cases in the order of their first runs."""
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
+    """Group runs by network and data set, in the order of their first runs."""
     groups: dict[tuple[str, str], dict[str | None, list[Run]]] = {}
     for run in runs:
         summary = run.summary
         decompositions = groups.setdefault((summary.model, summary.data), {})
         decompositions.setdefault(summary.decomposition, []).append(run)
     return [
-        Case(model, data, tuple(run for group in decompositions.values() for run in group))
+        RunGroup(model, data, tuple(run for group in decompositions.values() for run in group))
         for (model, data), decompositions in groups.items()
     ]
 
 
-def verdict(case: Case) -> str:
-    """What the case came to, in one sentence."""
-    if case.best is None:
-        assert case.dense is not None
-        accuracy = case.dense.summary.accuracy
-        return f"The dense network has {percent(accuracy)}; none is compressed yet."
-    best = case.best.summary
-    parameters = fewer(best.parameters_before, best.parameters, 1)
-    macs = fewer(best.macs_before, best.macs, 1)
+def summary_sentence(group: RunGroup) -> str:
+    """Return one sentence: the best compressed network beside its rival and the dense one."""
+    if group.best is None:
+        return f"The dense network has {_accuracy(group)}; none is compressed yet."
+    best = group.best.summary
+    parameters = format_ratio(best.parameters_before, best.parameters, 1)
+    macs = format_ratio(best.macs_before, best.macs, 1)
     size = f"{parameters} parameters" + (f" and {macs} MACs" if macs else "")
-    if case.dense is not None:
-        dense, accuracy = "the dense network", case.dense.summary.accuracy
-    else:
-        dense, accuracy = "the dense network that it started from", best.accuracy_before
-    rival = _rival(case, best)
-    others = f"{dense} has {percent(accuracy)}"
+    dense = "the dense network" + ("" if group.dense else " that it started from")
+    rival = _best_alternative(group, best)
+    others = f"{dense} has {_accuracy(group)}"
     if rival is not None:
         others = (
-            f"{mode_name(rival)} at the same ratio has {percent(rival.accuracy)}, "
-            f"{dense} {percent(accuracy)}"
+            f"{mode_name(rival)} at the same ratio has {format_percent(rival.accuracy)}, "
+            f"{dense} {_accuracy(group)}"
         )
     method = method_name(best)
-    return f"{method[:1].upper()}{method[1:]}: {percent(best.accuracy)} at {size}; {others}."
+    return f"{method[:1].upper()}{method[1:]}: {format_percent(best.accuracy)} at {size}; {others}."
 
 
-def _rival(case: Case, best: Summary) -> Summary | None:
-    """The best run, controls aside, of another mode and the same decomposition, ratio, steps."""
+def _accuracy(group: RunGroup) -> str:
+    return format_percent(group.dense_accuracy or 0)
+
+
+def _best_alternative(group: RunGroup, best: Summary) -> Summary | None:
+    """Return the best run of another mode with the same decomposition, ratio and steps."""
     rivals = [
         run.summary
-        for run in case.compressed
-        if run.summary.mode in METHOD_MODES
+        for run in group.compressed
+        if not find_mode(run.summary.mode).is_ablation
         and run.summary.mode != best.mode
         and (run.summary.decomposition, run.summary.ratio, run.summary.steps)
         == (best.decomposition, best.ratio, best.steps)

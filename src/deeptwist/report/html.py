@@ -1,38 +1,26 @@
-"""The page: everything is put in words, tables and drawings first, the template only lays out."""
+"""The page: words, tables and charts are made first, the template only lays them out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.report.comparison import cases_of, verdict
-from deeptwist.report.drawing import Plot
-from deeptwist.report.plots import plots_of
-from deeptwist.report.results import results, training
-from deeptwist.report.settings import settings
-from deeptwist.report.tables import Table, plans
+from deeptwist.report.charts import detail_charts, gain_charts
+from deeptwist.report.comparison import RunGroup, group_runs, summary_sentence
+from deeptwist.report.config_table import config_table
+from deeptwist.report.plotting import render
+from deeptwist.report.tables import layer_tables, results_table, training_table
 from deeptwist.serialization import write_text
 from deeptwist.training.metrics import Run
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the page says of a case."""
-
-    name: str
-    verdict: str
-    results: Table
-    training: Table | None
-    plots: list[Plot]
-
-
 def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
-    """Writes finished runs as one HTML file that needs nothing else, not even a network.
+    """Write finished runs as one HTML file that needs nothing else, not even a network.
 
     Args:
-        runs: from `records.read_run`; runs of several networks or data sets get a part each.
+        runs: from `metrics.read_run`; runs of several networks or data sets get a part each.
         path: the file to write; an old one is replaced.
         title: of the page.
 
@@ -44,8 +32,8 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
     """
     if not runs:
         raise DeepTwistError("there is no run to report on")
-    cases = cases_of(runs)
-    ordered = [run for case in cases for run in case.runs]
+    groups = group_runs(runs)
+    ordered = [run for group in groups for run in group.runs]
     environment = Environment(
         loader=PackageLoader("deeptwist", "report"),
         autoescape=True,
@@ -55,24 +43,28 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
     )
     page = environment.get_template("template.html.j2").render(
         title=title,
-        parts=[
-            Part(
-                case.name,
-                verdict(case),
-                results(case),
-                training(case),
-                plots_of(case, f"plot{number}"),
-            )
-            for number, case in enumerate(cases)
-        ],
-        plans=plans(ordered),
-        settings=settings(ordered),
+        parts=[_part(group, f"group {number}") for number, group in enumerate(groups)],
+        layers=layer_tables(ordered),
+        config=config_table(ordered),
         modes={run.summary.mode for run in runs},
-        refined={refined.name for run in runs for refined in run.summary.variants},
+        variants={variant.name for run in runs for variant in run.summary.variants},
     )
     try:
         # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
         write_text(path, page.encode(errors="replace").decode())
     except OSError as error:
-        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from None
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
     return path
+
+
+def _part(group: RunGroup, prefix: str) -> dict[str, Any]:
+    """Return what the template shows of a group."""
+    gains, details = gain_charts(group), detail_charts(group)
+    return {
+        "name": group.name,
+        "summary": summary_sentence(group),
+        "results": results_table(group),
+        "training": training_table(group),
+        "gains": [(chart, render(chart, name=f"{prefix}-{chart.title}")) for chart in gains],
+        "plots": [(chart, render(chart, name=f"{prefix}-{chart.title}")) for chart in details],
+    }

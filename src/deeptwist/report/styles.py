@@ -1,86 +1,73 @@
-"""Which run gets which colour, dash and marker: the same in every plot of a case."""
+"""Colours, lines and markers: a run looks the same in every chart of its group."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from deeptwist.report.formatting import METHOD_MODES
 from deeptwist.training.metrics import Run
+from deeptwist.training.modes import Twist, find_mode
 
 # matplotlib wants a colour now, the page decides on it later (light, dark, print): these stand in
-# for the variables of style.css and are replaced in the SVG.
+# for the variables of style.css, which replace them in the SVG.
 INK, MUTED, GRID, CARD = "#a1b2c0", "#a1b2c1", "#a1b2c2", "#a1b2c3"
-_SERIES = tuple(f"#a1b2d{number}" for number in range(6))
-VARIABLES = {
+SERIES = tuple(f"#a1b2d{number}" for number in range(6))
+CSS_VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
     CARD: "var(--card)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES)},
+    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES)},
 }
-DOTS, DASHES, _DASHES_AND_DOTS = (1.0, 1.6), (4.0, 2.0), (4.0, 1.6, 1.0, 1.6)
+
+LineStyle = str | tuple[int, tuple[float, ...]]
+SOLID, NO_LINE = "solid", "none"
+DOTTED, DASHED = (0, (1.0, 1.6)), (0, (4.0, 2.0))
+_DASH_DOTTED = (0, (4.0, 1.6, 1.0, 1.6))
+_MARKERS, _STROKES = "os^DvPX", "+x12"
 
 
 @dataclass(frozen=True)
-class Marker:
-    """A marker as matplotlib calls it, and as a path in 10 × 10 around the origin."""
-
-    code: str
-    path: str
-
-
-_MARKERS = (
-    Marker("o", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"),
-    Marker("s", "M-3.6-3.6h7.2v7.2h-7.2z"),
-    Marker("^", "M0-4.4l4.4 8h-8.8z"),
-    Marker("D", "M0-4.8l4.8 4.8l-4.8 4.8l-4.8-4.8z"),
-    Marker("v", "M0 4.4l4.4-8h-8.8z"),
-    Marker("P", "M-1.5-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z"),
-    Marker(
-        "X", "M0-2l2.4-2.4l2 2l-2.4 2.4l2.4 2.4l-2 2l-2.4-2.4l-2.4 2.4l-2-2l2.4-2.4l-2.4-2.4l2-2z"
-    ),
-)
-
-
-_STROKES = (
-    Marker("+", "M-4 0h8M0-4v8"),
-    Marker("x", "M-3.4-3.4l6.8 6.8M3.4-3.4l-6.8 6.8"),
-    Marker("1", "M0 0v4.4M0 0l-4-2.4M0 0l4-2.4"),
-    Marker("2", "M0 0v-4.4M0 0l-4 2.4M0 0l4 2.4"),
-)
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a run is drawn.
+class PlotStyle:
+    """How a curve is drawn.
 
     Attributes:
-        color: one of `VARIABLES`.
-        marker: see `Marker`.
+        color: one of `CSS_VARIABLES`.
+        marker: as matplotlib calls it; empty for none.
         filled: whether the marker is.
-        dashes: of the line, on and off in turn; empty for a solid one.
-        line: whether there is one.
+        line: as matplotlib takes it.
+        width: of the line, in points.
+        size: of the marker, in points.
     """
 
     color: str
-    marker: Marker
-    filled: bool
-    dashes: tuple[float, ...]
-    line: bool = True
+    marker: str = ""
+    filled: bool = True
+    line: LineStyle = SOLID
+    width: float = 1.6
+    size: float = 5.5
 
-    @property
-    def variable(self) -> str:
-        """The colour as the style sheet knows it."""
-        return VARIABLES[self.color]
+    def options(self) -> dict[str, Any]:
+        """Return the style as options of `Axes.plot`. Filled markers lie above hollow ones."""
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "markersize": self.size,
+            "markerfacecolor": self.color if self.filled else CARD,
+            "markeredgecolor": self.color,
+            "markeredgewidth": 1.4,
+            "linestyle": self.line,
+            "linewidth": self.width,
+            "zorder": 3 if self.filled else 2.5,
+        }
 
-    @property
-    def fill(self) -> str:
-        """The marker's inside."""
-        return self.color if self.filled else CARD
+    def as_marker(self) -> "PlotStyle":
+        """Return the style without its line; a hollow marker is a ring around a filled one."""
+        return replace(self, line=NO_LINE, size=6.5 if self.filled else 10.0)
 
 
-def looks_of(runs: Sequence[Run]) -> list[Look]:
-    """One look per run.
+def assign_styles(runs: Sequence[Run]) -> list[PlotStyle]:
+    """Return one style per run.
 
     DeepTwist and conventional fine-tuning of the same decomposition and ratio share colour and
     marker; the line and the marker's inside tell them apart. A control has its own. With six
@@ -88,38 +75,37 @@ def looks_of(runs: Sequence[Run]) -> list[Look]:
     """
     numbers: dict[tuple[str | None, float | None, str, int], int] = {}
     repeats: Counter[tuple[str | None, float | None, str]] = Counter()
-    looks = []
+    styles = []
     for run in runs:
         summary = run.summary
-        if summary.mode == "dense":
-            looks.append(Look(MUTED, _MARKERS[0], filled=True, dashes=DOTS))
+        mode = find_mode(summary.mode)
+        if not mode.compresses:
+            styles.append(PlotStyle(MUTED, _MARKERS[0], line=DOTTED))
             continue
-        alike = summary.decomposition, summary.ratio, summary.mode
-        control = "" if summary.mode in METHOD_MODES else summary.mode
-        pair = summary.decomposition, summary.ratio, control, repeats[alike]
-        repeats[alike] += 1
+        same = summary.decomposition, summary.ratio, summary.mode
+        control = mode.name if mode.is_ablation else ""
+        pair = summary.decomposition, summary.ratio, control, repeats[same]
+        repeats[same] += 1
         number = numbers.setdefault(pair, len(numbers))
-        deeptwist = summary.mode == "deeptwist"
-        dashes = _DASHES_AND_DOTS if control else () if deeptwist else DASHES
-        looks.append(
-            Look(
-                color=_SERIES[number % len(_SERIES)],
-                marker=_MARKERS[number % len(_MARKERS)],
-                filled=deeptwist,
-                dashes=dashes,
+        styles.append(
+            PlotStyle(
+                SERIES[number % len(SERIES)],
+                _MARKERS[number % len(_MARKERS)],
+                filled=mode is Twist,
+                line=_DASH_DOTTED if control else SOLID if mode is Twist else DASHED,
             )
         )
-    return looks
+    return styles
 
 
-def refined_looks(names: Iterable[str]) -> dict[str, Look]:
-    """For each refinement a marker of strokes; its colour is that of the run that it came of."""
+def variant_styles(names: Iterable[str]) -> dict[str, PlotStyle]:
+    """Return a marker of strokes for each kind of variant; its colour is to be the run's."""
     return {
-        name: Look(MUTED, _STROKES[number % len(_STROKES)], filled=False, dashes=(), line=False)
+        name: PlotStyle(MUTED, _STROKES[number % len(_STROKES)], line=NO_LINE)
         for number, name in enumerate(dict.fromkeys(names))
     }
 
 
-def before_and_after(look: Look) -> tuple[Look, Look]:
-    """A run's look just before a distortion, and just after it."""
-    return replace(look, filled=True, dashes=()), replace(look, filled=False, dashes=DASHES)
+def before_and_after(style: PlotStyle) -> tuple[PlotStyle, PlotStyle]:
+    """Return a run's style just before a distortion, and just after it."""
+    return replace(style, filled=True, line=SOLID), replace(style, filled=False, line=DASHED)
