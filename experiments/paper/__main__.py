@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from experiments.paper import long
 from experiments.paper.experiments import EXPERIMENTS, experiment_of
 from experiments.paper.job import Request, reproduce
 from experiments.paper.profiles import ProfileName
@@ -33,7 +34,7 @@ def experiment(
     runs: Path = Path("runs/reproduce"),
     seeds: Several[int] = (0,),
     only: Several[str] = (),
-    draw_only: bool = False,
+    draw_only: Annotated[bool, Parameter(("--show", "--draw-only"))] = False,
 ) -> None:
     """Run an experiment of the paper; write its table and figures beside the paper's numbers.
 
@@ -49,6 +50,9 @@ def experiment(
         only: Train only cells of these names or globs.
         draw_only: Train nothing; draw what is finished.
     """
+    if name == "long":
+        print(long.show(out))
+        return
     if list_:
         for listed in EXPERIMENTS.values():
             count = len(listed.cells_of("short"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from experiments.paper.findings import Figure
+from matplotlib.axes import Axes
 
 from deeptwist.report import plotting
 from deeptwist.report.styles import DASHED, INK, NO_LINE, SERIES, SOLID, PlotStyle
@@ -29,6 +30,7 @@ class Curve:
         dashed: the line, and its markers hollow.
         markers: whether it has any.
         line: whether it has one.
+        band: (x, lowest, highest), shaded behind it.
     """
 
     name: str | None
@@ -37,6 +39,7 @@ class Curve:
     dashed: bool = False
     markers: bool = True
     line: bool = True
+    band: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def style(self) -> PlotStyle:
@@ -47,6 +50,24 @@ class Curve:
             filled=not self.dashed,
             line=NO_LINE if not self.line else DASHED if self.dashed else SOLID,
         )
+
+
+@dataclass(frozen=True)
+class _BandChart(plotting.Chart):
+    """A chart with a range behind some of its curves.
+
+    Attributes:
+        bands: a colour and (x, lowest, highest).
+    """
+
+    bands: tuple[tuple[str, tuple[tuple[float, float, float], ...]], ...] = ()
+
+    def draw(self, axes: Axes) -> None:
+        """Draw the ranges, and over them the rest."""
+        for color, points in self.bands:
+            x, lowest, highest = zip(*points, strict=True)
+            axes.fill_between(x, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        super().draw(axes)
 
 
 def known(points: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, float], ...]:
@@ -64,6 +85,7 @@ def chart(
     level: tuple[str, float] | None = None,
     log_x: bool = False,
     log_y: bool = False,
+    marks: Sequence[float] = (),
 ) -> Figure | None:
     """Curves over one another, with a key; none where no curve has a point.
 
@@ -76,11 +98,12 @@ def chart(
         level: a name and a height to draw a dotted line at.
         log_x: whether equal factors are equally far apart.
         log_y: the same upwards.
+        marks: where to draw dotted upright lines.
     """
     plotted = [curve for curve in curves if curve.points]
     if not plotted:
         return None
-    drawing = plotting.Chart(
+    drawing = _BandChart(
         title,
         "",
         tuple(plotting.Curve(curve.points, curve.style, curve.name or "") for curve in plotted),
@@ -89,6 +112,8 @@ def chart(
         scale="log" if log_y else "linear",
         log_x=log_x,
         level=level,
+        marks=tuple(marks),
+        bands=tuple((curve.style.color, curve.band) for curve in plotted if curve.band),
     )
     return Figure(name, title, _as_file(plotting.render(drawing, name=name)))
 

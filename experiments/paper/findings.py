@@ -82,12 +82,12 @@ class Finished:
 
     def shown(self, name: str, *, variant: str | None = None) -> str:
         """The same for a table, with the deviation over seeds."""
-        return _mean(self._accuracies(name, variant))
+        return mean_and_deviation(self._accuracies(name, variant))
 
     def top5(self, name: str) -> str:
         """As `shown`, of the five first guesses."""
         shares = [run.summary.top5 for run in self.runs.get(name, ())]
-        return _mean([100 * share for share in shares if share is not None])
+        return mean_and_deviation([100 * share for share in shares if share is not None])
 
     def ratio(self, name: str) -> str:
         """Dense ÷ decomposed parameters of the whole network."""
@@ -115,7 +115,7 @@ class Finished:
         ]
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """For a table, with the deviation where there are several."""
     if not values:
         return NOT_RUN
