@@ -183,6 +183,18 @@ def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
     assert [*(tmp_path / "tensorboard").glob("events*")]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("mode", ["dense", "deeptwist", "finetune"])
+def test_cuda_graphs_train_as_separate_launches_do(
+    digits: ImageData, tmp_path: Path, mode: Mode
+) -> None:
+    summaries = [
+        train(run_of(digits, mode=mode, cuda_graphs=graphs), tmp_path / str(graphs))
+        for graphs in (False, True)
+    ]
+    assert summaries[0].loss == pytest.approx(summaries[1].loss, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

@@ -104,6 +104,13 @@ class Trainer:
             model, make_optimizer(model, recipe.optimizer)
         )
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
+        self._network: nn.Module = self._wrapped  # what a training step calls
+        if recipe.cuda_graphs and fabric.device.type == "cuda":
+            if fabric.world_size > 1:
+                raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
+            images = data.train.images[: recipe.batch_size // parts].to(fabric.device)
+            with fabric.autocast():
+                self._network = replay_as_cuda_graphs(model, preprocess(images, model, data))
         for copied in (teacher, self.average):
             if copied is not None:
                 copied.to(fabric.device)
@@ -236,7 +243,7 @@ class Trainer:
 
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
         recipe = self._recipe
-        logits = logits_of(self._wrapped(x))
+        logits = logits_of(self._network(x)).to(x.dtype)  # which autocast left in half precision
         loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         if self._teacher is None or recipe.distillation is None:
             return loss
@@ -354,6 +361,22 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Ten
     return temperature**2 * functional.kl_div(
         student, teacher, reduction="batchmean", log_target=True
     )
+
+
+def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a module that runs a model in training mode, forward and backward, as CUDA graphs.
+
+    Args:
+        model: on a GPU; what its state dict holds is not changed.
+        x: like every input to come, of the same shape, type and memory format.
+    """
+    state = copy.deepcopy(model.state_dict())  # its batch norms see the recording's passes
+    torch.set_autocast_cache_enabled(False)  # a cached cast would not be part of the graph
+    # In a module of its own: the graphs take the place of its `forward`, not of the model's.
+    replayed = nn.Sequential(model).train()
+    torch.cuda.make_graphed_callables(replayed, (x,), allow_unused_input=True)
+    model.load_state_dict(state)
+    return replayed
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -1,0 +1,72 @@
+"""Train several recipes at a time, each in a folder of its name; finished ones are skipped.
+
+    python experiments/train_all.py RECIPE.yaml ... --out runs --workers 14
+
+A run is what `deeptwist train RECIPE.yaml --out OUT/RECIPE` makes, but for its latency. Under
+`nvidia-cuda-mps-control -d` many runs share one GPU. With `--validate 5000` the network is tested
+on that many images of the training split, which it is not trained on: to choose recipes by.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from deeptwist.data import ImageData, Split, load_data
+from deeptwist.errors import DeepTwistError
+from deeptwist.training.recipe import read_recipe
+from deeptwist.training.run import build_run, train
+
+
+def main() -> None:
+    """Train all recipes, in the order that they are given in."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--data", help="in place of the recipes' own")
+    parser.add_argument("--weights", help="in place of the recipes' own")
+    parser.add_argument("--validate", type=int, default=0, help="training images to test on")
+    options = parser.parse_args()
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        jobs = ((path, options) for path in options.recipes)
+        for line in pool.imap_unordered(_train, jobs):
+            print(line, flush=True)
+
+
+def _train(job: tuple[Path, argparse.Namespace]) -> str:
+    """Train a recipe; return a line about it."""
+    path, options = job
+    torch.set_num_threads(1)
+    try:
+        recipe = read_recipe(path)
+        if options.data:
+            recipe = replace(recipe, data=replace(recipe.data, source=options.data))
+        if options.weights and recipe.weights:
+            recipe = replace(recipe, weights=options.weights)
+        data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+        if options.validate:
+            data = _test_on_training_images(data, options.validate)
+        run = build_run(recipe, data, name=path.stem)
+        options.out.mkdir(parents=True, exist_ok=True)
+        summary = train(run, options.out / path.stem, resume=True, latency_batch=None)
+    except DeepTwistError as error:
+        return f"{path.stem}: {error}"
+    return f"{path.stem}: {summary.accuracy:.4f} after {summary.seconds:.0f} s"
+
+
+def _test_on_training_images(data: ImageData, count: int) -> ImageData:
+    """Return the training split without `count` images, the same for every run, and with them."""
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+    test, train = (
+        Split(data.train.images[rows], data.train.labels[rows])
+        for rows in (order[:count], order[count:])
+    )
+    return replace(data, train=train, test=test, name=f"{data.name}, {count} training images")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
