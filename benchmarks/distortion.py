@@ -26,7 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", help="of the ResNet-32")
     parser.add_argument("--step", action="store_true", help="time a training step too")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    torch.set_default_device(options.device)
     print("| network | tiles | SVD alone, ms | first, ms | later, ms | × | excess error | share |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, channels in (("resnet32", 64), ("vgg19_bn", 128)):
@@ -88,9 +90,17 @@ def step_seconds(model: nn.Module) -> float:
 
 def seconds(work: object) -> float:
     """Return how long a call takes."""
+    synchronize()
     started = time.perf_counter()
     work()  # type: ignore[operator]
+    synchronize()
     return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -48,12 +48,16 @@ def main() -> None:
     parser.add_argument("--rounds", default=15, type=int)
     parser.add_argument("--ratio", default=4.0, type=float)
     channels = [shape[0] for shape in SHAPES]
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--larger", default=1, type=int, help="times the batch, to fill a GPU")
     parser.add_argument("--channels", nargs="+", choices=channels, default=channels, type=int)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(0)
     columns = {}
-    for width, size, batch in SHAPES:
+    for width, size, few in SHAPES:
+        batch = few * options.larger
         if width in options.channels:
             heading = f"{width}→{width}, {size}×{size}, batch {batch}"
             columns[heading] = measure(width, size, batch, options.ratio, options.rounds)
@@ -99,13 +103,13 @@ def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> 
             strict=True,
         )
     )
-    found = {}
+    cells = {}
     for name, own in samples.items():
         speedup = median_ratio(samples["dense"], own)
-        found[name] = f"{speedup:.2f} ({speedup / ratios[name]:.2f})"
+        cells[name] = f"{speedup:.2f} ({speedup / ratios[name]:.2f})"
     milliseconds = sorted(samples["dense"])[rounds // 2]
-    found["dense"] = f"{milliseconds:.2f} ms"
-    return found
+    cells["dense"] = f"{milliseconds:.2f} ms"
+    return cells
 
 
 def papers_way(dense: nn.Conv2d) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """ResNet-34 and VGG19, dense and decomposed at ratio 4.
 
 On the layers that the paper compresses (S ≥ 128), and on all convolutions but the first (S ≥ 64).
-PyTorch eager and compiled, and onnxruntime, fp32, batch 16, beside TensorLy-Torch's Tucker of the
+PyTorch eager and compiled, and onnxruntime, fp32, beside TensorLy-Torch's Tucker of the
 same size. The weights are random: they do not change the time.
 
     python benchmarks/networks.py
@@ -37,7 +37,7 @@ FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, mult
 RUNTIMES = get_args(Runtime)
 PEER = "TensorLy-Torch's Tucker"
 WEIGHED = "spatial SVD"  # whose making is measured in memory
-RATIO, BATCH = 4, 16
+RATIO = 4
 
 
 def main() -> None:
@@ -47,8 +47,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--forms", nargs="+", choices=[*FORMS, PEER], default=[*FORMS, PEER])
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", default=16, type=int)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     torch.manual_seed(0)
     print("| network | form | MAC ratio | runtime | dense ms | ms | speed-up | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -98,15 +101,15 @@ def report(
 ) -> None:
     # The peer's layers pass neither torch.compile nor the ONNX exporter's trace of a free batch.
     runtimes = ["eager"] if PEER in words else options.runtimes
-    settings = settings_of([BATCH], [options.threads], ["float32"], runtimes)
-    memory = measure_memory(model, small, torch.randn(BATCH, *size))
-    for one in measure(
+    settings = settings_of([options.batch], [options.threads], ["float32"], runtimes)
+    memory = measure_memory(model, small, torch.randn(options.batch, *size))
+    for measured in measure(
         model, small, lambda batch: torch.randn(batch, *size), settings, rounds=options.rounds
     ):
-        assert one.times is not None, one.reason
-        times = one.times
+        assert measured.times is not None, measured.reason
+        times = measured.times
         print(
-            f"| {words} | {one.setting.runtime} | {times.dense.median:.1f} | "
+            f"| {words} | {measured.setting.runtime} | {times.dense.median:.1f} | "
             f"{times.decomposed.median:.1f} | {times.speedup:.2f}× | "
             f"{memory.decomposed / memory.dense:.2f} × dense |",
             flush=True,
