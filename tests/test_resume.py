@@ -40,6 +40,19 @@ RECIPE: dict[str, Any] = {
     "tail": {"epochs": 1},
     "records": {"images": 50, "checkpoint_every": 3},
 }
+# The same with everything that changes on the way.
+SCHEDULED: dict[str, Any] = {
+    **RECIPE,
+    "twist": {"ramp": 0.6, "lr_power": 0.5, "momentum": "project"},
+    "interval": 3,
+    "calibration_images": 100,
+    "compression": {
+        **RECIPE["compression"], "decomposition": "tucker", "macs": 2, "allocation": "budget"
+    },
+    "recalibration": 2,
+    "label_smoothing": 0.1,
+    "distillation": {"weight": 0.3},
+}  # fmt: skip
 Kill = tuple[str, float]  # what to count or wait for, and how much of it
 
 
@@ -64,12 +77,12 @@ def job(**values: Any) -> TrainingRun:
     return build_run(make_recipe({**RECIPE, **values}), load_digits(), name="run", model=network())
 
 
-def train(folder: Path, kill: Kill | None = None) -> None:
+def train(folder: Path, kill: Kill | None = None, values: dict[str, Any] | None = None) -> None:
     """In a process of its own, which does not survive the moment it is told."""
     torch.set_num_threads(1)
     if kill is not None:
         _arm(folder, *kill)
-    train_run(job(), folder, resume=True, latency_batch=None)
+    train_run(job(**(values or {})), folder, resume=True, latency_batch=None)
 
 
 def _arm(folder: Path, moment: str, amount: float) -> None:
@@ -110,8 +123,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["deeptwist.training.run", "deeptwist.cli.app", "sklearn.datasets"])
 
 
-def start(folder: Path, kill: Kill | None = None) -> int:
-    process = CONTEXT.Process(target=train, args=(folder, kill))
+def start(folder: Path, kill: Kill | None = None, values: dict[str, Any] | None = None) -> int:
+    process = CONTEXT.Process(target=train, args=(folder, kill, values))
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -138,7 +151,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
 
 def check_same(folder: Path, expected: Path) -> None:
     found, wanted = tensors(folder), tensors(expected)
-    assert {name.split("/")[0] for name in wanted} == {
+    assert {name.split("/")[0] for name in wanted} - {"model-not-recalibrated"} == {
         "model",
         "model-best-on-validation",
         "model-moving-average",
@@ -174,6 +187,15 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         start(tmp_path, kill)
     assert start(tmp_path) == 0
     check_same(tmp_path, expected)
+
+
+def test_all_schedules_together_survive_a_kill(tmp_path: Path) -> None:
+    assert start(tmp_path / "whole", values=SCHEDULED) == 0
+    for kill in (("distortion", 250.0), ("checkpoint", 2.0)):
+        assert start(tmp_path / "cut", kill, SCHEDULED) == -signal.SIGKILL
+    assert start(tmp_path / "cut", values=SCHEDULED) == 0
+    assert (tmp_path / "cut" / "model-not-recalibrated").exists()
+    check_same(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_the_moments_are_hit(tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from deeptwist.plan.planner import plan as plan
     from deeptwist.serialization import load as load
     from deeptwist.serialization import save as save
-    from deeptwist.twist import DeepTwist as DeepTwist
+    from deeptwist.twist.distortion import DeepTwist as DeepTwist
 
 # Imported on first use: `deeptwist --help` must not wait for torch.
 _MODULES = {
     "CP": "decompositions",
     "SVD": "decompositions",
     "Calibration": "plan.calibration",
-    "DeepTwist": "twist",
+    "DeepTwist": "twist.distortion",
     "DeepTwistError": "errors",
     "Decomposition": "decompositions",
     "Plan": "plan.plan",

@@ -35,14 +35,14 @@ def augment(
     if padding:
         offsets = torch.randint(2 * padding + 1, (2, count * world), generator=generator)
         offsets = offsets[:, rank::world]
-        top, left = offsets.to(images.device)
+        top, left = offsets.to(images.device, non_blocking=True)
         padded = F.pad(images, (padding,) * 4)
         # A view (B, C, 2·padding + 1, 2·padding + 1, H, W) of every crop; indexing copies one each.
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
         images = crops[torch.arange(count, device=images.device), :, top, left]
     if flip:
         mirrored = torch.randint(2, (count * world, 1, 1, 1), generator=generator)
-        mirrored = mirrored[rank::world].to(images.device)
+        mirrored = mirrored[rank::world].to(images.device, non_blocking=True)
         images = torch.where(mirrored.bool(), images.flip(3), images)
     return images
 
@@ -59,6 +59,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         float32 (B, C, H, W), on the images' device.
     """
     center, scale = (
-        255 * torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std)
+        255 * torch.tensor(values).view(-1, 1, 1).to(images.device, non_blocking=True)
+        for values in (mean, std)
     )
     return images.float().sub_(center).div_(scale)

@@ -35,6 +35,10 @@ class Split:
                 f"labels must be int64 ({len(images)},), one per image, not {_described(labels)}"
             )
 
+    def to(self, device: torch.device) -> "Split":
+        """Return the split on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
     def evenly_spaced(self, count: int) -> "Split":
         """Return so many images, evenly spaced over the split: a folder's lie class after class."""
         total = len(self.labels)

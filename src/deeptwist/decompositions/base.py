@@ -60,6 +60,19 @@ class Factors:
         """Return the kernel (g, o, i, *k) of each of `Decomposition.convolutions`, in order."""
         return self.decomposition.kernels(self.tensors, self.shape)
 
+    def project_on_tangent(self, direction: Tensor) -> Tensor:
+        """Return the part of a direction that lies in the tangent space of the low-rank kernels.
+
+        Along it a step keeps the rank, to first order: what training moves a factored layer by.
+
+        Args:
+            direction: (g, o, i, *k); computed in the factors' dtype.
+        """
+        with torch.autocast(direction.device.type, enabled=False):
+            return self.decomposition.project_on_tangent(
+                direction.to(self.tensors[0].dtype), self.tensors
+            )
+
     def to(
         self, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Factors":
@@ -77,9 +90,11 @@ class Decomposition(ABC):
 
     Attributes:
         rank: `None` to let a ratio set it.
+        has_tangent_space: whether `project_on_tangent` is written for it.
     """
 
     method: ClassVar[str]
+    has_tangent_space: ClassVar[bool] = False
     rank: int | tuple[int, ...] | None = None
 
     @abstractmethod
@@ -124,6 +139,17 @@ class Decomposition(ABC):
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
         """Return the kernel of each convolution in `convolutions`, in order, from factors."""
 
+    def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors | None:
+        """Return the leading part of factors of higher rank, to start from at this one.
+
+        `None` where the leading components are not the ones that matter most.
+        """
+        return None
+
+    def project_on_tangent(self, direction: Tensor, tensors: Tensors) -> Tensor:
+        """See `Factors.project_on_tangent`; of a method that `has_tangent_space`."""
+        raise NotImplementedError(type(self).__name__)
+
     def decompose(
         self,
         kernel: Tensor,
@@ -136,8 +162,9 @@ class Decomposition(ABC):
         Args:
             kernel: (g, o, i, *k), finite; computed in fp32, or in fp64 where it is fp64. The rank
                 must be resolved.
-            start: the factors of a kernel that was nearly this one. They are refined by a few
-                steps, at a fraction of the time; without them the factors are exact.
+            start: the factors of a kernel that was nearly this one, at these ranks or higher ones.
+                They are refined by a few steps, at a fraction of the time; without them, or where
+                higher ranks cannot be cut (`truncate`), the factors are exact.
             second_moment: of the layer's inputs, for the least mean squared error of its outputs
                 in place of the weights'; a start is then not used. Never worse for them than
                 without it.
@@ -149,7 +176,10 @@ class Decomposition(ABC):
         with torch.no_grad(), torch.autocast(kernel.device.type, enabled=False):
             if second_moment is not None:
                 return self._decompose_calibrated(kernel, second_moment)
-            tensors = self.factorize(kernel, start.tensors if start else None, None)
+            tensors = start.tensors if start else None
+            if start is not None and start.decomposition != self:
+                tensors = self.truncate(start.tensors, kernel.shape)
+            tensors = self.factorize(kernel, tensors, None)
             return Factors(self, tuple(kernel.shape), tensors)
 
     def _decompose_calibrated(self, kernel: Tensor, second_moment: SecondMoment) -> Factors:

@@ -186,7 +186,7 @@ def _without_zeros(basis: Tensor) -> Tensor:
     """Return a basis with random columns, the same every time, in place of those that are zero."""
     groups, side, rank = basis.shape
     zero = (basis == 0).all(dim=1, keepdim=True)
-    return torch.where(zero, _random(groups, side, rank).to(basis), basis)
+    return torch.where(zero, _random(groups, side, rank).to(basis, non_blocking=True), basis)
 
 
 def _random(groups: int, side: int, rank: int) -> Tensor:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class MatrixDecomposition(SingleRankDecomposition):
 
     The factors are left (b, m, r) and right (b, r, n) of each batch of matrices, in turn.
     """
+
+    has_tangent_space: ClassVar[bool] = True
 
     @abstractmethod
     def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:
@@ -59,6 +62,25 @@ class MatrixDecomposition(SingleRankDecomposition):
     def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
         products = [left @ right for left, right in zip(tensors[::2], tensors[1::2], strict=True)]
         return self.assemble(products, shape)
+
+    def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors:  # noqa: D102
+        # The strongest directions come first: a step of subspace iteration keeps their order.
+        pairs = zip(tensors[::2], tensors[1::2], self.ranks(shape), strict=True)
+        return tuple(x for left, right, r in pairs for x in (left[..., :r], right[..., :r, :]))
+
+    def project_on_tangent(self, direction: Tensor, tensors: Tensors) -> Tensor:
+        """Return U Uᵀ M + M V Vᵀ − U Uᵀ M V Vᵀ of every matrix M, for its factors' bases U, V.
+
+        Vandereycken, "Low-Rank Matrix Completion by Riemannian Optimization", 2013, section 2.
+        """
+        projected = []
+        for part, left, right in zip(
+            self.partition(direction), tensors[::2], tensors[1::2], strict=True
+        ):
+            u, v = torch.linalg.qr(left).Q, torch.linalg.qr(right.mT).Q
+            rest = part - u @ (u.mT @ part)
+            projected.append(part - rest + (rest @ v) @ v.mT)
+        return self.assemble(projected, direction.shape)
 
     def errors_at_all_ranks(
         self, kernel: Tensor, second_moment: SecondMoment | None = None

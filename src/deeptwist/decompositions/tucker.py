@@ -50,6 +50,7 @@ class Tucker(Decomposition):
     """
 
     method: ClassVar[str] = "tucker"
+    has_tangent_space: ClassVar[bool] = True
     rank: tuple[int, int] | None = None
     fraction: float | None = None
 
@@ -175,6 +176,29 @@ class Tucker(Decomposition):
         kept = energy.cumsum(0).cumsum(1)
         lost: Tensor = (energy.sum() - kept) / energy.sum().clamp_min(1e-300)
         return lost.clamp_min(0).sqrt()
+
+    def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors:  # noqa: D102
+        # The strongest directions come first: power steps keep their order.
+        (basis_out, core, basis_in), (out, into) = tensors, self.resolved_rank
+        return basis_out[..., :out], core[:, :out, :into], basis_in[..., :into]
+
+    def project_on_tangent(self, direction: Tensor, tensors: Tensors) -> Tensor:
+        """Return what changes of the core, the output basis and the input basis can reach.
+
+        Koch and Lubich, "Dynamical Tensor Approximation", 2010, section 2.
+        """
+        tensor = direction.flatten(3)
+        weight = self.reconstruct(tensors, direction.shape).flatten(3)
+        bases = [torch.linalg.qr(basis).Q for basis in (tensors[0], tensors[2])]
+        core = torch.einsum("goik,gor,gis->grsk", tensor, *bases)
+        projected = torch.einsum("grsk,gor,gis->goik", core, *bases)
+        for axis, basis in zip((1, 2), bases, strict=True):
+            unfolding, own = (x.transpose(1, axis).flatten(2) for x in (tensor, weight))
+            rows = torch.linalg.qr(own.mT @ basis).Q  # what the rest of the factors spans
+            change = (unfolding - basis @ (basis.mT @ unfolding)) @ rows @ rows.mT
+            side = tensor.transpose(1, axis)
+            projected = projected + change.reshape(side.shape).transpose(1, axis)
+        return projected.reshape(direction.shape)
 
     def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
         basis_out, core, basis_in = tensors

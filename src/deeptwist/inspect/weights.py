@@ -153,6 +153,11 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
         cast(Tensor, module.weight).copy_(weight)
 
 
+def as_weight(module: nn.Module, tensor: Tensor) -> Tensor:
+    """Return a tensor of the weight parameter's shape as `read_weight` shows that: a view."""
+    return tensor.mT if _is_transposed_linear(module) else tensor
+
+
 def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that the layer's weight is made of."""
     bias = getattr(module, "bias", None)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the command line shows these fields in its help, which must
     from torch import Tensor, nn
 
     from deeptwist.decompositions import Decomposition
+    from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.layer_filter import Override
     from deeptwist.plan.plan import Plan
 
@@ -79,6 +80,7 @@ class CompressionConfig:
         model: "nn.Module",
         example_input: "Tensor | tuple[Tensor, ...]",
         overrides: "Mapping[str, Override] | None" = None,
+        calibration: "Calibration | None" = None,
     ) -> "Plan":
         """Plan a model with these options; see `deeptwist.plan`."""
         from deeptwist.plan.planner import plan
@@ -99,4 +101,5 @@ class CompressionConfig:
             overrides=overrides,
             min_speedup=self.min_speedup,
             tune=self.tune,
+            calibration=calibration,
         )

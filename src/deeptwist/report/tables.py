@@ -149,6 +149,7 @@ def _variant_note(summary: Summary, name: str) -> str:
     notes = {
         "recalibrated": f"batch norm's statistics taken anew on {recipe.get('recalibration')} "
         "training batches",
+        "not recalibrated": "batch norm's statistics as training left them",
         "moving average": f"of the weights while training, decay {recipe.get('ema')}",
         "best on validation": f"chosen while training on {images} images held out",
         "tail": f"{epochs} more epoch{'' if epochs == 1 else 's'}, of the factors",

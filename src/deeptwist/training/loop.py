@@ -6,6 +6,7 @@ training that was cut goes on with the same numbers.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch.distributed
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deeptwist.data import ImageData, Split, augment
+from deeptwist.decompose import numbers
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
 from deeptwist.training.metrics import DistortionRecord, Epoch, Evaluation, Record
@@ -30,6 +32,7 @@ from deeptwist.twist.distortion import DeepTwist
 T = TypeVar("T")
 
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
+_LOSSES_AT_ONCE = 50  # steps between looks at the losses, for which an accelerator is waited
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Trainer:
         data: ImageData,
         recipe: Recipe,
         *,
+        optimizer: torch.optim.Optimizer | None = None,
         twist: DeepTwist | None = None,
         teacher: nn.Module | None = None,
         validation: Split | None = None,
@@ -76,6 +80,7 @@ class Trainer:
             model: changed in place.
             data: trained on `recipe.schedule.epochs` times, evaluated on after each.
             recipe: optimizer, schedule, precision and what else changes a step.
+            optimizer: of the model's parameters; made as the recipe says without it.
             twist: attached to `model`, to distort its weights on the way.
             teacher: gives the logits that a distillation learns from.
             validation: images to choose the best weights on, after each distortion; after each
@@ -97,11 +102,11 @@ class Trainer:
             )
         self.step = 0
         self.steps = recipe.schedule.epochs * self._steps_per_epoch
-        self.average = None if recipe.ema is None else _moving_average(model, recipe.ema)
         self.best: tuple[float, dict[str, Tensor]] | None = None
         model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
+        self.average = None if recipe.ema is None else copy.deepcopy(model)
         self._wrapped, self._optimizer = fabric.setup(
-            model, make_optimizer(model, recipe.optimizer)
+            model, optimizer or make_optimizer(model, recipe.optimizer)
         )
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
         self._network: nn.Module = self._wrapped  # what a training step calls
@@ -116,6 +121,7 @@ class Trainer:
                 copied.to(fabric.device)
         self._epoch_loss = torch.zeros((), device=fabric.device)  # sum over its steps so far
         self._epoch_seconds = 0.0
+        self._unchecked: list[Tensor] = []  # losses that were not looked at so far
         torch.manual_seed(recipe.seed)  # dropout
 
     def fit(self, callbacks: Callbacks) -> None:
@@ -130,7 +136,8 @@ class Trainer:
         while self.step < self.steps:
             started = time.perf_counter()
             for x, labels in self._batches():
-                self._epoch_loss += self._mean_over_processes(self._backward(x, labels))
+                self._unchecked.append(self._mean_over_processes(self._backward(x, labels)))
+                self._epoch_loss += self._unchecked[-1]
                 if clip_norm is not None:
                     self._fabric.clip_gradients(
                         self._wrapped,
@@ -141,16 +148,19 @@ class Trainer:
                 self._optimizer.step()
                 self._optimizer.zero_grad()
                 self._lr_scheduler.step()
-                if self.average is not None:
-                    self.average.update_parameters(self._model)
+                self._update_average()
                 self.step += 1
+                ends = self.step % self._steps_per_epoch == 0
+                saves = self.step % every == 0 or self.step == self.steps
+                if ends or saves or len(self._unchecked) == _LOSSES_AT_ONCE:
+                    self._check_losses()
                 self._epoch_seconds += time.perf_counter() - started
 
                 if self._twist is not None:
                     self._distort(self._twist, callbacks)
-                if self.step % self._steps_per_epoch == 0:
+                if ends:
                     self._end_epoch(callbacks)
-                if self.step % every == 0 or self.step == self.steps:
+                if saves:
                     self._broadcast_buffers()
                     callbacks.on_checkpoint()
                 callbacks.on_step()
@@ -216,17 +226,17 @@ class Trainer:
         share = self._fabric.global_rank, self._fabric.world_size
         order = torch.randperm(
             len(split.labels), generator=_generator(self._recipe.seed, _ORDER, epoch)
-        )
+        ).to(split.images.device)
         for batch in order[done * size : self._steps_per_epoch * size].split(size):
-            rows = batch[share[0] :: share[1]].to(split.images.device)
+            rows = batch[share[0] :: share[1]]
             images = augment(
-                split.images[rows].to(self._fabric.device),
+                split.images[rows].to(self._fabric.device, non_blocking=True),
                 padding=self._data.padding,
                 flip=self._data.flip,
                 generator=_generator(self._recipe.seed, _AUGMENTATION, self.step),
                 share=share,
             )
-            labels = split.labels[rows].to(self._fabric.device)
+            labels = split.labels[rows].to(self._fabric.device, non_blocking=True)
             yield preprocess(images, self._model, self._data), labels
 
     def _backward(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -253,22 +263,44 @@ class Trainer:
         return (1 - weight) * loss + weight * distillation_loss(logits, taught, temperature)
 
     def _mean_over_processes(self, mean: Tensor) -> Tensor:
-        """Return the loss over all processes' images.
+        """Return the loss over all processes' images."""
+        if self._fabric.world_size == 1:
+            return mean
+        return cast(Tensor, self._fabric.all_reduce(mean.clone(), reduce_op="mean"))
+
+    def _check_losses(self) -> None:
+        """Look at the losses since the last look.
 
         Raises:
-            DeepTwistError: if it is not finite.
+            DeepTwistError: if one is not finite, naming its step.
         """
-        if self._fabric.world_size > 1:
-            mean = cast(Tensor, self._fabric.all_reduce(mean.clone(), reduce_op="mean"))
-        if not mean.isfinite():
-            raise DeepTwistError(
-                f"the loss is {mean.item()} at step {self.step + 1}: "
-                f"lower optimizer.lr={self._recipe.optimizer.lr}"
-            )
-        return mean
+        losses = numbers(self._unchecked)
+        self._unchecked.clear()
+        for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise DeepTwistError(
+                    f"the loss is {loss} at step {step}: "
+                    f"lower optimizer.lr={self._recipe.optimizer.lr}"
+                )
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.average is None or self._recipe.ema is None:
+            return
+        update = get_ema_multi_avg_fn(self._recipe.ema)
+        pairs = list(zip(_tensors(self.average), _tensors(self._model), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        update(*zip(*floats, strict=True), self.step)
+        for average, current in pairs:
+            if not average.is_floating_point():  # a count of batches
+                average.copy_(current)
 
     def _distort(self, twist: DeepTwist, callbacks: Callbacks) -> None:
-        _, record = self._recorded(twist, twist.step)
+        try:
+            _, record = self._recorded(twist, twist.step)
+        except DeepTwistError:
+            self._check_losses()  # a loss that was not finite explains weights that are not
+            raise
         if record is not None:
             callbacks.on_record(record)
             self._keep_best()
@@ -379,8 +411,8 @@ def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
     return replayed
 
 
-def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -97,7 +97,8 @@ class Variant:
     """A network that is derived from a run's by something that the paper does not do.
 
     Attributes:
-        name: ``"recalibrated"``, ``"moving average"``, ``"best on validation"`` or ``"tail"``.
+        name: ``"not recalibrated"``, ``"moving average"``, ``"best on validation"`` or ``"tail"``;
+            ``"recalibrated"`` in runs of earlier versions.
         accuracy: as `Summary.accuracy`.
         loss: as `Summary.loss`.
         path: of its weights, in the run's folder.

@@ -1,16 +1,21 @@
 """Training modes: which network is trained, when its weights are distorted, what is deployed."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from deeptwist.errors import unknown_name_error
+from deeptwist.twist.config import TwistConfig
 
 if TYPE_CHECKING:  # recipes name modes, and the help that shows recipes must not wait for torch
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
+    from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
-    from deeptwist.twist.distortion import DeepTwist
+    from deeptwist.twist.distortion import DeepTwist, Perturb
+    from deeptwist.twist.schedules import Interval
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,20 @@ class TrainingMode(ABC):
     is_ablation: ClassVar[bool] = False
 
     @abstractmethod
-    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+    def trained_network(
+        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
+    ) -> "nn.Module":
         """Return the network whose parameters are trained, which may be the model itself."""
 
     def attach(
-        self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
+        self,
+        model: "nn.Module",
+        plan: "Plan",
+        *,
+        steps: int,
+        lr_factor: Callable[[int], float],
+        optimizer: "Optimizer",
+        example_input: "Tensor",
     ) -> "DeepTwist | None":
         """Return what distorts the trained network, `None` in a mode without distortions.
 
@@ -46,6 +60,8 @@ class TrainingMode(ABC):
             model: what `trained_network` returned.
             plan: of the model.
             steps: optimizer steps in all.
+            lr_factor: the share of the learning rate that a step has.
+            optimizer: of the model's parameters.
             example_input: see `DeepTwist`.
         """
         return None
@@ -63,7 +79,9 @@ class Dense(TrainingMode):
     label = "dense"
     compresses = False
 
-    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+    def trained_network(
+        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
+    ) -> "nn.Module":
         """Return the model."""
         return model
 
@@ -75,28 +93,55 @@ class Finetune(TrainingMode):
     name = "finetune"
     label = "conventional fine-tuning"
 
-    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+    def trained_network(
+        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
+    ) -> "nn.Module":
         """Return the decomposed model."""
         from deeptwist.decompose import decompose
 
-        return decompose(model, plan)
+        return decompose(model, plan, calibration=calibration)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _DistortingMode(TrainingMode):
     """Train the dense network, distort it, decompose it at the end."""
 
     distorts = True
 
-    def trained_network(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+    twist: TwistConfig = field(default_factory=TwistConfig)
+
+    def trained_network(
+        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
+    ) -> "nn.Module":
         return model
 
     def attach(
-        self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
+        self,
+        model: "nn.Module",
+        plan: "Plan",
+        *,
+        steps: int,
+        lr_factor: Callable[[int], float],
+        optimizer: "Optimizer",
+        example_input: "Tensor",
     ) -> "DeepTwist":
         from deeptwist.twist.distortion import DeepTwist
+        from deeptwist.twist.schedules import follow_learning_rate
 
-        return DeepTwist(model, plan, self._interval(steps), example_input=example_input)
+        interval, power = self._interval(steps), self.twist.lr_power
+        if self.at_intervals and power:
+            assert isinstance(interval, int)
+            interval = follow_learning_rate(interval, lr_factor, steps, power)
+        return DeepTwist(
+            model,
+            plan,
+            interval,
+            ramp_steps=round(self.twist.ramp * steps),
+            momentum=self.twist.momentum,
+            optimizer=optimizer,
+            example_input=example_input,
+            perturb=self._perturb(),
+        )
 
     def deploy(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
         from deeptwist.decompose import decompose
@@ -104,8 +149,12 @@ class _DistortingMode(TrainingMode):
         return decompose(model, plan)
 
     @abstractmethod
-    def _interval(self, steps: int) -> int:
+    def _interval(self, steps: int) -> "Interval":
         """Return S_D for a training of so many optimizer steps."""
+
+    def _perturb(self) -> "Perturb | None":
+        """Return what is written in place of an approximation; see `DeepTwist`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -116,9 +165,9 @@ class Twist(_DistortingMode):
     label = "DeepTwist"
     at_intervals = True
 
-    interval: int
+    interval: "Interval"
 
-    def _interval(self, steps: int) -> int:
+    def _interval(self, steps: int) -> "Interval":
         return self.interval
 
 
@@ -143,21 +192,16 @@ class RandomNoise(_DistortingMode):
     at_intervals = True
     is_ablation = True
 
-    interval: int
+    interval: "Interval"
     seed: int
 
-    def _interval(self, steps: int) -> int:
+    def _interval(self, steps: int) -> "Interval":
         return self.interval
 
-    def attach(
-        self, model: "nn.Module", plan: "Plan", *, steps: int, example_input: "Tensor"
-    ) -> "DeepTwist":
-        """Return a twist that adds noise until its last distortion."""
+    def _perturb(self) -> "Perturb":
         from deeptwist.training.ablations import NoiseInPlaceOfDistortion
-        from deeptwist.twist.distortion import DeepTwist
 
-        noise = NoiseInPlaceOfDistortion(self.seed)
-        return DeepTwist(model, plan, self.interval, example_input=example_input, perturb=noise)
+        return NoiseInPlaceOfDistortion(self.seed)
 
 
 @dataclass(frozen=True)

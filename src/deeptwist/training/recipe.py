@@ -27,10 +27,12 @@ from pydantic.dataclasses import dataclass
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.plan.config import CompressionConfig
 from deeptwist.training.modes import MODES, TrainingMode, mode_name
+from deeptwist.twist.config import TwistConfig
 
 if TYPE_CHECKING:  # the command line's help must not wait for torch
     from torch import Tensor, nn
 
+    from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.layer_filter import Override
     from deeptwist.plan.plan import Plan
 
@@ -51,6 +53,13 @@ def _sizes(value: object) -> object:
         return value
     sizes = value.lower().replace("×", "x").split("x")
     return sizes if len(sizes) > 1 else value
+
+
+def _pairs(value: object) -> object:
+    """Read a schedule that the command line joins: ``"0:100,8000:400"``."""
+    if isinstance(value, str) and ":" in value:
+        return [pair.split(":") for pair in value.split(",")]
+    return value
 
 
 Sizes = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_sizes), Parameter(n_tokens=1)]
@@ -176,6 +185,7 @@ class CompressionRecipe(CompressionConfig):
         model: "nn.Module",
         example_input: "Tensor | tuple[Tensor, ...]",
         overrides: "Mapping[str, Override] | None" = None,
+        calibration: "Calibration | None" = None,
     ) -> "Plan":
         """Read or make the plan for a model; see `deeptwist.plan`."""
         from deeptwist.plan.autotune import choose_by_clock
@@ -186,7 +196,7 @@ class CompressionRecipe(CompressionConfig):
             plan = read_plan(Path(self.plan))
             return choose_by_clock(model, plan, min_speedup=self.min_speedup, tune=self.tune)
         overrides = {**dict(map(parse_override, self.override)), **(overrides or {})}
-        return super().make_plan(model, example_input, overrides)
+        return super().make_plan(model, example_input, overrides, calibration)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -253,7 +263,9 @@ class Recipe:
         model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory.
         weights: A checkpoint to start from; random weights without it.
         mode: How to train; projected, random_noise and decompose_at_end are the paper's controls.
-        interval: S_D, optimizer steps between distortions.
+        interval: S_D, optimizer steps between distortions; or pairs (from step, every), such as
+            0:100,8000:400, of which the last that has begun counts.
+        twist: How ranks, interval and momentum change on the way; the paper's without it.
         batch_size: Images in a step, of all processes together.
         seed: Of initial weights, of the order of the images and their augmentation.
         precision: Lightning Fabric's name for it; bf16-mixed is bf16 autocast.
@@ -263,13 +275,16 @@ class Recipe:
         optimizer: How weights are updated.
         schedule: Epochs and learning rate.
         compression: Which layers, and how; a dense run reads only its costs.
+        calibration_images: Training images to choose ranks on, and to decompose on before
+            fine-tuning, so that the layers' outputs lose least; 0 for the weights.
         fixed: Layers that are decomposed before training and not trained (the paper's
             fully-connected layers of VGG19); a dense run leaves them as they are.
         label_smoothing: Share of the target that is spread over all classes.
-        ema: Decay of an exponential moving average of the weights, a row of its own.
+        ema: Decay of an exponential moving average of the weights, a row of its own; decomposed
+            after training, as an average of distorted weights is not of low rank.
         distillation: From a teacher, the dense network or another; none without it.
-        recalibration: Training batches to take batch norm's statistics anew on after the last
-            distortion, a row of its own; 0 for none.
+        recalibration: Training batches to take batch norm's statistics anew on in every network
+            that is deployed; 0 for none.
         tail: Fine-tuning in the decomposed form, a row of its own.
         records: What is recorded during training.
     """
@@ -277,7 +292,12 @@ class Recipe:
     model: Annotated[str, Parameter(show=False)]  # the command line's first word
     weights: str | None = None
     mode: Annotated[Mode, BeforeValidator(mode_name)] = "deeptwist"
-    interval: PositiveInt = 200
+    interval: Annotated[
+        PositiveInt | tuple[tuple[NonNegativeInt, PositiveInt], ...],
+        BeforeValidator(_pairs),
+        Parameter(n_tokens=1),
+    ] = 200
+    twist: TwistConfig = field(default_factory=TwistConfig)
     batch_size: PositiveInt = 128
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Precision = "32-true"
@@ -288,6 +308,7 @@ class Recipe:
     compression: Annotated[CompressionRecipe, Parameter(name=("compression", "*"))] = field(
         default_factory=CompressionRecipe
     )
+    calibration_images: NonNegativeInt = 0
     fixed: CompressionRecipe | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Share | None = None
@@ -300,6 +321,8 @@ class Recipe:
     def _check(self) -> Self:
         if self.tail is not None and not MODES[self.mode].distorts:
             raise ValueError(f"a tail follows distortions, mode {self.mode} has none")
+        if self.twist.lr_power and not isinstance(self.interval, int):
+            raise ValueError("an interval is a schedule or follows the learning rate, not both")
         return self
 
     @property

@@ -5,6 +5,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,10 +17,11 @@ from torch import nn
 from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.data import ImageData, Split
+from deeptwist.data import ImageData, Split, batches
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
 from deeptwist.models import build_model, load_weights
+from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
@@ -35,6 +38,7 @@ from deeptwist.training.metrics import (
     Variant,
     read_run,
 )
+from deeptwist.training.optimizers import lr_factor, make_optimizer
 from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.training.run_dir import RunDir, check_same_recipe, lock_run_dir
@@ -56,6 +60,7 @@ class TrainingRun:
         validation: those images; `None` where it holds out none.
         name: of the run, as tables call it.
         teacher: to distil from, where it is another network than the model.
+        calibration: of the model, where the recipe asks for one.
     """
 
     recipe: Recipe
@@ -65,6 +70,7 @@ class TrainingRun:
     validation: Split | None
     name: str
     teacher: nn.Module | None = None
+    calibration: Calibration | None = None
 
     @property
     def steps(self) -> int:
@@ -99,12 +105,16 @@ def build_run(
     compresses = recipe.training_mode.compresses
     if recipe.fixed is not None and compresses:
         model = _decompose_and_freeze(model, recipe.fixed.make_plan(model, example))
+    data, validation = _hold_out(data, recipe.data.validation)
+    calibration = None
     if compresses:
-        plan = recipe.compression.make_plan(model, example)
+        if recipe.calibration_images:
+            calibration = _calibrate(model, data, recipe.calibration_images)
+        plan = recipe.compression.make_plan(model, example, calibration=calibration)
     else:  # a plan that says what the network costs
         plan = plan_from_model(model, model, example)
-    data, validation = _hold_out(data, recipe.data.validation)
-    return TrainingRun(recipe, model, plan, data, validation, name, _build_teacher(recipe, data))
+    teacher = _build_teacher(recipe, data)
+    return TrainingRun(recipe, model, plan, data, validation, name, teacher, calibration)
 
 
 def train(
@@ -149,37 +159,56 @@ def _train(
     on_record: Callable[[Record], None],
     on_step: Callable[[], None],
 ) -> Summary:
+    run = _with_images_on(run, fabric.device)
     recipe, plan, data, mode = run.recipe, run.plan, run.data, run.recipe.training_mode
     model = run.model.to(fabric.device)
     before = evaluate(model, data.test, data)
     teacher = run.teacher
     if recipe.distillation is not None and teacher is None:
         teacher = copy.deepcopy(model)
-    network = mode.trained_network(model, plan)
+    network = mode.trained_network(model, plan, run.calibration)
     untrained = None
     if mode.compresses:
         untrained = evaluate(mode.deploy(network, plan), data.test, data)
         if fabric.is_global_zero:
             write_text(folder / PLAN, plan.to_json())
     example = preprocess(data.test.images[:8], network, data)
-    twist = mode.attach(network, plan, steps=run.steps, example_input=example)
+    optimizer = make_optimizer(network, recipe.optimizer)
+    per_epoch = steps_per_epoch(data, recipe.batch_size)
+    steps = recipe.schedule.epochs * per_epoch
+    twist = mode.attach(
+        network,
+        plan,
+        steps=steps,
+        lr_factor=partial(lr_factor, recipe.schedule, steps=steps, steps_per_epoch=per_epoch),
+        optimizer=optimizer,
+        example_input=example,
+    )
     trainer = Trainer(
-        fabric, network, data, recipe, twist=twist, teacher=teacher, validation=run.validation
+        fabric,
+        network,
+        data,
+        recipe,
+        optimizer=optimizer,
+        twist=twist,
+        teacher=teacher,
+        validation=run.validation,
     )
     run_dir = RunDir(folder, fabric)
     callbacks = run_dir.train(trainer, on_record, on_step)
-    final = trainer.finish(callbacks)
+    finished = trainer.finish(callbacks)
+    final = _recalibrated(run, finished)
     after = evaluate(final, data.test, data)
     weights = _write_network(fabric, final, folder / _file(run, ""), recipe.model)
 
     variants = []
-    for name, variant in _post_training_variants(run, trainer, final):
+    for name, variant in _post_training_variants(run, trainer, finished):
         variants.append(_write_variant(fabric, run, folder, name, variant))
     if recipe.tail is not None:
         tail = RunDir(folder / _TAIL, fabric)
         tuned = copy.deepcopy(final)
         tail.train(_tail_trainer(fabric, run, tuned, teacher), on_record, on_step)
-        variants.append(_write_variant(fabric, run, folder, _TAIL, tuned))
+        variants.append(_write_variant(fabric, run, folder, _TAIL, _recalibrated(run, tuned)))
         tail.close()
 
     summary = _summarize(
@@ -252,6 +281,27 @@ def _decompose_and_freeze(model: nn.Module, plan: Plan) -> nn.Module:
     return fixed
 
 
+def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
+    """Return the calibration on so many training images of a shuffle that is always the same."""
+    shuffle = torch.Generator().manual_seed(0)
+    size = min(count, 100)
+    chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
+    return calibrate(model, (preprocess(images, model, data) for images, _ in chosen))
+
+
+def _with_images_on(run: TrainingRun, device: torch.device) -> TrainingRun:
+    """Return the run with its images on a GPU, if that has room for twice as many."""
+    if device.type != "cuda":
+        return run
+    splits = [s for s in (run.data.train, run.data.test, run.validation) if s is not None]
+    free, _ = torch.cuda.mem_get_info(device)
+    if 2 * sum(split.images.numel() for split in splits) > free:
+        return run
+    train, test, *validation = (split.to(device) for split in splits)
+    data = replace(run.data, train=train, test=test)
+    return replace(run, data=data, validation=validation[0] if validation else None)
+
+
 def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
     if count == 0:
         return data, None
@@ -264,20 +314,25 @@ def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
     return replace(data, train=rest), Split(images[held_out], labels[held_out])
 
 
+def _recalibrated(run: TrainingRun, network: nn.Module) -> nn.Module:
+    """Return a deployed network with batch norm's statistics taken anew, if the recipe asks."""
+    count = run.recipe.recalibration
+    if not count:
+        return network
+    return recalibrate_batch_norm(network, run.data, count, run.recipe.batch_size)
+
+
 def _post_training_variants(
-    run: TrainingRun, trainer: Trainer, final: nn.Module
+    run: TrainingRun, trainer: Trainer, finished: nn.Module
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the networks that a training gives besides its last one, in their deployed form."""
-    recipe, mode = run.recipe, run.recipe.training_mode
-    if recipe.recalibration:
-        recalibrated = recalibrate_batch_norm(
-            final, run.data, recipe.recalibration, recipe.batch_size
-        )
-        yield "recalibrated", recalibrated
+    """Yield the networks that a training gives besides the one to use, in their deployed form."""
+    mode = run.recipe.training_mode
+    if run.recipe.recalibration:
+        yield "not recalibrated", finished
     if trainer.average is not None:
-        yield "moving average", mode.deploy(trainer.average.module, run.plan)
+        yield "moving average", _recalibrated(run, mode.deploy(trainer.average, run.plan))
     if trainer.best is not None:
-        yield "best on validation", mode.deploy(trainer.best_model(), run.plan)
+        yield "best on validation", _recalibrated(run, mode.deploy(trainer.best_model(), run.plan))
 
 
 def _tail_trainer(

@@ -1,5 +1,1 @@
 """DeepTwist: train unchanged, distort now and then."""
-
-from deeptwist.twist.distortion import DeepTwist, Distortion
-
-__all__ = ["DeepTwist", "Distortion"]

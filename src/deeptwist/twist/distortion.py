@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,21 @@ from deeptwist.inspect.weights import computes_weight, read_weight, write_weight
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
-from deeptwist.twist.distributed import broadcast, process_rank, run_on_all_ranks, world_size
+from deeptwist.twist.config import Momentum
+from deeptwist.twist.distributed import (
+    Summary,
+    broadcast,
+    check_in_sync,
+    mean_over_ranks,
+    process_rank,
+    run_on_all_ranks,
+    world_size,
+)
+from deeptwist.twist.momentum import change_momentum, check_momentum
+from deeptwist.twist.schedules import Interval, between, check_interval, is_due, largest_useful
 
 logger = logging.getLogger("deeptwist")
 
-_SYNC_RTOL = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
 _OLD_KEYS = {"iterations", "fallbacks"}  # of a record, in version 0.1
 
 Loss = Callable[[], Tensor | float]
@@ -75,8 +85,11 @@ class DeepTwist:
         self,
         model: nn.Module,
         plan: Plan,
-        interval: int,
+        interval: Interval,
         *,
+        ramp_steps: int = 0,
+        momentum: Momentum = "keep",
+        optimizer: torch.optim.Optimizer | None = None,
         example_input: Tensor | tuple[Tensor, ...] | None = None,
         perturb: Perturb | None = None,
     ):
@@ -90,7 +103,15 @@ class DeepTwist:
                 `torch.distributed` job every process attaches to its own, at the same step, and
                 calls `step`, `distort` and `finish`; each factors a share of the layers.
             plan: see `deeptwist.plan`.
-            interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual.
+            interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual. Or pairs
+                (from step, every), of which the last that has begun counts.
+            ramp_steps: optimizer steps over which ranks fall, by a cubic, from the largest that
+                are of use to the planned ones, as half of the training's steps; 0 for the planned
+                ones from the start, as in the paper. The last distortion is always at these.
+            momentum: what a distortion does to the optimizer's momentum of the weights:
+                ``"keep"``, as in the paper; ``"reset"`` to zero; ``"project"`` on the tangent space
+                of the low-rank weights, along which training moves a factored layer.
+            optimizer: whose momentum it is; not needed to keep it.
             example_input: what `finish` compares outputs on, moved to the model's device; without
                 it, standard normal numbers of the plan's shapes.
             perturb: changes what a distortion on the way writes, for ablations: called with a
@@ -98,22 +119,27 @@ class DeepTwist:
                 written instead. The last distortion goes without it.
 
         Raises:
-            DeepTwistError: if the interval is not positive, the plan compresses nothing, or it is
-                for another model.
+            DeepTwistError: if the interval is not positive, the plan compresses nothing, it is
+                for another model, or momentum cannot be changed as asked.
         """
-        check_int("interval", interval)
+        self._schedule = check_interval(interval)
+        check_int("ramp_steps", ramp_steps, 0)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         check_plan(model, plan)
         plan = keep_frozen(model, plan)
         if plan.inputs or example_input is not None:
             dry_run(model, plan, example_input)
+        check_momentum(momentum, optimizer, model, plan)
         self.model = model
         self.plan = plan
         self.interval = interval
         self.steps = 0
         self.history: list[Distortion] = []
         self.output_difference: float | None = None
+        self._ramp_steps = ramp_steps
+        self._largest = [largest_useful(layer) for layer in plan.compressed] if ramp_steps else []
+        self._momentum, self._optimizer = momentum, optimizer
         self._example_input = example_input
         self._perturb = perturb
         self._factors: dict[str, Factors] = {}
@@ -134,7 +160,7 @@ class DeepTwist:
             DeepTwistError: if a weight is not finite; no weight is changed then.
         """
         self.steps += 1
-        return self.distort(loss) if self.steps % self.interval == 0 else None
+        return self.distort(loss) if is_due(self._schedule, self.steps) else None
 
     def distort(self, loss: Loss | None = None) -> Distortion:
         """Distort now, whatever the step; see `step`."""
@@ -168,17 +194,21 @@ class DeepTwist:
         }
         if not last:
             self._warn_of_untrained(weights)
+        layers = self._layers(self.steps, last)
         (share, _), summaries = run_on_all_ranks(
-            lambda: self._approximate(weights, last), lambda result: result[1]
+            lambda: self._approximate(layers, weights, last), lambda result: result[1]
         )
-        _check_in_sync(summaries)
-        before = _mean_over_ranks(loss)
+        check_in_sync(summaries)
+        before = mean_over_ranks(loss)
         # No weight has been written so far; from here on nothing can fail before all are.
-        self._factors = self._write(weights, share, [summary.shapes for summary in summaries])
+        shapes = [summary.shapes for summary in summaries]
+        self._factors = self._write(layers, weights, share, shapes)
+        if self._optimizer is not None and self._momentum != "keep" and not last:
+            change_momentum(self._momentum, self._optimizer, self.model, self.plan, self._factors)
         if not self.history and not last:
             self._first = {name: weight.clone() for name, weight in weights.items()}
         shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
-        self.history.append(self._record(shifts, before, _mean_over_ranks(loss)))
+        self.history.append(self._record(shifts, before, mean_over_ranks(loss)))
         return self.history[-1]
 
     def _warn_of_untrained(self, weights: Mapping[str, Tensor]) -> None:
@@ -194,15 +224,29 @@ class DeepTwist:
                 ", ".join(map(repr, still)),
             )
 
+    def _layers(self, step: int, last: bool = False) -> tuple[CompressedLayer, ...]:
+        """Return the compressed layers at the ranks of a step."""
+        if last or step >= self._ramp_steps:
+            return self.plan.compressed
+        progress = step / self._ramp_steps
+        return tuple(
+            replace(
+                layer,
+                decomposition=between(largest, layer.decomposition, progress),
+                implementation=None,
+            )
+            for layer, largest in zip(self.plan.compressed, self._largest, strict=True)
+        )
+
     @torch.no_grad()
     def _approximate(
-        self, weights: Mapping[str, Tensor], last: bool
-    ) -> "tuple[dict[str, _Approximation], _Summary]":
+        self, layers: tuple[CompressedLayer, ...], weights: Mapping[str, Tensor], last: bool
+    ) -> "tuple[dict[str, _Approximation], Summary]":
         """Approximate this process's share of the layers: every n-th; nothing is written."""
         check_finite(weights)
         share = {
             layer.name: self._approximate_layer(layer, weights[layer.name], last)
-            for layer in self.plan.compressed[process_rank() :: world_size()]
+            for layer in layers[process_rank() :: world_size()]
         }
         differences = [
             weights[name].to(compute_dtype(x.weight.dtype)) - x.weight for name, x in share.items()
@@ -212,9 +256,9 @@ class DeepTwist:
             if not math.isfinite(shift):
                 dtype = weights[name].dtype
                 raise DeepTwistError(f"layer {name!r} has an approximation beyond {dtype}")
-        return share, _Summary(
+        return share, Summary(
             steps=self.steps,
-            plan=[(layer.name, str(layer.decomposition)) for layer in self.plan.compressed],
+            plan=[(layer.name, str(layer.decomposition)) for layer in layers],
             norms=dict(zip(weights, norms(weights.values()), strict=True)),
             shifts=shifts,
             shapes={name: [x.shape for x in a.factors.tensors] for name, a in share.items()},
@@ -238,6 +282,7 @@ class DeepTwist:
     @torch.no_grad()
     def _write(
         self,
+        layers: tuple[CompressedLayer, ...],
         weights: Mapping[str, Tensor],
         share: "Mapping[str, _Approximation]",
         shapes: list[dict[str, list[torch.Size]]],
@@ -249,7 +294,7 @@ class DeepTwist:
         factors: dict[str, Factors] = {}
         for source, of_source in enumerate(shapes):
             tensors = []
-            for layer in self.plan.compressed:
+            for layer in layers:
                 if layer.name not in of_source:
                     continue
                 weight = weights[layer.name]
@@ -264,7 +309,7 @@ class DeepTwist:
         self._written = {n: w for n, w in weights.items() if computes_weight(modules[n])}
         for name, weight in self._written.items():
             write_weight(modules[name], weight)
-        return {layer.name: factors[layer.name] for layer in self.plan.compressed}
+        return {layer.name: factors[layer.name] for layer in layers}
 
     def _record(
         self, shifts: Mapping[str, float], before: float | None, after: float | None
@@ -325,7 +370,7 @@ class DeepTwist:
             ]
             factors = {}
             if state.get("factors"):
-                for layer in self.plan.compressed:
+                for layer in self._layers(history[-1].step):
                     factors[layer.name] = _checked_factors(layer, state["factors"][layer.name])
         except (
             ArithmeticError,
@@ -345,25 +390,6 @@ class _Approximation:
 
     factors: Factors
     weight: Tensor
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """What a process tells the others of its share of a distortion, before any weight is written.
-
-    Attributes:
-        steps: optimizer steps so far.
-        plan: every compressed layer's name and decomposition.
-        norms: ‖W‖_F of every compressed layer.
-        shifts: ‖W − W′‖_F of every layer of its share.
-        shapes: by layer of its share, of the factors' tensors.
-    """
-
-    steps: int
-    plan: list[tuple[str, str]]
-    norms: dict[str, float]
-    shifts: dict[str, float]
-    shapes: dict[str, list[torch.Size]]
 
 
 def _empty_factors(layer: CompressedLayer, shapes: list[torch.Size], weight: Tensor) -> Factors:
@@ -389,35 +415,3 @@ def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Facto
 
 def _factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Factors:
     return Factors(layer.decomposition, layer.convolution.kernel_shape, tuple(tensors))
-
-
-def _check_in_sync(summaries: list[_Summary]) -> None:
-    """Check that all processes train one network: what one approximates would ruin another's.
-
-    Raises:
-        DeepTwistError: on all of them, if they do not.
-    """
-    first = summaries[0]
-    for number, summary in enumerate(summaries):
-        if summary.plan != first.plan:
-            raise DeepTwistError(f"process {number} has another plan than process 0")
-        if summary.steps != first.steps:
-            raise DeepTwistError(
-                f"process {number} has made {summary.steps} steps, process 0 {first.steps}: "
-                "load the same state on all"
-            )
-        for name, norm in first.norms.items():
-            if not math.isclose(norm, summary.norms[name], rel_tol=_SYNC_RTOL):
-                raise DeepTwistError(
-                    f"layer {name!r} has other weights in process {number} than in process 0 "
-                    f"(‖W‖ {summary.norms[name]:.6g} and {norm:.6g}): all must train one network, "
-                    "as DDP does"
-                )
-
-
-def _mean_over_ranks(loss: Loss | None) -> float | None:
-    """Return the loss over the examples of all processes, if there is a closure for it."""
-    if loss is None:
-        return None
-    _, losses = run_on_all_ranks(lambda: float(loss()), lambda value: value)
-    return sum(losses) / len(losses)

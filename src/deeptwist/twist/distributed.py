@@ -4,7 +4,9 @@ A process by itself is a job of one: the same code then runs without any communi
 are more, every process must call these functions, in turn.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,27 @@ from deeptwist.errors import DeepTwistError, first_line
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+_SYNC_RTOL = 1e-3  # relative difference of ‖W‖ from which two processes train two networks
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a process tells the others of its share of a distortion, before any weight is written.
+
+    Attributes:
+        steps: optimizer steps so far.
+        plan: every compressed layer's name and decomposition.
+        norms: ‖W‖_F of every compressed layer.
+        shifts: ‖W − W′‖_F of every layer of its share.
+        shapes: by layer of its share, of the factors' tensors.
+    """
+
+    steps: int
+    plan: list[tuple[str, str]]
+    norms: dict[str, float]
+    shifts: dict[str, float]
+    shapes: dict[str, list[torch.Size]]
 
 
 def world_size() -> int:
@@ -61,6 +84,38 @@ def run_on_all_ranks(work: Callable[[], T], summarize: Callable[[T], S]) -> tupl
         if failure:
             raise DeepTwistError(f"{failure} (in process {number} of {world_size()})") from error
     return result, [summary for _, summary in outcomes]
+
+
+def check_in_sync(summaries: list[Summary]) -> None:
+    """Check that all processes train one network: what one approximates would ruin another's.
+
+    Raises:
+        DeepTwistError: on all of them, if they do not.
+    """
+    first = summaries[0]
+    for number, summary in enumerate(summaries):
+        if summary.plan != first.plan:
+            raise DeepTwistError(f"process {number} has another plan than process 0")
+        if summary.steps != first.steps:
+            raise DeepTwistError(
+                f"process {number} has made {summary.steps} steps, process 0 {first.steps}: "
+                "load the same state on all"
+            )
+        for name, norm in first.norms.items():
+            if not math.isclose(norm, summary.norms[name], rel_tol=_SYNC_RTOL):
+                raise DeepTwistError(
+                    f"layer {name!r} has other weights in process {number} than in process 0 "
+                    f"(‖W‖ {summary.norms[name]:.6g} and {norm:.6g}): all must train one network, "
+                    "as DDP does"
+                )
+
+
+def mean_over_ranks(loss: Callable[[], Tensor | float] | None) -> float | None:
+    """Return the loss over the examples of all processes, if there is a closure for it."""
+    if loss is None:
+        return None
+    _, losses = run_on_all_ranks(lambda: float(loss()), lambda value: value)
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
