@@ -122,7 +122,6 @@ class DeepTwist:
             DeepTwistError: if the interval is not positive, the plan compresses nothing, it is
                 for another model, or momentum cannot be changed as asked.
         """
-        self._schedule = check_interval(interval)
         check_int("ramp_steps", ramp_steps, 0)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
@@ -133,7 +132,7 @@ class DeepTwist:
         check_momentum(momentum, optimizer, model, plan)
         self.model = model
         self.plan = plan
-        self.interval = interval
+        self.interval = check_interval(interval)
         self.steps = 0
         self.history: list[Distortion] = []
         self.output_difference: float | None = None
@@ -160,7 +159,7 @@ class DeepTwist:
             DeepTwistError: if a weight is not finite; no weight is changed then.
         """
         self.steps += 1
-        return self.distort(loss) if is_due(self._schedule, self.steps) else None
+        return self.distort(loss) if is_due(self.interval, self.steps) else None
 
     def distort(self, loss: Loss | None = None) -> Distortion:
         """Distort now, whatever the step; see `step`."""

@@ -15,15 +15,15 @@ Schedule = tuple[tuple[int, int], ...]
 _ALMOST_NONE = 1 + 1e-9  # the ratio of a layer that is hardly smaller than dense
 
 
-def check_interval(interval: Interval) -> Schedule:
-    """Return an interval, or a schedule of (from step, every), as a schedule.
+def check_interval(interval: Interval) -> int | Schedule:
+    """Return an interval, or a schedule of (from step, every) with its pairs as tuples.
 
     Raises:
         DeepTwistError: if it is neither, an interval is not positive, or steps do not ascend.
     """
     if not isinstance(interval, list | tuple):
         check_int("interval", interval)
-        return ((0, interval),)  # type: ignore[return-value]
+        return interval  # type: ignore[return-value]
     for pair in interval:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DeepTwistError(f"interval {pair!r} is not a pair (from step, every)")
@@ -35,11 +35,12 @@ def check_interval(interval: Interval) -> Schedule:
     return tuple((start, every) for start, every in interval)
 
 
-def is_due(schedule: Schedule, step: int) -> bool:
+def is_due(interval: int | Schedule, step: int) -> bool:
     """Return whether weights are distorted after so many optimizer steps.
 
     Of the entries (from step, every), the last that begins before `step` counts.
     """
+    schedule = ((0, interval),) if isinstance(interval, int) else interval
     index = bisect_left(schedule, (step,)) - 1
     return index >= 0 and (step - schedule[index][0]) % schedule[index][1] == 0
 
