@@ -200,10 +200,10 @@ def train(place: int, count: int) -> dict[str, Any]:
     """Ten steps of SGD on one global batch, of which every process has its part."""
     model = network().double()
     model[1].eval()  # its statistics are of a process's own batch
-    twist = twisted(SVD(), model)
-    twist.interval = 3
-    outer = DistributedDataParallel(model) if count > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    options: dict[str, Any] = {"ramp_steps": 5, "momentum": "project", "optimizer": optimizer}
+    twist = DeepTwist(model, twisted(SVD(), model).plan, 3, **options)
+    outer = DistributedDataParallel(model) if count > 1 else model
     for _ in range(10):
         x, y = X.double()[place::count], Y[place::count]
         nn.functional.cross_entropy(outer(x), y).backward()
