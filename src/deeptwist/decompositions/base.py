@@ -194,7 +194,7 @@ class Decomposition(ABC):
     def errors_at_all_ranks(
         self, kernel: Tensor, second_moment: SecondMoment | None = None
     ) -> Tensor | None:
-        """Return the relative error at every rank from one spectrum; `None` where there is no such.
+        """Return the relative error at every rank, from one spectrum; `None` where there is no way.
 
         Args:
             kernel: (g, o, i, *k), finite; the rank need not be resolved.
@@ -202,7 +202,7 @@ class Decomposition(ABC):
 
         Returns:
             ‖W − W′‖_F / ‖W‖_F in fp64, with the rank, less one, for its index: one axis for a
-            rank, two for a pair of ranks. See the method for what it bounds.
+            rank, two for a pair of ranks. See the method for whether it is exact.
         """
         return None
 
@@ -342,6 +342,24 @@ class SingleRankDecomposition(Decomposition):
         if rank == 0:
             raise cannot_shrink_error(convolution, weight_numel(1), ratio)
         return replace(self, rank=rank)
+
+
+def in_full_metric(
+    errors: Tensor, at: Tensor, kernel: Tensor, approximation: Tensor, moment: SecondMoment
+) -> Tensor:
+    """Return errors that a part of a moment tells, scaled so that one of them is the outputs'.
+
+    Args:
+        errors: at all ranks, in the metric that a method's closed form takes.
+        at: the one of them that is the approximation's.
+        kernel: (g, o, i, *k).
+        approximation: of the same shape.
+        moment: the whole of it.
+    """
+    if float(at) <= 0:
+        return errors
+    exact = moment.relative_error(kernel, approximation)
+    return (errors * (exact / float(at))).clamp_max(1)
 
 
 def no_rank_error(decomposition: Decomposition) -> DeepTwistError:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deeptwist.decompositions.base import SingleRankDecomposition, Tensors
+from deeptwist.decompositions.base import SingleRankDecomposition, Tensors, in_full_metric
 from deeptwist.decompositions.linalg import refine, squared_singular_values, truncated_svd
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, compute_dtype
 from deeptwist.layers.moments import SecondMoment
 
 
@@ -87,29 +87,39 @@ class MatrixDecomposition(SingleRankDecomposition):
     ) -> Tensor:
         """Return the relative error at every rank, which is exact: the tails of the spectra.
 
-        In a second moment's metric it is that of the moment that each matrix is weighted by.
+        In a second moment's metric it is exact where one matrix is weighted by the whole of it,
+        as for `SVD`; elsewhere it is exact at a quarter of the full rank, and in proportion at the others.
         """
-        batches = self.partition(kernel.detach())
+        kernel = kernel.detach()
+        batches = self.partition(kernel)
         moments: list[Tensor | None] = [None] * len(batches)
         if second_moment is not None:
             moments = [*self.moments(second_moment, kernel.shape)]
-        scale = kernel.detach().abs().max().double()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        tails = []
-        for matrices, moment in zip(batches, moments, strict=True):
-            values = (
-                squared_singular_values(matrices.double() / scale, moment).flatten(0, -2).sum(0)
-            )
-            # What is lost at rank 0, 1, …: all of it, down to nothing.
-            tails.append(torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]))
+        tails = _spectral_tails(batches, moments, kernel)
         total = sum(float(tail[0]) for tail in tails)
         full = max(min(matrices.shape[-2:]) for matrices in batches)
-        lost = [
-            sum(
-                float(tail[rank])
-                for tail, rank in zip(tails, replace(self, rank=r).ranks(kernel.shape), strict=True)
-            )
-            for r in range(1, full + 1)
-        ]
-        errors = torch.tensor(lost, dtype=torch.float64) / (total or 1)
-        return errors.clamp_min(0).sqrt()
+        ranks = [replace(self, rank=r).ranks(kernel.shape) for r in range(1, full + 1)]
+        by_batch = torch.tensor(ranks).T
+        lost = torch.stack([tail[own] for tail, own in zip(tails, by_batch, strict=True)]).sum(0)
+        errors: Tensor = (lost / (total or 1)).clamp_min(0).sqrt()
+        is_whole = batches[0].shape[-1] == kernel[0, 0].numel()
+        if second_moment is None or is_whole:
+            return errors
+        quarter = max(1, full // 4)
+        method = replace(self, rank=quarter)
+        factors = method.factorize(kernel.to(compute_dtype(kernel.dtype)), None, second_moment)
+        approximation = method.reconstruct(factors, kernel.shape)
+        return in_full_metric(errors, errors[quarter - 1], kernel, approximation, second_moment)
+
+
+def _spectral_tails(
+    batches: Sequence[Tensor], moments: Sequence[Tensor | None], kernel: Tensor
+) -> list[Tensor]:
+    """Return for each batch the energy that is lost at rank 0, 1, …: all of it, down to nothing."""
+    scale = kernel.abs().max().double()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    tails = []
+    for matrices, moment in zip(batches, moments, strict=True):
+        values = squared_singular_values(matrices.double() / scale, moment).flatten(0, -2).sum(0)
+        tails.append(torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]))
+    return tails

@@ -18,6 +18,7 @@ from deeptwist.decompositions.base import (
     Decomposition,
     Tensors,
     cannot_shrink_error,
+    in_full_metric,
     no_rank_error,
 )
 from deeptwist.decompositions.linalg import (
@@ -161,9 +162,11 @@ class Tucker(Decomposition):
     ) -> Tensor:
         """Return what the truncated higher-order SVD loses at ranks (R_t, R_s): (o, i).
 
-        HOOI, which starts from it, loses no more and seldom much less.
+        HOOI, which starts from it, loses no more and seldom much less. In a second moment's
+        metric it is the outputs' at a quarter of the ranks, and in proportion elsewhere.
         """
-        tensor, _ = to_unit_scale(kernel.detach().double().flatten(3), 4)
+        tensor, scale = to_unit_scale(kernel.detach().double().flatten(3), 4)
+        root = None
         if second_moment is not None:
             root = torch.linalg.cholesky(regularized(second_moment.channels))
             tensor = torch.einsum("goik,gij->gojk", tensor, root)
@@ -172,10 +175,19 @@ class Tucker(Decomposition):
         basis_in = leading_subspace(by_in, tensor.shape[2])
         # The core's energy by output and input direction, of all groups, taps together.
         rotated = (basis_out.mT @ by_out).unflatten(2, tensor.shape[2:])
-        energy = (basis_in.mT.unsqueeze(1) @ rotated).square().sum(dim=(0, 3))
+        core = basis_in.mT.unsqueeze(1) @ rotated
+        energy = core.square().sum(dim=(0, 3))
         kept = energy.cumsum(0).cumsum(1)
-        lost: Tensor = (energy.sum() - kept) / energy.sum().clamp_min(1e-300)
-        return lost.clamp_min(0).sqrt()
+        lost = (energy.sum() - kept) / energy.sum().clamp_min(1e-300)
+        errors: Tensor = lost.clamp_min(0).sqrt()
+        if root is None or second_moment is None:
+            return errors
+        out, into = (max(1, side // 4) for side in errors.shape)
+        basis_in = torch.linalg.solve_triangular(root.mT, basis_in[..., :into], upper=True)
+        factors = basis_out[..., :out], core[:, :out, :into], basis_in
+        approximation = self.reconstruct(factors, kernel.shape) * scale.flatten()
+        at = errors[out - 1, into - 1]
+        return in_full_metric(errors, at, kernel, approximation, second_moment)
 
     def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors:  # noqa: D102
         # The strongest directions come first: power steps keep their order.
