@@ -173,6 +173,29 @@ def test_the_higher_order_spectra_bound_tucker(geometry: str) -> None:
         assert 0.8 * bound - 1e-6 <= error <= bound + 1e-6
 
 
-def test_cp_has_no_spectrum() -> None:
-    assert CP().errors_at_all_ranks(torch.randn(1, 4, 4, 3, 3)) is None
+@pytest.mark.parametrize("geometry", ["3x3", "groups", "1-D"])
+def test_a_few_sweeps_tell_what_cp_loses_about(geometry: str) -> None:
+    convolution, kernel = read(build(geometry)[0])
+    estimates = CP().errors_at_all_ranks(kernel)
+    assert len(estimates) == CP().full_rank(convolution)
+    assert all(more <= less for less, more in pairwise(estimates.tolist()))
+    method = CP().resolve(convolution, 4)
+    error = difference(kernel, method.decompose(kernel).reconstruct())
+    assert error == pytest.approx(float(estimates[method.rank - 1]), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["svd", "spatial", "tiled-rows", "tucker"])
+def test_the_outputs_errors_at_all_ranks_are_near_what_is_lost(name: str) -> None:
+    convolution, kernel = read(build("3x3")[0])
+    moment = moment_of(convolution)
+    for share in (0.15, 0.3, 0.6):
+        method = at(METHODS[name], convolution, share)
+        errors = method.without_rank().errors_at_all_ranks(kernel, moment)
+        ranks = method.rank if isinstance(method.rank, tuple) else (method.rank,)
+        told = float(errors[tuple(rank - 1 for rank in ranks)])
+        factors = method.decompose(kernel, second_moment=moment)
+        assert moment.relative_error(kernel, factors.reconstruct()) == pytest.approx(told, rel=0.25)
+
+
+def test_a_kernel_of_zeros_loses_nothing() -> None:
     assert TiledSVD().errors_at_all_ranks(torch.zeros(1, 4, 4, 3, 3)).max() == 0

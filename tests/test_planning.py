@@ -314,7 +314,7 @@ def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decompos
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D", "3-D", "transposed 2-D"])
-def test_the_relative_error_is_todays(name: str, geometry: str) -> None:
+def test_the_relative_error_is_what_a_decomposition_loses(name: str, geometry: str) -> None:
     layer, x = build(geometry)
     made = plan(layer, METHODS[name], ratio=1.5, example_input=x)
     if made.kept:
@@ -323,9 +323,12 @@ def test_the_relative_error_is_todays(name: str, geometry: str) -> None:
     from deeptwist.layers.geometry import weight_to_kernel
 
     kernel = weight_to_kernel(layer.weight, planned.convolution)
-    found = planned.decomposition.decompose(kernel).reconstruct()
-    assert planned.relative_error == pytest.approx(relative_error(kernel, found))
+    error = relative_error(kernel, planned.decomposition.decompose(kernel).reconstruct())
     assert 0 < planned.relative_error < 1
+    slack = {"tucker": 0.25, "cp": 0.15}.get(planned.decomposition.method, 1e-6)
+    assert error == pytest.approx(planned.relative_error, rel=slack)
+    if planned.decomposition.method == "tucker":  # a bound
+        assert error < planned.relative_error * (1 + 1e-6)
 
 
 def test_totals_add_up() -> None:

@@ -26,7 +26,7 @@ from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_ker
 from deeptwist.plan.autotune import tune_implementations
 from deeptwist.plan.calibration import Calibration, to_device
 from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
+from deeptwist.plan.planned_layer import CompressedLayer
 
 logger = logging.getLogger("deeptwist")
 
@@ -289,20 +289,8 @@ def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
         return plan
     names = ", ".join(repr(layer.name) for layer in frozen)
     logger.warning("kept dense, because their weights do not train (requires_grad): %s", names)
-    kept = {layer.name: _kept(layer, "is frozen (requires_grad=False)") for layer in frozen}
+    kept = {layer.name: layer.kept("is frozen (requires_grad=False)") for layer in frozen}
     return plan.with_layers(kept.get(layer.name, layer) for layer in plan.layers)
-
-
-def _kept(layer: CompressedLayer, reason: str) -> KeptLayer:
-    return KeptLayer(
-        name=layer.name,
-        kind=layer.kind,
-        weight_numel=layer.weight_numel,
-        reason=reason,
-        convolution=layer.convolution,
-        aliases=layer.aliases,
-        calls=layer.calls,
-    )
 
 
 def with_plain_weights(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:

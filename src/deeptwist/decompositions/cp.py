@@ -29,7 +29,7 @@ _WARM_SWEEPS = 2
 _TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last
 _EXACT = 1e-24  # of ‖W‖²: a squared error that rounding alone explains
 _PROXIMAL_WEIGHT = 4096  # in units of the type's precision
-_FEW_SWEEPS = 5  # for an estimate
+_SMALL = 2**18  # numbers in a kernel: an estimate may then take its time
 _LEAST = 1e-12
 
 
@@ -126,10 +126,11 @@ class CP(SingleRankDecomposition):
         sides = [side for side in kernel.shape[1:] if side > 1] or [1]
         as_large = max(1, math.prod(sides) // sum(sides))
         full = math.prod(sides) // max(sides)
+        sweeps, shares = (20, (16, 4, 1)) if kernel.numel() < _SMALL else (5, (16, 4))
         points = {0: 1.0}
-        for rank in sorted({min(full, max(1, as_large // share)) for share in (16, 4)}):
+        for rank in sorted({min(full, max(1, as_large // share)) for share in shares}):
             method = replace(self, rank=rank)
-            factors = method._fit(kernel, None, second_moment, _FEW_SWEEPS, torch.float32)
+            factors = method._fit(kernel, None, second_moment, sweeps, torch.float32)
             approximation = method.reconstruct(factors, kernel.shape)
             error = (
                 relative_error(kernel, approximation)
@@ -142,7 +143,7 @@ class CP(SingleRankDecomposition):
         logs = numpy.interp(ranks, [*points], numpy.log([max(_LEAST, e) for e in points.values()]))
         errors = torch.from_numpy(logs).exp()
         beyond = ranks > max(points)
-        rest = (1 - (ranks - max(points)) / max(1, as_large - max(points))).clamp_min(0)
+        rest = (1 - (ranks - max(points)) / max(1, 1.5 * as_large - max(points))).clamp_min(0)
         return torch.where(beyond, last * rest.sqrt(), errors)
 
     def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102

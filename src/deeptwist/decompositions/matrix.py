@@ -88,7 +88,8 @@ class MatrixDecomposition(SingleRankDecomposition):
         """Return the relative error at every rank, which is exact: the tails of the spectra.
 
         In a second moment's metric it is exact where one matrix is weighted by the whole of it,
-        as for `SVD`; elsewhere it is exact at a quarter of the full rank, and in proportion at the others.
+        as for `SVD`; elsewhere it is exact at a quarter of the full rank, and in proportion at
+        the others.
         """
         kernel = kernel.detach()
         batches = self.partition(kernel)

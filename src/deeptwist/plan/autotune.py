@@ -15,7 +15,7 @@ from deeptwist.decompositions import Decomposition
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
+from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
 from deeptwist.plan.timing import Samples, median_ratio, time_interleaved
 
 _ROUNDS = 9
@@ -126,22 +126,9 @@ def keep_slow_layers(plan: Plan, speedups: Mapping[str, float], min_speedup: flo
         speedup = speedups.get(layer.name, min_speedup)
         if isinstance(layer, CompressedLayer) and speedup < min_speedup:
             reason = f"not worth it: measured {speedup:.2f}× as fast, below {min_speedup:g}×"
-            layer = keep(layer, reason)
+            layer = layer.kept(reason)
         layers.append(layer)
     return plan.with_layers(layers)
-
-
-def keep(layer: CompressedLayer, reason: str) -> KeptLayer:
-    """Return a layer as one that stays dense."""
-    return KeptLayer(
-        name=layer.name,
-        kind=layer.kind,
-        weight_numel=layer.weight_numel,
-        reason=reason,
-        convolution=layer.convolution,
-        aliases=layer.aliases,
-        calls=layer.calls,
-    )
 
 
 def most_expensive_call(layer: CompressedLayer) -> LayerCall:

@@ -153,28 +153,6 @@ def to_device(moment: SecondMoment | None, kernel: Tensor) -> SecondMoment | Non
     return None if moment is None else replace(moment, values=moment.values.to(kernel.device))
 
 
-def relative_output_error(kernel: Tensor, approximation: Tensor, moment: SecondMoment) -> float:
-    """Return the root of the relative mean squared error of a layer's outputs.
-
-    Args:
-        kernel: (g, o, i, *k).
-        approximation: of the same shape.
-        moment: of the layer's inputs.
-    """
-    lost = _squared_norm(kernel.double() - approximation.double(), moment)
-    total = _squared_norm(kernel.double(), moment)
-    return math.sqrt(max(0.0, lost) / total) if total > 0 else 0.0
-
-
-def _squared_norm(kernel: Tensor, moment: SecondMoment) -> float:
-    """Return tr(W M Wᵀ); positions on axes that are not resolved count as rows of W."""
-    dims, groups = len(moment.kernel_size), len(kernel)
-    split = 3 + dims - moment.axes
-    order = (0, 1, *range(3, split), 2, *range(split, 3 + dims))
-    rows = kernel.permute(order).reshape(groups, -1, moment.values.shape[-1])
-    return float((rows @ moment.values.to(rows) * rows).sum())
-
-
 def _first_element(batch: Any) -> Inputs:
     x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor):

@@ -23,8 +23,9 @@ class CompressedLayer:
         decomposition: with every rank set.
         aliases: other names, where the model uses the module more than once.
         calls: how the example input used the layer.
-        relative_error: ‖W − W′‖_F / ‖W‖_F of the approximation at planning time; `None` where
-            the weights are unknown, on the meta device for example.
+        relative_error: ‖W − W′‖_F / ‖W‖_F at planning time, or the outputs' where there is a
+            calibration: exact for SVDs, a bound for Tucker, an estimate for CP; `None` where the
+            weights are unknown, on the meta device for example.
         implementation: the exact form that the factored layer takes; `None` for the first of
             `implementations`.
 
@@ -64,6 +65,18 @@ class CompressedLayer:
     def compressed_numel(self) -> int:
         """The weights after decomposition, the bias not counted."""
         return self.decomposition.weight_numel(self.convolution)
+
+    def kept(self, reason: str) -> "KeptLayer":
+        """Return this layer as one that stays dense."""
+        return KeptLayer(
+            name=self.name,
+            kind=self.kind,
+            weight_numel=self.weight_numel,
+            reason=reason,
+            convolution=self.convolution,
+            aliases=self.aliases,
+            calls=self.calls,
+        )
 
     def workload(self, *, factored: bool) -> CountedWorkload:
         """Return every convolution that the example input needs here, dense or factored."""

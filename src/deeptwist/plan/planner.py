@@ -1,29 +1,26 @@
 """Decide for every layer of a model how it is held."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
-from deeptwist.decompositions.linalg import relative_error
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.inspect.layers import Inspection, Layer, inspect_model
 from deeptwist.inspect.modes import as_tuple
-from deeptwist.inspect.weights import read_weight
-from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
-from deeptwist.layers.moments import SecondMoment
-from deeptwist.plan.allocation import Candidate, allocate
-from deeptwist.plan.autotune import choose_by_clock, keep
-from deeptwist.plan.calibration import Calibration, relative_output_error, to_device
+from deeptwist.layers.cost import LayerCall
+from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.plan.autotune import choose_by_clock
+from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
+from deeptwist.plan.calibration import Calibration
+from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layer_filter import LayerFilter, Override
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
 Allocation = Literal["uniform", "budget"]
-_RATIOS = (1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # tried by layer
 
 
 def plan(
@@ -90,46 +87,113 @@ def plan(
         (exclude,) if isinstance(exclude, str) else tuple(exclude),
         overrides or {},
     )
-    inputs = as_tuple(example_input)
-    inspection = inspect_model(model, inputs)
-    layers = inspection.layers
-    rules.check_patterns(name for layer in layers for name in layer.names)
-    decompositions = (
-        [decomposition] if isinstance(decomposition, Decomposition) else [*decomposition]
-    )
-    shares_budget = _shares_budget(allocation, ratio, macs, decompositions)
-    for choice in (*(() if shares_budget else decompositions), *rules.overrides.values()):
-        if isinstance(choice, Decomposition) and choice.needs_ratio and ratio is None:
-            raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
-    if ratio is not None:
-        check_ratio(ratio)
-    check_int("rank_multiple", rank_multiple)
-    first = _first_convolution(layers)
-    moments = calibration.moments if calibration else {}
-    options: list[list[CompressedLayer]] = [[] for _ in layers]
-    if shares_budget:
-        options = [
-            _options(layer, decompositions, rules, rank_multiple, moments, layer is first)
-            for layer in layers
-        ]
-    planned = [
-        ways[0]
-        if ways
-        else _plan_layer(
-            layer,
-            decompositions[0],
-            ratio or macs,
-            rules,
-            rank_multiple,
-            moments.get(layer.names[0]),
-            is_first=layer is first,
-        )
-        for layer, ways in zip(layers, options, strict=True)
-    ]
-    if shares_budget:
-        planned = _share_budget(options, planned, (ratio, macs))
-    made = _assemble(model, inputs, inspection, planned)
+    methods = (decomposition,) if isinstance(decomposition, Decomposition) else (*decomposition,)
+    planner = Planner(model, example_input, methods, rules, rank_multiple, calibration)
+    made = planner.plan(Budgets(ratio, macs), allocation)
     return choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
+
+
+class Planner:
+    """A model, inspected, and the rules that it is planned by; budgets come and go."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor | tuple[Tensor, ...],
+        decompositions: Sequence[Decomposition],
+        rules: LayerFilter,
+        rank_multiple: int = 1,
+        calibration: Calibration | None = None,
+    ) -> None:
+        """Inspect the model; see `plan` for the arguments."""
+        if not decompositions:
+            raise DeepTwistError("there is no decomposition to plan with: give at least one")
+        check_int("rank_multiple", rank_multiple)
+        self._model, self._inputs = model, as_tuple(example_input)
+        self._inspection = inspect_model(model, self._inputs)
+        layers = self._inspection.layers
+        rules.check_patterns(name for layer in layers for name in layer.names)
+        self._decompositions, self._rules = decompositions, rules
+        self._rank_multiple = rank_multiple
+        self._first = _first_convolution(layers)
+        moments = calibration.moments if calibration else {}
+        self._errors = [LayerErrors(layer, moments.get(layer.names[0])) for layer in layers]
+
+    def plan(self, budgets: Budgets, allocation: Allocation | None = None) -> Plan:
+        """Return the plan that keeps these budgets; see `deeptwist.plan`."""
+        shares = self._shares_budgets(budgets, allocation)
+        for choice in (*(() if shares else self._decompositions), *self._rules.overrides.values()):
+            if isinstance(choice, Decomposition) and choice.needs_ratio and budgets.ratio is None:
+                raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
+        ways = [self._ways(errors) if shares else [] for errors in self._errors]
+        shared = iter(share_budgets(filter(None, ways), budgets) if shares else ())
+        planned = [
+            _plan_shared(errors.layer, next(shared))
+            if options
+            else self._plan_layer(errors, budgets.any_factor)
+            for errors, options in zip(self._errors, ways, strict=True)
+        ]
+        return _assemble(self._model, self._inputs, self._inspection, planned)
+
+    def _shares_budgets(self, budgets: Budgets, allocation: str | None) -> bool:
+        """Whether ranks come from budgets of all layers together."""
+        if allocation not in (None, "uniform", "budget"):
+            raise unknown_name_error("allocation", allocation, ("uniform", "budget"))
+        needs_budget = budgets != Budgets(budgets.ratio) or len(self._decompositions) > 1
+        if allocation == "uniform" and needs_budget:
+            raise DeepTwistError("a uniform allocation takes a ratio and one decomposition alone")
+        if not needs_budget and allocation != "budget":
+            return False
+        if budgets.any_factor is None:
+            raise DeepTwistError("there is no budget to share: give ratio, macs or both")
+        for decomposition in self._decompositions:
+            if not decomposition.needs_ratio:
+                raise DeepTwistError(f"{decomposition} has a rank: leave it to the budget")
+        return True
+
+    def _skip_reason(self, layer: Layer) -> str | None:
+        """Return why a layer is kept, whatever an override says aside."""
+        if layer.convolution is None:
+            return layer.reason or "has no geometry"
+        if layer.reason is not None or self._rules.override(layer.names) is not None:
+            return layer.reason
+        is_first = layer is self._first
+        return self._rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
+
+    def _ways(self, errors: LayerErrors) -> list[Way]:
+        """Return the ways to hold a layer that takes part in a budget; none for another."""
+        layer = errors.layer
+        is_bound = self._rules.override(layer.names) or self._skip_reason(layer)
+        if is_bound or layer.convolution is None:
+            return []
+        return layer_ways(errors, layer.convolution, self._decompositions, self._rank_multiple)
+
+    def _plan_layer(self, errors: LayerErrors, ratio: float | None) -> PlannedLayer:
+        """Plan a layer by itself: at a ratio, or as an override says."""
+        layer, decomposition = errors.layer, self._decompositions[0]
+        pattern, choice = self._rules.override(layer.names) or (None, decomposition)
+        if choice is None:
+            return _keep(layer, "by an override")
+        if isinstance(choice, Decomposition):
+            decomposition = choice
+        else:
+            ratio, decomposition = check_ratio(choice), decomposition.without_rank()
+        reason = self._skip_reason(layer)
+        if layer.convolution is not None and reason is None:
+            try:
+                resolved = decomposition.resolve(layer.convolution, ratio)
+                if decomposition.needs_ratio:
+                    resolved = resolved.round_ranks(self._rank_multiple)
+                _check_is_smaller(layer.convolution, layer.calls, resolved)
+                error = errors.error(layer.convolution, resolved)
+                return _compress(layer, layer.convolution, resolved, error=error)
+            except CannotDecomposeError as error:
+                reason = str(error)
+        kept = _keep(layer, reason or "")
+        if pattern in layer.names:  # asked for by its exact name: to keep it would be no answer
+            shown = kept.convolution or kept.kind
+            raise DeepTwistError(f"layer {kept.name!r} ({shown}) {kept.reason}")
+        return kept
 
 
 def plan_from_model(
@@ -201,44 +265,6 @@ def _assemble(
     return empty.with_layers(planned)
 
 
-def _plan_layer(
-    layer: Layer,
-    decomposition: Decomposition,
-    ratio: float | None,
-    rules: LayerFilter,
-    rank_multiple: int,
-    moment: SecondMoment | None,
-    *,
-    is_first: bool,
-) -> PlannedLayer:
-    pattern, choice = rules.override(layer.names) or (None, decomposition)
-    if choice is None:
-        return _keep(layer, "by an override")
-    if isinstance(choice, Decomposition):
-        decomposition = choice
-    else:
-        ratio, decomposition = check_ratio(choice), decomposition.without_rank()
-    reason = layer.reason
-    if layer.convolution is None:
-        reason = reason or "has no geometry"
-    elif reason is None and pattern is None:
-        reason = rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
-    if layer.convolution is not None and reason is None:
-        try:
-            resolved = decomposition.resolve(layer.convolution, ratio)
-            if decomposition.needs_ratio:
-                resolved = resolved.round_ranks(rank_multiple)
-            planned = _compress(layer, layer.convolution, resolved)
-            _check_is_smaller(planned)
-            return replace(planned, relative_error=_initial_error(layer, planned, moment))
-        except CannotDecomposeError as error:
-            reason = str(error)
-    kept = _keep(layer, reason or "")
-    if pattern in layer.names:  # asked for by its exact name: to keep it would be no answer
-        raise DeepTwistError(f"layer {kept.name!r} ({kept.convolution or kept.kind}) {kept.reason}")
-    return kept
-
-
 def _keep(layer: Layer, reason: str) -> KeptLayer:
     name, *aliases = layer.names
     return KeptLayer(
@@ -257,6 +283,7 @@ def _compress(
     convolution: ConvGeometry,
     decomposition: Decomposition,
     implementation: str | None = None,
+    error: float | None = None,
 ) -> CompressedLayer:
     name, *aliases = layer.names
     return CompressedLayer(
@@ -266,128 +293,23 @@ def _compress(
         decomposition=decomposition,
         aliases=tuple(aliases),
         calls=layer.calls,
+        relative_error=error,
         implementation=implementation,
     )
 
 
-def _check_is_smaller(layer: CompressedLayer) -> None:
-    if layer.compressed_numel >= layer.weight_numel:
-        raise CannotDecomposeError(
-            f"would grow: {layer.compressed_numel:,} weights for {layer.weight_numel:,}"
-        )
-    before, after = (
-        sum(count * conv.macs(size) for conv, size, count in layer.workload(factored=factored))
-        for factored in (False, True)
-    )
-    if after >= before:
-        raise CannotDecomposeError(f"would slow down: {after:,} MACs for {before:,}")
+def _plan_shared(layer: Layer, way: Way) -> PlannedLayer:
+    """Return a layer in the way that a budget chose."""
+    if way.decomposition is None or layer.convolution is None:
+        return _keep(layer, "not worth it: the budget is met without")
+    return _compress(layer, layer.convolution, way.decomposition, error=way.error)
 
 
-def _initial_error(
-    layer: Layer, planned: CompressedLayer, moment: SecondMoment | None
-) -> float | None:
-    weight = read_weight(layer.module)
-    if weight.is_meta:
-        return None
-    kernel = weight_to_kernel(weight, planned.convolution)
-    if not kernel.isfinite().all():
-        raise DeepTwistError(f"layer {planned.name!r} has weights that are NaN or infinite")
-    moment = to_device(moment, kernel)
-    approximation = planned.decomposition.decompose(kernel, second_moment=moment).reconstruct()
-    if moment is not None:
-        return relative_output_error(kernel, approximation, moment)
-    return relative_error(kernel, approximation)
-
-
-def _shares_budget(
-    allocation: str | None,
-    ratio: float | None,
-    macs: float | None,
-    decompositions: Sequence[Decomposition],
-) -> bool:
-    """Whether ranks come from budgets of all layers together."""
-    if not decompositions:
-        raise DeepTwistError("there is no decomposition to plan with: give at least one")
-    if allocation not in (None, "uniform", "budget"):
-        raise unknown_name_error("allocation", allocation, ("uniform", "budget"))
-    if macs is not None:
-        check_ratio(macs)
-    needs_budget = macs is not None or len(decompositions) > 1
-    if allocation == "uniform" and needs_budget:
-        raise DeepTwistError("a uniform allocation takes a ratio and one decomposition alone")
-    if not needs_budget and allocation != "budget":
-        return False
-    if ratio is None and macs is None:
-        raise DeepTwistError("there is no budget to share: give ratio, macs or both")
-    for decomposition in decompositions:
-        if not decomposition.needs_ratio:
-            raise DeepTwistError(f"{decomposition} has a rank: leave it to the budget")
-    return True
-
-
-def _options(
-    layer: Layer,
-    decompositions: Sequence[Decomposition],
-    rules: LayerFilter,
-    rank_multiple: int,
-    moments: Mapping[str, SecondMoment],
-    is_first: bool,
-) -> list[CompressedLayer]:
-    """Return the ways to compress a layer that takes part in a budget, with their errors."""
-    if layer.reason is not None or layer.convolution is None or rules.override(layer.names):
-        return []
-    if rules.skip_reason(layer.names, layer.convolution, is_first=is_first) is not None:
-        return []
-    options: dict[Decomposition, CompressedLayer] = {}
-    for decomposition in decompositions:
-        for ratio in _RATIOS:
-            try:
-                resolved = decomposition.resolve(layer.convolution, ratio)
-                planned = _compress(layer, layer.convolution, resolved.round_ranks(rank_multiple))
-                if planned.decomposition in options:
-                    continue
-                _check_is_smaller(planned)
-            except CannotDecomposeError:
-                continue
-            error = _initial_error(layer, planned, moments.get(layer.names[0]))
-            if error is None:
-                raise DeepTwistError("a budget is shared by errors: load weights, not on meta")
-            options[planned.decomposition] = replace(planned, relative_error=error)
-    return list(options.values())
-
-
-def _share_budget(
-    options: Sequence[Sequence[CompressedLayer]],
-    planned: Sequence[PlannedLayer],
-    ratios: tuple[float | None, float | None],
-) -> list[PlannedLayer]:
-    """Return the planned layers with those that have options at the ranks that lose least.
-
-    Args:
-        options: for every layer, the ways to compress it; none where it takes no part.
-        planned: for every layer, what is planned where it has no options.
-        ratios: dense ÷ factored weights and MACs of the layers that take part, together.
-    """
-    taking_part = [index for index, ways in enumerate(options) if ways]
-    dense = [_costs(options[index][0], factored=False) for index in taking_part]
-    kinds = [kind for kind, ratio in enumerate(ratios) if ratio is not None]
-    budgets = [sum(costs[k] for costs in dense) / (ratios[k] or 1) for k in kinds]
-    candidates = []
-    for index, costs in zip(taking_part, dense, strict=True):
-        row = [Candidate(tuple(costs[k] for k in kinds), 0.0)]
-        for way in options[index]:
-            way_costs = _costs(way, factored=True)
-            error = (way.relative_error or 0.0) ** 2
-            row.append(Candidate(tuple(way_costs[k] for k in kinds), error))
-        candidates.append(row)
-    shared = list(planned)
-    for index, choice in zip(taking_part, allocate(candidates, budgets), strict=True):
-        ways, reason = options[index], "not worth it: the budget is met without"
-        shared[index] = ways[choice - 1] if choice else keep(ways[0], reason)
-    return shared
-
-
-def _costs(layer: CompressedLayer, *, factored: bool) -> tuple[int, int]:
-    """Return a layer's weights and MACs."""
-    macs = sum(n * conv.macs(size) for conv, size, n in layer.workload(factored=factored))
-    return (layer.compressed_numel if factored else layer.weight_numel), macs
+def _check_is_smaller(
+    convolution: ConvGeometry, calls: tuple[LayerCall, ...], decomposition: Decomposition
+) -> None:
+    before, after = (layer_costs(convolution, calls, form) for form in (None, decomposition))
+    if after[0] >= before[0]:
+        raise CannotDecomposeError(f"would grow: {after[0]:,} weights for {before[0]:,}")
+    if after[1] >= before[1]:
+        raise CannotDecomposeError(f"would slow down: {after[1]:,} MACs for {before[1]:,}")
