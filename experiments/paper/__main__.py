@@ -1,20 +1,24 @@
 """``python -m experiments.paper``: run an experiment of the paper."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from experiments.paper import long
-from experiments.paper.experiments import EXPERIMENTS, experiment_of
-from experiments.paper.job import Request, reproduce
-from experiments.paper.profiles import ProfileName
+from experiments.paper.presets import preset_of
+from experiments.paper.runner import Experiment, Options, default_profile, run_experiment
 
 from deeptwist import cli
 from deeptwist.cli.console import progress_bar
-from deeptwist.cli.options import Several
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, unknown_name_error
 
+NAMES = (
+    *("fig2", "fig3", "fig4", "fig5", "table1", "fig6", "table2", "fig7"),  # as the paper has them
+    *("interval", "noise", "tail", "long"),
+)
+EXPERIMENTS: dict[str, Experiment] = {
+    name: import_module(f"experiments.paper.{name}") for name in NAMES
+}
 app = App(
     name="python -m experiments.paper",
     help_format="markdown",
@@ -27,51 +31,26 @@ def experiment(
     name: str | None = None,
     *,
     list_: Annotated[bool, Parameter("--list")] = False,
-    profile: ProfileName = "short",
-    data: str | None = None,
-    weights: Path | None = None,
-    out: Path = Path("results"),
-    runs: Path = Path("runs/reproduce"),
-    seeds: Several[int] = (0,),
-    only: Several[str] = (),
-    draw_only: Annotated[bool, Parameter(("--show", "--draw-only"))] = False,
+    options: Annotated[Options | None, Parameter(name="*")] = None,
 ) -> None:
     """Run an experiment of the paper; write its table and figures beside the paper's numbers.
 
     Args:
         name: One that --list names.
         list_: Show all experiments.
-        profile: The paper's schedule, a short one, or a smoke test.
-        data: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
-        weights: A checkpoint of the network to start from.
-        out: Folder of the results.
-        runs: Folder of the runs, which experiments share; finished ones are read.
-        seeds: Train each cell once with each.
-        only: Train only cells of these names or globs.
-        draw_only: Train nothing; draw what is finished.
+        options: What is asked of it.
     """
-    if name == "long":
-        print(long.show(out))
-        return
     if list_:
-        for listed in EXPERIMENTS.values():
-            count = len(listed.cells_of("short"))
+        for each, module in EXPERIMENTS.items():
+            count = len(module.recipes(preset_of(default_profile(each), module.NETWORK)))
             size = f"{count} run{'s' * (count > 1)}" if count else "exact"
-            print(f"{listed.name:8}  {listed.place:18}  {size:7}  {listed.claim}")
+            print(f"{each:8}  {module.PLACE:18}  {size:7}  {module.CLAIM}")
         return
     if name is None:
         raise DeepTwistError("name an experiment: 'python -m experiments.paper --list' shows them")
-    request = Request(
-        profile=profile,
-        data=data,
-        weights=weights,
-        out=out,
-        runs=runs,
-        seeds=seeds,
-        only=only,
-        draw_only=draw_only,
-    )
-    print(reproduce(experiment_of(name), request, progress=progress_bar))
+    if name not in EXPERIMENTS:
+        raise unknown_name_error("experiment", name, EXPERIMENTS)
+    print(run_experiment(name, EXPERIMENTS[name], options or Options(), progress=progress_bar))
 
 
 def main(words: Sequence[str] | None = None) -> None:

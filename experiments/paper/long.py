@@ -1,58 +1,46 @@
 """Section 4, with the training that the paper gives it: 100 epochs from a high learning rate.
 
-``results/long`` holds the runs on images of half size, ``results/long-32`` those on whole ones, a
-folder each with ``run.json``, ``metrics.jsonl`` and ``recipe.yaml``. Whatever is there is read.
-Runs whose recipes differ in the seed alone are one row; DeepTwist, conventional fine-tuning and
-the dense network are compared where images, schedule, decomposition and size are the same.
+``results/long`` holds the runs on images of half size, ``results/long-32`` those on whole ones.
+Whatever is there is read, whoever ran it. Runs whose recipes differ in the seed alone are one row;
+DeepTwist, conventional fine-tuning and the dense network are compared where images, schedule,
+decomposition and size are the same.
 """
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from experiments.paper.drawing import Curve, chart
-from experiments.paper.findings import Figure, Findings, Table, difference, mean_and_deviation
+from experiments.paper.plotting import Curve, draw
+from experiments.paper.presets import Preset
+from experiments.paper.results import Figure, Report, Results, Table, mean_and_deviation
+from experiments.paper.runs import read_runs
 
-from deeptwist.errors import DeepTwistError
-from deeptwist.serialization import write_text
-from deeptwist.training.metrics import RECIPE, SUMMARY, Run, read_run
-from deeptwist.training.recipe import Recipe, read_recipe
+from deeptwist.training.metrics import Run
+from deeptwist.training.recipe import Mode, Recipe
 
-FOLDERS = ("long", "long-32")
-CLAIM = (
-    "Trained as the paper trains, DeepTwist ends above fine-tuning of the same size.\n\n"
+PLACE, NETWORK = "A long training", "resnet32"
+CLAIM = "Trained as the paper trains, DeepTwist ends above fine-tuning of the same size."
+NOTE = (
     "Accuracies are those of the last epoch, deployed, with the deviation over seeds. Differences "
     "in points are between runs of equal seeds; accuracies after each epoch are of the weights as "
     "training left them, before the next distortion."
 )
-HEADER = (
-    "",
-    "test accuracy, %",
-    "− conventional",
-    "epochs ahead of it",
-    "− dense",
-    "seeds",
-    "weights",
-    "MACs",
-    "epochs",
-    "lr",
-    "weight decay",
-)
-_FULL_SIZE = 32
+METHODS = {"Tucker": "tucker", "tiled SVD": "tiled_svd", "spatial SVD": "spatial_svd"}
+MODES: dict[str, Mode] = {"DeepTwist": "deeptwist", "conventional": "finetune"}
+DENSE = "dense"
+FOLDERS = ("long", "long-32")
 _COLUMNS = re.compile(r"mode|data\.|schedule\.|optimizer\.(lr|weight_decay)|compression\.ratio")
+HEADER = (
+    *("", "test accuracy, %", "− conventional", "epochs ahead of it", "− dense", "seeds"),
+    *("weights", "MACs", "epochs", "lr", "weight decay"),
+)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe, one for each seed.
-
-    Attributes:
-        recipe: without seed, paths and what decides no outcome.
-        runs: by seed.
-    """
+    """The runs of one recipe, that of seed 0, by seed."""
 
     recipe: Recipe
     runs: Mapping[int, Run]
@@ -65,45 +53,57 @@ class Group:
     @property
     def curves(self) -> list[tuple[float, ...]]:
         """Return the test accuracies in percent of all seeds, for each epoch."""
-        seeds = [
-            [100 * epoch["test"]["accuracy"] for epoch in r.epochs] for r in self.runs.values()
+        epochs = zip(*(run.epochs for run in self.runs.values()), strict=False)
+        return [tuple(100 * epoch["test"]["accuracy"] for epoch in seeds) for seeds in epochs]
+
+
+def recipes(preset: Preset) -> dict[str, Recipe]:
+    """Return the dense network, and both ways for each size and method."""
+    return {DENSE: preset.dense} | {
+        f"{label} {level}, {way}": preset.compressed(mode, **level.of(method))
+        for level in preset.levels
+        for label, method in METHODS.items()
+        for way, mode in MODES.items()
+    }
+
+
+def report(results: Results, preset: Preset) -> Report:
+    """Return accuracies by mode, decomposition and ratio, what DeepTwist gains, and the curves."""
+    by_recipe: dict[Recipe, dict[int, Run]] = {}
+    for folder in FOLDERS:
+        for recipe, run in read_runs(results.out / folder).items():
+            by_recipe.setdefault(replace(recipe, seed=0), {})[recipe.seed] = run
+    regimes: dict[str, list[Group]] = {}
+    for recipe in sorted(by_recipe, key=lambda recipe: (recipe.mode, str(recipe))):
+        group = Group(recipe, dict(sorted(by_recipe[recipe].items())))
+        regimes.setdefault(_regime(recipe), []).append(group)
+    reports = [_compare(regime, groups) for regime, groups in sorted(regimes.items())]
+    tables = tuple(table for each in reports for table in each.tables)
+    return Report(tables, tuple(figure for each in reports for figure in each.figures), (NOTE,))
+
+
+def _compare(regime: str, groups: Sequence[Group]) -> Report:
+    """Return a regime's table, and figures of its comparisons."""
+    dense = [group for group in groups if group.recipe.mode == "dense"]
+    compared: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.recipe.mode != "dense":
+            compared.setdefault(_size(group.recipe), list(dense)).append(group)
+    compared = dict(sorted(compared.items()))
+    figures = _overview(regime, compared)
+    rows = [_row(label, group, ()) for label, group in _label(dense).items()]
+    for size, members in compared.items():
+        labels = _label(members)
+        rows += [
+            _row(f"{size}, {label}", group, members)
+            for label, group in labels.items()
+            if group.recipe.mode != "dense"
         ]
-        return list(zip(*seeds, strict=True))
+        figures += _curves(regime, size, labels)
+    return Report((Table(regime, HEADER, rows),), figures)
 
 
-def read_groups(folders: Iterable[Path]) -> list[Group]:
-    """Read the finished runs in folders, and gather those that differ in the seed alone.
-
-    Raises:
-        DeepTwistError: if a run is damaged.
-    """
-    groups: dict[Recipe, dict[int, Run]] = {}
-    for path in sorted(path for folder in folders for path in folder.glob(f"*/{SUMMARY}")):
-        recipe = read_recipe(path.parent / RECIPE)
-        groups.setdefault(_outcome(recipe), {})[recipe.seed] = read_run(path.parent)
-    ordered = sorted(groups, key=lambda recipe: (_size(recipe), _name(recipe), str(recipe)))
-    return [Group(recipe, dict(sorted(groups[recipe].items()))) for recipe in ordered]
-
-
-def _outcome(recipe: Recipe) -> Recipe:
-    """Return what decides a run's outcome, but for the seed and the weights it starts from."""
-    mode, plain = recipe.training_mode, Recipe(model=recipe.model)
-    return replace(
-        recipe,
-        seed=0,
-        weights=None,
-        records=plain.records,
-        interval=recipe.interval if mode.at_intervals else plain.interval,
-        compression=recipe.compression if mode.compresses else plain.compression,
-        data=replace(recipe.data, source=Path(recipe.data.source).name),
-    )
-
-
-def _size(recipe: Recipe) -> int:
-    return recipe.data.image_size or _FULL_SIZE
-
-
-def _name(recipe: Recipe) -> str:
+def _size(recipe: Recipe) -> str:
     """Return the decomposition and its size, such as "Tucker 4×"."""
     name = recipe.compression.label.removesuffix("()")
     name = name.replace("TiledSVD", "tiled SVD").replace("SpatialSVD", "spatial SVD")
@@ -111,87 +111,50 @@ def _name(recipe: Recipe) -> str:
 
 
 def _regime(recipe: Recipe) -> str:
-    """Return what a comparison leaves as it is, in words."""
-    optimizer, size = recipe.optimizer, _size(recipe)
+    """Return what a comparison leaves as it is: images, schedule, learning rate and decay."""
+    optimizer, size = recipe.optimizer, recipe.data.image_size or 32
     return (
         f"{recipe.data.source} at {size}×{size}, {recipe.schedule.epochs} epochs from "
         f"{optimizer.lr:g}, weight decay {optimizer.weight_decay:g}"
     )
 
 
-def by_regime(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Return groups by regime, the dense ones first."""
-    regimes: dict[str, list[Group]] = {}
-    for group in sorted(groups, key=lambda group: group.recipe.mode != "dense"):
-        regimes.setdefault(_regime(group.recipe), []).append(group)
-    return dict(sorted(regimes.items()))
-
-
-def comparisons(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Return groups of a regime by decomposition and size, each time with the dense ones."""
-    dense = [group for group in groups if group.recipe.mode == "dense"]
-    compared: dict[str, list[Group]] = {}
-    for group in sorted(groups[len(dense) :], key=lambda group: group.recipe.mode):
-        compared.setdefault(_name(group.recipe), list(dense)).append(group)
-    return dict(sorted(compared.items()))
-
-
-def names(members: Sequence[Group]) -> list[str]:
-    """Return the modes of a comparison, with the settings in which groups of a mode differ."""
+def _label(members: Sequence[Group]) -> dict[str, Group]:
+    """Return groups by their mode, and by the settings in which groups of a mode differ."""
     flat = [_flatten(group.recipe.to_dict()) for group in members]
-    modes = [group.recipe.mode for group in members]
-    labels = []
+    labels = {}
     for group, values in zip(members, flat, strict=True):
-        peers = [other for other, mode in zip(flat, modes, strict=True) if mode == values["mode"]]
-        own = [
+        peers = [other for other in flat if other["mode"] == values["mode"]]
+        settings = [
             f"{key.rpartition('.')[2].replace('_', ' ')} {value}"
             for key, value in values.items()
             if not _COLUMNS.match(key) and any(peer.get(key) != value for peer in peers)
         ]
-        labels.append(", ".join([group.recipe.training_mode.label, *own]))
+        labels[", ".join([group.recipe.training_mode.label, *settings])] = group
     return labels
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def report(groups: Sequence[Group]) -> Findings:
-    """Return accuracies by mode, decomposition and ratio, what DeepTwist gains, and the curves."""
-    tables, figures = [], []
-    for regime, members in by_regime(groups).items():
-        dense = [group for group in members if group.recipe.mode == "dense"]
-        rows = [_row(label, group, ()) for label, group in zip(names(dense), dense, strict=True)]
-        compared = comparisons(members)
-        figures += _overview(regime, compared)
-        for name, beside in compared.items():
-            labels = names(beside)
-            rows += [
-                _row(f"{name}, {label}", group, beside)
-                for label, group in zip(labels, beside, strict=True)
-                if group.recipe.mode != "dense"
-            ]
-            figures += _figure(regime, name, dict(zip(labels, beside, strict=True)))
-        tables.append(Table(regime, HEADER, tuple(rows)))
-    return Findings(tuple(tables), tuple(figures))
 
 
 def _row(label: str, group: Group, members: Sequence[Group]) -> tuple[str, ...]:
     recipe, summary = group.recipe, next(iter(group.runs.values())).summary
     tuned, dense = (
-        next((other for other in members if other.recipe.mode == mode), None)
+        next((other for other in members if other.recipe.mode == mode), group)
         for mode in ("finetune", "dense")
     )
+    pairs = list(zip(group.curves, tuned.curves, strict=False))
+    ahead = sum(statistics.fmean(ours) > statistics.fmean(other) for ours, other in pairs)
     return (
         label,
         mean_and_deviation(list(group.accuracies.values())),
         _distance(group, tuned),
-        _epochs_ahead(group, tuned),
+        "" if tuned is group else f"{ahead} of {len(pairs)}",
         _distance(group, dense),
         " ".join(map(str, group.runs)),
         f"{summary.parameters_before / summary.parameters:.2f}×",
@@ -202,121 +165,83 @@ def _row(label: str, group: Group, members: Sequence[Group]) -> tuple[str, ...]:
     )
 
 
-def _epochs_ahead(group: Group, other: Group | None) -> str:
-    """Return after how many epochs the mean accuracy is higher."""
-    if other is None or other is group:
-        return ""
-    pairs = list(zip(group.curves, other.curves, strict=False))
-    ahead = sum(statistics.fmean(ours) > statistics.fmean(its) for ours, its in pairs)
-    return f"{ahead} of {len(pairs)}"
-
-
-def _distance(group: Group, other: Group | None) -> str:
+def _distance(group: Group, other: Group) -> str:
     """Return the mean of the differences of equal seeds, and their deviation."""
-    values = {} if other is None or other is group else other.accuracies
-    points = [ours - values[seed] for seed, ours in group.accuracies.items() if seed in values]
+    reference = {} if other is group else other.accuracies
+    points = [y - reference[seed] for seed, y in group.accuracies.items() if seed in reference]
     if not points:
         return ""
     deviation = f" ± {statistics.stdev(points):.2f}" if len(points) > 1 else ""
-    return difference(statistics.fmean(points), 0) + deviation
+    return f"{statistics.fmean(points):+.2f}{deviation}".replace("-", "−")
 
 
-def _figure(regime: str, name: str, groups: Mapping[str, Group]) -> list[Figure]:
+def _curves(regime: str, size: str, groups: Mapping[str, Group]) -> tuple[Figure, ...]:
     """Return the course of test accuracy: means over seeds, and from the lowest to the highest."""
     curves = []
     for color, (label, group) in enumerate(groups.items()):
-        epochs = list(enumerate(group.curves, 1))
-        recipe = group.recipe
-        mean = tuple((epoch, statistics.fmean(values)) for epoch, values in epochs)
-        band = tuple((epoch, min(values), max(values)) for epoch, values in epochs)
+        epochs, mode = list(enumerate(group.curves, 1)), group.recipe.mode
         curves.append(
             Curve(
                 label,
-                mean,
-                None if recipe.mode == "dense" else color,
-                dashed=recipe.mode != "deeptwist",
+                [(epoch, statistics.fmean(values)) for epoch, values in epochs],
+                None if mode == "dense" else color,
+                dashed=mode != "deeptwist",
                 markers=False,
-                band=band if len(group.runs) > 1 else (),
+                band=tuple((epoch, min(each), max(each)) for epoch, each in epochs)
+                if len(group.runs) > 1
+                else (),
             )
         )
-    figure = chart(
-        _file_name(name, next(iter(groups.values())).recipe),
-        f"{name}: {regime}",
+    recipe = next(iter(groups.values())).recipe
+    return draw(
+        _file_name(size, recipe),
+        f"{size}: {regime}",
         curves,
         x="epoch",
-        y=f"{name}: test accuracy, %",
-        marks=next(iter(groups.values())).recipe.schedule.milestones,
+        y=f"{size}: test accuracy, %",
+        marks=recipe.schedule.milestones,
     )
-    return [] if figure is None else [figure]
 
 
-def _file_name(name: str, recipe: Recipe) -> str:
-    optimizer = recipe.optimizer
-    words = f"{name} {_size(recipe)}px {recipe.schedule.epochs} epochs"
-    words += f" lr{optimizer.lr:g} wd{optimizer.weight_decay:g}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower().replace("×", "x"))
-
-
-def _overview(regime: str, compared: Mapping[str, Sequence[Group]]) -> list[Figure]:
+def _overview(regime: str, compared: Mapping[str, Sequence[Group]]) -> tuple[Figure, ...]:
     """Return accuracy over the ratio by decomposition, where there are several ratios."""
     points: dict[tuple[str, str], dict[float, float]] = {}
-    dense = None
-    for members in compared.values():
-        for label, group in zip(names(members), members, strict=True):
-            mean = statistics.fmean(group.accuracies.values())
-            compression = group.recipe.compression
+    start = None
+    for size, members in compared.items():
+        for label, group in _label(members).items():
+            mean, ratio = (
+                statistics.fmean(group.accuracies.values()),
+                group.recipe.compression.ratio,
+            )
             if group.recipe.mode == "dense":
-                dense = dense or ("dense, trained as long", mean)
-            elif compression.ratio is not None:
-                method = _name(replace(group.recipe, compression=replace(compression, ratio=None)))
-                points.setdefault((method, label), {})[compression.ratio] = mean
-    methods = list(dict.fromkeys(method for method, _ in points))
-    curves = [
-        Curve(
-            f"{method}, {label}",
-            tuple(sorted(heights.items())),
-            methods.index(method),
-            dashed=not label.startswith("DeepTwist"),
-        )
-        for (method, label), heights in points.items()
-    ]
+                start = mean
+            elif ratio is not None:
+                points.setdefault((size.rpartition(" ")[0], label), {})[ratio] = mean
     if len({ratio for heights in points.values() for ratio in heights}) < 2:
-        return []
-    recipe = next(iter(compared.values()))[0].recipe
-    figure = chart(
-        _file_name("ratios", recipe),
+        return ()
+    methods = list(dict.fromkeys(method for method, _ in points))
+    return draw(
+        _file_name("ratios", next(iter(compared.values()))[0].recipe),
         f"Accuracy over the ratio: {regime}",
-        curves,
+        [
+            Curve(
+                f"{method}, {label}",
+                sorted(heights.items()),
+                methods.index(method),
+                dashed=not label.startswith("DeepTwist"),
+            )
+            for (method, label), heights in points.items()
+        ],
         x="compression ratio of every layer",
         y="deployed test accuracy, %",
-        level=dense,
+        start=start,
+        start_name="dense, trained as long",
         log_x=True,
     )
-    return [] if figure is None else [figure]
 
 
-def show(out: Path) -> Path:
-    """Write ``long/long.md`` and its figures from the runs in an output folder; return its path.
-
-    Raises:
-        DeepTwistError: if there is no finished run, a run is damaged, or nothing can be written.
-    """
-    groups = read_groups(out / name for name in FOLDERS)
-    if not groups:
-        places = " or ".join(str(out / name / "*" / SUMMARY) for name in FOLDERS)
-        raise DeepTwistError(f"there is no finished run: no {places}")
-    findings = report(groups)
-    page = out / FOLDERS[0] / "long.md"
-    summaries = [run.summary for group in groups for run in group.runs.values()]
-    made = {f"Run with deeptwist {each.version}, {each.machine}." for each in summaries}
-    parts = ["# A long training (`long`)", CLAIM, *sorted(made)]
-    for table in findings.tables:
-        parts += [f"## {table.title}", table.markdown()]
-    try:
-        for figure in findings.figures:
-            write_text(page.parent / f"{figure.name}.svg", figure.svg)
-            parts.append(f"![{figure.title}]({figure.name}.svg)")
-        write_text(page, "\n\n".join(parts) + "\n")
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {page.parent}: {error.strerror}") from error
-    return page
+def _file_name(title: str, recipe: Recipe) -> str:
+    optimizer = recipe.optimizer
+    words = f"{title} {recipe.data.image_size or 32}px {recipe.schedule.epochs} epochs"
+    words += f" lr{optimizer.lr:g} wd{optimizer.weight_decay:g}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower().replace("×", "x"))
