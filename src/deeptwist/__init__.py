@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from deeptwist._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from deeptwist.compress import compress as compress
     from deeptwist.decompose import decompose as decompose
     from deeptwist.decompositions import CP as CP
     from deeptwist.decompositions import SVD as SVD
@@ -42,6 +43,7 @@ _MODULES = {
     "TiledSVD": "decompositions",
     "Tucker": "decompositions",
     "calibrate": "plan.calibration",
+    "compress": "compress",
     "decompose": "decompose",
     "fuse": "inspect.fuse",
     "load": "serialization",

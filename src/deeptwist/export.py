@@ -132,7 +132,7 @@ def export_program(
         program = _trace(plain, example)
         traced = program.module()
         worst = _verify(plain, lambda inputs: output_tensors(traced(*inputs)), example, tolerance)
-        with temporary.open("wb") as file, _quiet():
+        with temporary.open("wb") as file, quiet():
             torch.export.save(program, file)
         bytes_ = temporary.stat().st_size
     return Exported(Path(path), bytes_, None, BATCHES, worst)
@@ -210,7 +210,7 @@ def _trace(plain: nn.Module, example: Inputs) -> ExportedProgram:
     _run(plain, zeros)  # a wrong input is told plainly here, and by torch.export at length
     batch = Dim("batch")
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.export(
                 plain, zeros, dynamic_shapes=tuple({0: batch} for _ in zeros)
             )
@@ -228,7 +228,7 @@ def _convert(plain: nn.Module, example: Inputs, opset: int | None) -> Any:
     num_outputs = len(_run(plain, _numbers(example, 2)))
     program = _trace(plain, example)
     try:
-        with _quiet():
+        with quiet():
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -351,7 +351,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps torch's exporters from talking: what they only log is looked up in the result."""
     disabled = logging.root.manager.disable
     # Their messages come from a dozen loggers, some with a level of their own.

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,41 @@ def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _in_onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Callable[[], object]:
-    with require_extra("onnx"):
-        import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model, path, x)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
-    return lambda: session.run(None, feed)
+        network = OnnxNetwork(path, threads)
+    return network.prepare(x)
+
+
+class OnnxNetwork(nn.Module):
+    """An exported network as a module: onnxruntime computes, on the processor."""
+
+    def __init__(self, path: Path, threads: int):
+        """Load a file.
+
+        Args:
+            path: what `export_onnx` wrote of a network of one input and one output.
+            threads: processor threads.
+        """
+        super().__init__()
+        with require_extra("onnx"):
+            import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        self.register_parameter(
+            "reference", nn.Parameter(torch.zeros(()))
+        )  # fp32, on the processor
+
+    def prepare(self, x: Tensor) -> Callable[[], list[Any]]:
+        """Return a function that runs the network once on the input."""
+        feed = {self._session.get_inputs()[0].name: x.cpu().contiguous().numpy()}
+        return lambda: self._session.run(None, feed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
+        return torch.from_numpy(self.prepare(x)()[0])

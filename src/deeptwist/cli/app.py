@@ -9,6 +9,13 @@ from deeptwist._version import __version__
 from deeptwist.cli import networks, runs
 from deeptwist.training.recipe import read_values
 
+# Where a trained network is at hand, a few gentle epochs of its factors cost least.
+COMPRESS_DEFAULTS: dict[str, Any] = {
+    "mode": "finetune",
+    "optimizer": {"lr": 0.02},
+    "compression": {"decomposition": "spatial_svd", "skip_first_conv": True, "linear": False},
+}
+
 app = App(
     name="deeptwist",
     version=__version__,
@@ -21,8 +28,8 @@ app = App(
 
 
 def _values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Let the recipe, or the network, that 'deeptwist train' names fill in what is not written."""
-    if commands != ("train",):
+    """Let the recipe, or the network, that a command names fill in what is not written."""
+    if commands not in (("train",), ("compress",)):
         return
     data, source = arguments["--data"], arguments["--data.source"]
     source.tokens += data.tokens  # the name of a section alone is its source
@@ -32,6 +39,8 @@ def _values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCo
         return  # cyclopts says that it is missing
     is_file = recipe.endswith((".yaml", ".yml"))
     values: dict[str, Any] = read_values(recipe) if is_file else {"model": recipe}
+    if not is_file and commands == ("compress",):
+        values |= COMPRESS_DEFAULTS
     for section in (values.get("compression"), values.get("fixed")):
         for key in ("rank", "tile"):  # in the one word that the command line takes
             if isinstance(section, dict) and isinstance(section.get(key), list):
@@ -42,6 +51,7 @@ def _values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCo
 app.config = (_values_of_recipe,)
 for command in (
     runs.demo,
+    runs.compress,
     networks.plan,
     networks.decompose,
     runs.train,

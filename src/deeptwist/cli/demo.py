@@ -1,108 +1,96 @@
-"""The whole of deeptwist on embedded data, in two minutes: a small network, compressed 4×.
-
-A ResNet-20 learns scikit-learn's handwritten digits; then every decomposition below is learnt
-twice for the same number of steps on the same images: by DeepTwist, and by conventional
-fine-tuning of the network decomposed beforehand.
-"""
+"""The whole job on embedded data, in two minutes: a small network that has work to save."""
 
 import shutil
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor, nn
+
+from deeptwist.cli.compress import run_compress
+from deeptwist.cli.console import progress_bar
+from deeptwist.cli.options import CompressOptions
 from deeptwist.data import load_digits
 from deeptwist.errors import DeepTwistError
-from deeptwist.report import write_report
 from deeptwist.serialization import write_text
-from deeptwist.training.loop import steps_per_epoch
-from deeptwist.training.metrics import DENSE_WEIGHTS, Summary, read_run
-from deeptwist.training.recipe import Mode, Recipe, make_recipe
+from deeptwist.training.metrics import DENSE_WEIGHTS
+from deeptwist.training.recipe import make_recipe
 from deeptwist.training.run import build_run, train
 
-_BATCH = 128
-_MARK = ".demo"  # what tells a demo's run from a run of the user's own
-_RUNS: tuple[tuple[str, Mode, str], ...] = (
-    ("dense", "dense", "tucker"),
-    ("tucker-deeptwist", "deeptwist", "tucker"),
-    ("tucker-conventional", "finetune", "tucker"),
-    ("spatial-svd-deeptwist", "deeptwist", "spatial_svd"),
-    ("spatial-svd-conventional", "finetune", "spatial_svd"),
-)
+_MARK = ".demo"  # what tells a demo's folder from a folder of the user's own
+_DENSE, _SMALL = "dense", "small"
+_BATCH = 256  # to time: the images are 8×8, and fewer would measure the calls, not the work
 
 
-def demo_steps(epochs: int) -> int:
-    """Return the number of optimizer steps in the whole demo."""
-    return len(_RUNS) * epochs * steps_per_epoch(load_digits(), _BATCH)
+class DigitsNet(nn.Module):
+    """Five 3×3 convolutions of up to 256 channels with batch norm, for images of 8×8."""
+
+    def __init__(self, num_classes: int, in_channels: int):
+        super().__init__()
+        widths = (in_channels, 64, 128, 128, 256, 256)
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(pairwise(widths)):
+            stride = 2 if number == 3 else 1
+            layers.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (b, num_classes) for images (b, in_channels, h, w)."""
+        logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
+        return logits
 
 
-def run_demo(
-    out: Path, *, epochs: int = 25, seed: int = 0, on_step: Callable[[], None] = lambda: None
-) -> tuple[list[Summary], Path]:
-    """Run the demo.
+def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
+    """Train a dense network on scikit-learn's handwritten digits, and compress it five times.
 
     Args:
-        out: where the runs and the report go; an earlier demo there is replaced.
+        out: where the dense run and the job go; an earlier demo there is replaced.
         epochs: of each training.
         seed: of the initial weights and of the order of the images.
-        on_step: called after every optimizer step.
 
     Returns:
-        The runs' summaries, the dense one first, and the report's path.
+        What every stage of the job came to.
 
     Raises:
         DeepTwistError: if a number is not one of a training's, or the folder holds something else
             or cannot be written.
     """
-    recipes = {name: _recipe(out, mode, method, epochs, seed) for name, mode, method in _RUNS}
-    data = load_digits()
-    _clear(out)
-    for name, recipe in recipes.items():
-        _mark(out / name)
-        train(
-            build_run(recipe, data, name=name),
-            out / name,
-            latency_batch=256,  # 8×8 images: fewer would measure the calls, not the work
-            on_step=on_step,
-        )
-    runs = [read_run(out / name) for name, *_ in _RUNS]
-    report = write_report(runs, out / "report.html", title="deeptwist demo: handwritten digits")
-    return [run.summary for run in runs], report
-
-
-def _recipe(out: Path, mode: Mode, method: str, epochs: int, seed: int) -> Recipe:
-    return make_recipe(
-        {
-            "model": "resnet20",
-            "weights": None if mode == "dense" else str(out / "dense" / DENSE_WEIGHTS),
-            "mode": mode,
-            "interval": max(1, epochs),  # some ten distortions, as in the paper's schedules
-            "batch_size": _BATCH,
-            "seed": seed,
-            "schedule": {"epochs": epochs},
-            "compression": {
-                "decomposition": method,
-                "ratio": 4,
-                "skip_first_conv": True,
-                "linear": False,
-            },
+    recipe = {
+        "model": f"{__name__}:{DigitsNet.__name__}",
+        "batch_size": 64,
+        "seed": seed,
+        "schedule": {"epochs": epochs},
+    }
+    dense = make_recipe(recipe | {"mode": "dense", "optimizer": {"lr": 0.05}})
+    compression = {"decomposition": "spatial_svd", "ratio": 5, "rank_multiple": 8}
+    small = make_recipe(
+        recipe
+        | {
+            "weights": str(out / _DENSE / DENSE_WEIGHTS),
+            "mode": "finetune",
+            "optimizer": {"lr": 0.02},
+            "compression": {**compression, "skip_first_conv": True, "linear": False},
         }
     )
+    _clear(out)
+    run = build_run(dense, load_digits(), name=_DENSE)
+    with progress_bar("train the dense network", run.steps) as advance:
+        train(run, out / _DENSE, on_step=advance)
+    options = CompressOptions(batch=(_BATCH,), calibration_images=256, int8=True)
+    return run_compress(small, options, out / _SMALL, resume=False)
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier demo's runs, or nothing at all where one of them is somebody's own."""
-    folders = [out / name for name, *_ in _RUNS if (out / name).exists()]
-    for folder in folders:
-        if not (folder / _MARK).is_file():
-            raise DeepTwistError(
-                f"{folder} is not an earlier demo's: choose another --out or remove it"
-            )
-    for folder in folders:
-        shutil.rmtree(folder)
-
-
-def _mark(folder: Path) -> None:
+    """Remove an earlier demo's runs, or nothing at all where the folder is somebody's own."""
+    folders = [out / name for name in (_DENSE, _SMALL) if (out / name).exists()]
+    if folders and not (out / _MARK).is_file():
+        raise DeepTwistError(f"{out} is not an earlier demo's: choose another --out or remove it")
     try:
-        folder.mkdir(parents=True)
-        write_text(folder / _MARK, "This folder is the demo's: the next one replaces it.\n")
+        for folder in folders:
+            shutil.rmtree(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / _MARK, "dense/ and small/ are the demo's: the next one replaces them.\n")
     except OSError as error:
-        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from error
+        raise DeepTwistError(f"cannot write {out}: {error.strerror}") from error

@@ -134,6 +134,26 @@ class BenchmarkOptions:
         return settings_of(self.batch, threads, self.dtype, self.runtime)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(BenchmarkOptions):
+    """What the whole job takes besides a recipe.
+
+    Attributes:
+        goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
+            keeps it without training is searched.
+        calibration_images: Training images that layers' inputs and batch norm are measured on.
+        int8: Quantise both networks by onnxruntime too.
+        runtime: What runs the networks; ONNX files are written where onnxruntime is among them.
+    """
+
+    goal: str | None = None
+    calibration_images: int = 1024
+    int8: bool = False
+    runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
+    layers: Annotated[bool, Parameter(show=False)] = False
+
+
 def _parse_size(text: str) -> tuple[int, ...]:
     parts = text.lower().replace("×", "x").split("x")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):

@@ -1,7 +1,7 @@
 """Tables of measurements and of runs."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deeptwist.cli.console import print_table
 
@@ -57,6 +57,53 @@ def print_networks(name: str, measurements: "Sequence[Measurement]", macs_ratio:
             ]
         )
     print_table(f"{name}, {macs_ratio:.2f}× fewer MACs", header, rows)
+
+
+def print_compressed(title: str, result: dict[str, Any]) -> None:
+    """Print what `deeptwist compress` came to: its files, and a table of before and after."""
+    results = result["results"]
+    print(f"small network: {results['finish']['path']}\nreport: {results['report']['path']}\n")
+    dense, small, counts = results["dense"], results["finish"], results["plan"]
+    rows = [_accuracy_row("accuracy", dense, small)]
+    for name, label in (("parameters", "weights"), ("macs", "MACs")):
+        rows.append(_count_row(label, counts[f"dense_{name}"], counts[name]))
+    for row in results["time"]["settings"]:
+        label = f"ms, {row['runtime']}, batch {row['batch']}"
+        rows.append(
+            _time_row(label, row["times"]) if row["times"] else [label, "", "", row["reason"]]
+        )
+    if "export" in results:
+        rows.append(
+            _count_row("bytes, ONNX", results["export"]["dense"], results["export"]["small"])
+        )
+    if "int8" in results:
+        int8 = results["int8"]
+        rows += [
+            _accuracy_row("int8: accuracy", int8["dense"], int8["small"]),
+            _time_row(f"int8: ms, onnxruntime, batch {int8['batch']}", int8["times"]),
+            _count_row("int8: bytes, ONNX", int8["dense"]["bytes"], int8["small"]["bytes"]),
+        ]
+    if "search" in results:
+        is_kept = small["accuracy"] >= results["search"]["least"]
+        rows.append(
+            ["goal", "", f"{results['search']['least']:.2%}", "met" if is_kept else "not met"]
+        )
+    print_table(title, ["", "dense", "small", ""], rows)
+
+
+def _accuracy_row(label: str, dense: dict[str, Any], small: dict[str, Any]) -> list[str]:
+    before, after = dense["accuracy"], small["accuracy"]
+    change = f"{100 * (after - before):+.2f} points".replace("-", "−")
+    return [label, f"{before:.2%}", f"{after:.2%}", change]
+
+
+def _count_row(label: str, dense: int, small: int) -> list[str]:
+    return [label, f"{dense:,}", f"{small:,}", f"{dense / max(1, small):.2f}× fewer"]
+
+
+def _time_row(label: str, times: dict[str, Any]) -> list[str]:
+    medians = [f"{times[side]['median']:.2f}" for side in ("dense", "decomposed")]
+    return [label, *medians, f"{times['speedup']:.2f}× as fast"]
 
 
 def print_summaries(title: str, summaries: "Sequence[Summary]") -> None:

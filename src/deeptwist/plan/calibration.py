@@ -89,7 +89,7 @@ def calibrate(
         DeepTwistError: if there is no batch, or a layer's inputs are not finite.
     """
     check_int("max_side", max_side)
-    read = inputs or _first_element
+    read = inputs or first_element
     device = next(model.parameters()).device
     collectors: dict[str, _Collector] = {}
     handles: list[RemovableHandle] = []
@@ -132,7 +132,7 @@ def recalibrate_batch_norm(
         batches: see `calibrate`.
         inputs: see `calibrate`.
     """
-    read = inputs or _first_element
+    read = inputs or first_element
     model = copy.deepcopy(model).eval()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -153,7 +153,12 @@ def to_device(moment: SecondMoment | None, kernel: Tensor) -> SecondMoment | Non
     return None if moment is None else replace(moment, values=moment.values.to(kernel.device))
 
 
-def _first_element(batch: Any) -> Inputs:
+def first_element(batch: Any) -> Inputs:
+    """Return a network's input in a batch: the batch itself, or its first element.
+
+    Raises:
+        DeepTwistError: if that is no tensor.
+    """
     x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor):
         raise DeepTwistError(

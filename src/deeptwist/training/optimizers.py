@@ -43,6 +43,7 @@ def lr_factor(schedule: ScheduleRecipe, step: int, steps: int, steps_per_epoch: 
         steps: optimizer steps in all.
         steps_per_epoch: optimizer steps in an epoch.
     """
+    steps = max(steps, 1)
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return (step + 1) / (warmup + 1)

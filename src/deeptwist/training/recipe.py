@@ -122,7 +122,7 @@ class ScheduleRecipe:
     """How long training takes, and how the learning rate falls.
 
     Attributes:
-        epochs: Passes over the training split.
+        epochs: Passes over the training split; 0 trains nothing.
         kind: cosine or polynomial to zero, step by step; or step, by the factor at each milestone.
         milestones: Epochs after which the rate falls.
         factor: What it is multiplied by there.
@@ -130,7 +130,7 @@ class ScheduleRecipe:
         warmup_epochs: Epochs, or parts of one, in which the rate rises from near zero.
     """
 
-    epochs: Annotated[PositiveInt, Parameter(alias="--epochs")] = 6
+    epochs: Annotated[NonNegativeInt, Parameter(alias="--epochs")] = 6
     kind: Literal["cosine", "step", "polynomial"] = "cosine"
     milestones: tuple[PositiveInt, ...] = ()
     factor: Share = 0.1
@@ -141,7 +141,7 @@ class ScheduleRecipe:
     def _check(self) -> Self:
         if self.kind != "step" and self.milestones:
             raise ValueError(f"a {self.kind} has no milestones: write kind: step")
-        if self.warmup_epochs >= self.epochs:
+        if 0 < self.epochs <= self.warmup_epochs:
             raise ValueError(f"a warm-up of {self.warmup_epochs:g} epochs leaves none to train")
         return self
 
@@ -152,6 +152,7 @@ class CompressionRecipe(CompressionConfig):
 
     Attributes:
         rank: An explicit rank instead: 8, or 24x24 for Tucker.
+        skip_first_conv: Keep the convolution that runs first.
         linear: Whether linear layers are compressed too.
         tile: For tiled_svd: rows x columns of the lowered kernel, such as 64x72.
         override: PATTERN=keep, PATTERN=RATIO or PATTERN=METHOD:rank=…; the last match counts.
@@ -164,6 +165,7 @@ class CompressionRecipe(CompressionConfig):
         Parameter(n_tokens=1),
     ] = None
     tile: Sizes | None = None
+    skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = False
     linear: Annotated[bool, Parameter(negative="--no-linear")] = True
     override: tuple[str, ...] = ()
     plan: str | None = None

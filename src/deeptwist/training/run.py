@@ -61,6 +61,7 @@ class TrainingRun:
         name: of the run, as tables call it.
         teacher: to distil from, where it is another network than the model.
         calibration: of the model, where the recipe asks for one.
+        before: what the model's evaluation gave, where that is known.
     """
 
     recipe: Recipe
@@ -71,6 +72,7 @@ class TrainingRun:
     name: str
     teacher: nn.Module | None = None
     calibration: Calibration | None = None
+    before: Evaluation | None = None
 
     @property
     def steps(self) -> int:
@@ -162,7 +164,7 @@ def _train(
     run = _with_images_on(run, fabric.device)
     recipe, plan, data, mode = run.recipe, run.plan, run.data, run.recipe.training_mode
     model = run.model.to(fabric.device)
-    before = evaluate(model, data.test, data)
+    before = run.before or evaluate(model, data.test, data)
     teacher = run.teacher
     if recipe.distillation is not None and teacher is None:
         teacher = copy.deepcopy(model)

@@ -1,0 +1,394 @@
+"""The whole job on a trained network, stage by stage, in one folder."""
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from deeptwist._version import __version__
+from deeptwist.benchmark.comparison import Comparison, compare_functions
+from deeptwist.benchmark.environment import describe_machine
+from deeptwist.benchmark.networks import Setting
+from deeptwist.benchmark.runtimes import OnnxNetwork, prepare
+from deeptwist.cli.console import progress_bar
+from deeptwist.cli.options import CompressOptions
+from deeptwist.cli.stages import Stages
+from deeptwist.compress import RATIOS, largest_ratio
+from deeptwist.data import ImageData, Split, batches, load_data
+from deeptwist.decompose import decompose
+from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.export import export_onnx
+from deeptwist.plan.calibration import Calibration, calibrate, recalibrate_batch_norm
+from deeptwist.plan.plan import Plan, read_plan
+from deeptwist.quantize import quantize_onnx
+from deeptwist.report import write_report
+from deeptwist.serialization import WEIGHTS, load, save, write_text
+from deeptwist.training.evaluation import evaluate, preprocess
+from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, read_run
+from deeptwist.training.recipe import Recipe
+from deeptwist.training.run import TrainingRun, build_run, train
+
+RECORD, TRAINING = "compress.json", "training"
+_CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
+_BATCH = 128  # training images at once, to calibrate on
+_SEARCHED = 2000  # images at most that a ratio is searched on
+
+
+@dataclass(eq=False)
+class Job:
+    """A network, its images, and the folder that the stages write to.
+
+    Attributes:
+        recipe: the network, the data, what is compressed and how it is trained.
+        options: what else was asked for.
+        folder: of the job.
+        data: with the test images that results are told on.
+        search: the images that a goal's ratio is searched on; no result is told on them.
+    """
+
+    recipe: Recipe
+    options: CompressOptions
+    folder: Path
+    data: ImageData
+    search: Split
+
+    @cached_property
+    def dense(self) -> TrainingRun:
+        """The dense network with its images."""
+        dense = build_run(replace(self.recipe, mode="dense"), self.data, name="dense")
+        dense.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return dense
+
+    @property
+    def model(self) -> nn.Module:
+        """The dense network."""
+        return self.dense.model
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What the calibration found."""
+        return Calibration.load(self.folder / _CALIBRATION)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is done to each layer."""
+        return read_plan(self.folder / PLAN)
+
+    @cached_property
+    def small(self) -> nn.Module:
+        """The small network as it is on the disk."""
+        device = next(self.model.parameters()).device
+        return load(self.folder / ARTEFACT, model=self.model).to(device)
+
+    def inputs(self, count: int) -> Tensor:
+        """Return so many test images as the network gets them."""
+        images = self.data.test.images
+        return preprocess(images[torch.arange(count) % len(images)], self.model, self.data)
+
+    def training_inputs(self) -> Iterator[Tensor]:
+        """Yield the training images that are calibrated on, the same ones every time."""
+        shuffle = torch.Generator().manual_seed(0)
+        chosen = islice(
+            batches(self.dense.data.train, _BATCH, generator=shuffle),
+            -(-self.options.calibration_images // _BATCH),
+        )
+        return (preprocess(images, self.model, self.data) for images, _ in chosen)
+
+    def make_plan(self, ratio: float | None = None) -> Plan:
+        """Plan with the recipe's choices, at another ratio where one is given."""
+        compression = self.recipe.compression
+        if ratio is not None:
+            compression = replace(compression, ratio=ratio)
+        plan = compression.make_plan(self.model, self.inputs(2), calibration=self.calibration)
+        if not plan.compressed:
+            raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
+        return plan
+
+
+def run_compress(
+    recipe: Recipe, options: CompressOptions, folder: Path, *, resume: bool
+) -> dict[str, Any]:
+    """Compress a network as asked, and return what every stage came to.
+
+    Raises:
+        DeepTwistError: if the folder holds a job and `resume` is not given, or a stage fails.
+    """
+    goal = _check(recipe, options)
+    wants_onnx = "onnxruntime" in options.runtime
+    if wants_onnx:
+        with require_extra("onnx"):
+            import onnxruntime  # noqa: F401 (said before the work, not after it)
+            import onnxscript  # noqa: F401
+    job_values = {**recipe.to_dict(), "options": asdict(options)}
+    total = 7 + (goal is not None) + wants_onnx + options.int8
+    stages = Stages(folder / RECORD, job_values, total, resume=resume)
+    job = _load(recipe, options, folder, has_goal=goal is not None)
+    _compress(job, stages, goal)
+    if wants_onnx:
+        stages.run("export", "both networks to ONNX, verified", lambda: _export(job), _say_export)
+    stages.run("time", "both networks, in turn", lambda: _time(job), _say_times)
+    if options.int8:
+        what = "both networks by onnxruntime, calibrated on training images"
+        stages.run("int8", what, lambda: _int8(job), _say_int8)
+    stages.run("report", _REPORT, lambda: _report(job, stages.results), lambda path: path)
+    return stages.to_dict()
+
+
+def _compress(job: Job, stages: Stages, goal: Callable[[float], float] | None) -> None:
+    recipe, options, data = job.recipe, job.options, job.data
+    count = len(data.test.labels)
+    what = f"the dense {recipe.model} on {count:,} images of {data.name}"
+    dense = stages.run("dense", what, lambda: _evaluate_dense(job), _say_accuracy)
+    what = f"{options.calibration_images:,} training images"
+    stages.run("calibrate", what, lambda: _calibrate(job), lambda layers: f"{layers} layers")
+    ratio = None
+    if goal is not None:
+        least = goal(dense["accuracy"])
+        what = f"the largest ratio that keeps {least:.2%} of {len(job.search.labels):,} images"
+        ratio = stages.run("search", what, lambda: _search(job, least), _say_search)["ratio"]
+    stages.run("plan", recipe.compression.label, lambda: _plan(job, ratio), _say_plan)
+    epochs = recipe.schedule.epochs
+    what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
+    stages.run("train", what, lambda: _train(job, dense), _say_training)
+    what = f"batch norm recalibrated, written to {job.folder / ARTEFACT}, read and evaluated"
+    stages.run("finish", what, lambda: _finish(job), _say_accuracy)
+
+
+def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float] | None:
+    """Check what was asked for; return dense accuracy → least accuracy, if there is a goal."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DeepTwistError("compress is one process: train in several by 'deeptwist train'")
+    if not recipe.training_mode.compresses:
+        raise DeepTwistError(f"mode {recipe.mode} compresses nothing: finetune and deeptwist do")
+    if recipe.fixed is not None:
+        raise DeepTwistError("compress takes no 'fixed' layers: 'deeptwist train' does")
+    if options.int8 and "onnxruntime" not in options.runtime:
+        raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
+    if options.goal is None:
+        return None
+    compression = recipe.compression
+    if any((compression.ratio, compression.macs, compression.rank, compression.plan)):
+        raise DeepTwistError("a --goal finds the ratio: leave out ratio, macs, rank and plan")
+    match = re.fullmatch(r"accuracy>=(dense-)?(0?\.\d+)", options.goal.replace(" ", ""))
+    if match is None:
+        raise DeepTwistError(
+            f"cannot read the goal {options.goal!r}: write 'accuracy>=0.90' or "
+            "'accuracy>=dense-0.01'"
+        )
+    number = float(match[2])
+    return (lambda dense: dense - number) if match[1] else (lambda _: number)
+
+
+def _load(recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: bool) -> Job:
+    """Load the images; with a goal, every second test image is there to search on."""
+    data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+    search = data.test
+    if has_goal:
+        images, labels = data.test.images, data.test.labels
+        search = Split(images[::2], labels[::2]).evenly_spaced(_SEARCHED)
+        data = replace(data, test=Split(images[1::2], labels[1::2]))
+    return Job(recipe, options, folder, data, search)
+
+
+# --- what the stages do
+
+
+def _evaluate_dense(job: Job) -> dict[str, Any]:
+    bytes_ = sum(x.numel() * x.element_size() for x in job.model.state_dict().values())
+    return {**asdict(evaluate(job.model, job.data.test, job.data)), "bytes": bytes_}
+
+
+def _calibrate(job: Job) -> dict[str, Any]:
+    moments = calibrate(job.model, job.training_inputs())
+    moments.save(job.folder / _CALIBRATION)
+    return {"layers": len(moments.moments)}
+
+
+def _search(job: Job, least: float) -> dict[str, Any]:
+    tried = []
+
+    def accuracy(ratio: float) -> float:
+        small = decompose(job.model, job.make_plan(ratio), calibration=job.calibration)
+        small = recalibrate_batch_norm(small, job.training_inputs())
+        tried.append((ratio, evaluate(small, job.search, job.data).accuracy))
+        return tried[-1][1]
+
+    ratio = largest_ratio(accuracy, least)
+    return {"least": least, "kept": ratio is not None, "ratio": ratio or RATIOS[0], "tried": tried}
+
+
+def _plan(job: Job, ratio: float | None) -> dict[str, Any]:
+    plan = job.make_plan(ratio)
+    write_text(job.folder / PLAN, plan.to_json())
+    counts = ("dense_parameters", "parameters", "dense_macs", "macs")
+    return {"layers": len(plan.compressed), **{name: getattr(plan, name) for name in counts}}
+
+
+def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
+    run = replace(
+        job.dense,
+        recipe=job.recipe,
+        model=copy.deepcopy(job.model),
+        plan=job.plan,
+        name=job.recipe.mode if job.recipe.schedule.epochs else "no training",
+        calibration=job.calibration,
+        before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
+    )
+    with progress_bar("train", run.steps) as advance:
+        summary = train(
+            run, job.folder / TRAINING, resume=True, latency_batch=None, on_step=advance
+        )
+    return {"accuracy": summary.accuracy, "untrained": summary.accuracy_untrained}
+
+
+def _finish(job: Job) -> dict[str, Any]:
+    trained = load(job.folder / TRAINING / ARTEFACT, model=job.model)
+    trained.to(next(job.model.parameters()).device)
+    small = recalibrate_batch_norm(trained, job.training_inputs())
+    save(small, job.folder / ARTEFACT, base_model=job.recipe.model)
+    path = job.folder / ARTEFACT
+    evaluation = asdict(evaluate(job.small, job.data.test, job.data))
+    return {**evaluation, "path": str(path), "bytes": (path / WEIGHTS).stat().st_size}
+
+
+def _export(job: Job) -> dict[str, Any]:
+    written = {
+        name: export_onnx(network, job.folder / f"{name}.onnx", job.inputs(2))
+        for name, network in (("dense", job.model), ("small", job.small))
+    }
+    worst = max(file.worst_difference or 0.0 for file in written.values())
+    return {"difference": worst, **{name: file.bytes for name, file in written.items()}}
+
+
+def _time(job: Job) -> dict[str, Any]:
+    settings = job.options.settings()
+    rows = []
+    with progress_bar("time", len(settings) * job.options.rounds) as advance:
+        for setting in settings:
+            try:
+                runs = [
+                    _runner(job, setting, name, network)
+                    for name, network in (("dense", job.model), ("small", job.small))
+                ]
+            except DeepTwistError as error:
+                rows.append({**asdict(setting), "times": None, "reason": str(error)})
+                continue
+            times = compare_functions(*runs, rounds=job.options.rounds, on_round=advance)
+            rows.append({**asdict(setting), "times": asdict(times)})
+    return {"machine": describe_machine(), "settings": rows}
+
+
+def _runner(job: Job, setting: Setting, name: str, network: nn.Module) -> Callable[[], object]:
+    x = job.inputs(setting.batch)
+    if setting.runtime == "onnxruntime":
+        return OnnxNetwork(job.folder / f"{name}.onnx", setting.threads).prepare(x)
+    return prepare(
+        network, x, runtime=setting.runtime, dtype=setting.dtype, threads=setting.threads
+    )
+
+
+def _int8(job: Job) -> dict[str, Any]:
+    (setting, *_) = [s for s in job.options.settings() if s.runtime == "onnxruntime"]
+    x, values, runs = job.inputs(setting.batch), {}, []
+    for name in ("dense", "small"):
+        path = job.folder / f"{name}-int8.onnx"
+        quantize_onnx(job.folder / f"{name}.onnx", path, job.training_inputs())
+        network = OnnxNetwork(path, setting.threads)
+        accuracy = evaluate(network, job.data.test, job.data).accuracy
+        values[name] = {"accuracy": accuracy, "bytes": path.stat().st_size}
+        runs.append(network.prepare(x))
+    times = compare_functions(*runs, rounds=job.options.rounds)
+    return {**values, "batch": setting.batch, "times": asdict(times)}
+
+
+def _report(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    run = read_run(job.folder / TRAINING)
+    timed = next((row for row in results["time"]["settings"] if row["times"]), None)
+    latency = None if timed is None else TypeAdapter(Comparison).validate_python(timed["times"])
+    end, dense = results["finish"], results["dense"]
+    summary = replace(
+        run.summary,
+        accuracy=end["accuracy"],
+        loss=end["loss"],
+        bytes=end["bytes"],
+        latency=latency,
+        latency_batch=timed and timed["batch"],
+        top5=end["top5"],
+    )
+    runs = [Run(_dense_summary(job, summary, dense), [], [], None), replace(run, summary=summary)]
+    path = write_report(runs, job.folder / _REPORT, title=f"deeptwist compress {job.recipe.model}")
+    return {"path": str(path)}
+
+
+def _dense_summary(job: Job, small: Summary, dense: dict[str, Any]) -> Summary:
+    return replace(
+        small,
+        name="dense",
+        mode="dense",
+        decomposition=None,
+        ratio=None,
+        accuracy_untrained=None,
+        accuracy=dense["accuracy"],
+        loss=dense["loss"],
+        parameters=small.parameters_before,
+        macs=small.macs_before,
+        bytes=dense["bytes"],
+        steps=0,
+        seconds=0.0,
+        output_difference=None,
+        latency=None,
+        latency_batch=None,
+        variants=(),
+        version=__version__,
+        top5=dense["top5"],
+    )
+
+
+# --- what the stages say
+
+
+def _say_accuracy(accuracy: float, loss: float, **_: object) -> str:
+    return f"accuracy {accuracy:.2%}, loss {loss:.4f}"
+
+
+def _say_search(kept: bool, ratio: float, tried: list[tuple[float, float]], **_: object) -> str:
+    shown = ", ".join(f"{ratio:g}×: {accuracy:.2%}" for ratio, accuracy in sorted(tried))
+    return f"{ratio:g}×" + ("" if kept else ", which does not keep it untrained") + f" ({shown})"
+
+
+def _say_plan(
+    layers: int, dense_parameters: int, parameters: int, dense_macs: int, macs: int
+) -> str:
+    return (
+        f"{layers} layers, {dense_parameters / parameters:.2f}× fewer weights, "
+        f"{dense_macs / max(1, macs):.2f}× fewer MACs"
+    )
+
+
+def _say_training(accuracy: float, untrained: float | None) -> str:
+    return f"accuracy {untrained or 0:.2%} untrained, {accuracy:.2%} at the end"
+
+
+def _say_export(difference: float, dense: int, small: int) -> str:
+    return f"{dense:,} → {small:,} bytes; outputs differ from PyTorch's by {difference:.0e} at most"
+
+
+def _say_times(machine: str, settings: list[dict[str, Any]]) -> str:
+    speedups = [
+        f"{row['runtime']} {row['times']['speedup']:.2f}×" if row["times"] else row["reason"]
+        for row in settings
+    ]
+    return f"{', '.join(speedups)}, on {machine}"
+
+
+def _say_int8(dense: dict[str, Any], small: dict[str, Any], **_: object) -> str:
+    return f"accuracy {dense['accuracy']:.2%} dense, {small['accuracy']:.2%} small"
