@@ -51,27 +51,25 @@ class Job:
         recipe: the network, the data, what is compressed and how it is trained.
         options: what else was asked for.
         folder: of the job.
-        data: with the test images that results are told on.
+        dense: the dense network with its images, of which the test images tell results.
         search: the images that a goal's ratio is searched on; no result is told on them.
     """
 
     recipe: Recipe
     options: CompressOptions
     folder: Path
-    data: ImageData
+    dense: TrainingRun
     search: Split
-
-    @cached_property
-    def dense(self) -> TrainingRun:
-        """The dense network with its images."""
-        dense = build_run(replace(self.recipe, mode="dense"), self.data, name="dense")
-        dense.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return dense
 
     @property
     def model(self) -> nn.Module:
         """The dense network."""
         return self.dense.model
+
+    @property
+    def data(self) -> ImageData:
+        """The images, without those held out or searched on."""
+        return self.dense.data
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -98,7 +96,7 @@ class Job:
         """Yield the training images that are calibrated on, the same ones every time."""
         shuffle = torch.Generator().manual_seed(0)
         chosen = islice(
-            batches(self.dense.data.train, _BATCH, generator=shuffle),
+            batches(self.data.train, _BATCH, generator=shuffle),
             -(-self.options.calibration_images // _BATCH),
         )
         return (preprocess(images, self.model, self.data) for images, _ in chosen)
@@ -196,7 +194,9 @@ def _load(recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: b
         images, labels = data.test.images, data.test.labels
         search = Split(images[::2], labels[::2]).evenly_spaced(_SEARCHED)
         data = replace(data, test=Split(images[1::2], labels[1::2]))
-    return Job(recipe, options, folder, data, search)
+    dense = build_run(replace(recipe, mode="dense"), data, name="dense")
+    dense.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Job(recipe, options, folder, dense, search)
 
 
 # --- what the stages do

@@ -1,0 +1,211 @@
+"""The whole job: as one function over anyone's loop, and as one command with stages."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.test_cli import refused, run
+from torch import Tensor, nn
+
+import deeptwist as dt
+from deeptwist.benchmark.runtimes import OnnxNetwork
+from deeptwist.compress import RATIOS, largest_ratio
+from deeptwist.data import batches, load_digits, normalize
+from deeptwist.models import build_model
+from deeptwist.training.evaluation import evaluate
+from deeptwist.training.metrics import read_run
+
+DIGITS = load_digits()
+
+
+def network(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """Named on the command line as tests.test_compress:network."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, num_classes),
+    )
+
+
+def loader() -> Iterator[tuple[Tensor, Tensor]]:
+    shuffle = torch.Generator().manual_seed(0)
+    for images, labels in batches(DIGITS.train, 64, generator=shuffle):
+        yield normalize(images, DIGITS.mean, DIGITS.std), labels
+
+
+def fit(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
+    for x, labels in loader():
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def accuracy(model: nn.Module) -> float:
+    return evaluate(model, DIGITS.test, DIGITS).accuracy
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    model = network()
+    for _ in range(3):
+        fit(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "trained.pt"
+    torch.save(trained.state_dict(), path)
+    return path
+
+
+def test_compress_in_one_s_own_loop(trained: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    done = dt.compress(trained, loader(), accuracy, ratio=4, include="re:3|6", train_fn=fit)
+    assert done.before == accuracy(trained) > 0.9
+    assert done.after == accuracy(done.model)
+    assert done.after > done.before - 0.03
+    assert {layer.name for layer in done.plan.compressed} == {"3", "6"}
+    assert sum(p.numel() for p in done.model.parameters()) == done.plan.parameters
+    assert all(torch.equal(before[name], x) for name, x in trained.state_dict().items())
+
+
+def test_a_goal_is_kept_by_a_network_near_the_smallest_that_keeps_it(trained: nn.Module) -> None:
+    goal = accuracy(trained) - 0.05
+    options = {"include": "re:3|6", "calibration_batches": 4}
+    done = dt.compress(trained, loader(), accuracy, goal=goal, **options)
+    assert done.after >= goal
+    untrained = [
+        dt.compress(trained, loader(), accuracy, ratio=ratio, **options)
+        for ratio in (2, 3, 4, 6, 9)
+    ]
+    smaller = [one for one in untrained if one.plan.parameters < 0.9 * done.plan.parameters]
+    assert smaller
+    assert all(one.after < goal for one in smaller)
+
+
+def test_a_goal_that_cannot_be_kept_is_refused(trained: nn.Module, error_of) -> None:  # type: ignore[no-untyped-def]
+    message = error_of(dt.compress, trained, loader(), accuracy, goal=1.01)
+    assert "no ratio from 1.2 on keeps the score at 1.01" in message
+
+
+@given(st.floats(1.0, 20.0))
+def test_bisection_meets_a_threshold_from_below(threshold: float) -> None:
+    """Of a score that falls with the ratio; the oracle is the threshold that it falls at."""
+    found = largest_ratio(lambda ratio: float(ratio <= threshold), goal=1.0)
+    if threshold < RATIOS[0]:
+        assert found is None
+    else:
+        assert found is not None
+        assert found <= threshold
+        assert found == RATIOS[1] or threshold / found < 1.06
+
+
+WORDS = ["compress", "tests.test_compress:network", "--data", "digits", "--calibration-images", 128]
+FAST = ["--rounds", 2, "--threads", 1, "--batch", 8]
+
+
+@pytest.fixture(scope="module")
+def job(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
+    """A whole job: its command line and its folder."""
+    out = tmp_path_factory.mktemp("job")
+    goal = ["--goal", "accuracy>=dense-0.03", "--epochs", 1, "--int8"]
+    words = [*WORDS, *FAST, "--weights", weights, *goal, "--out", out]
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    for number in range(1, 11):
+        assert f"[{number}/10] " in done.stderr
+    for row in ("accuracy", "weights", "MACs", "ms, eager, batch 8", "bytes, ONNX", "int8", "goal"):
+        assert row in done.stdout
+    return words, out
+
+
+def test_a_job_s_table_is_what_its_files_are(job: tuple[list[object], Path]) -> None:
+    _, out = job
+    results = json.loads((out / "compress.json").read_text())["results"]
+    small = dt.load(out / "model", model=network)
+    others = DIGITS.test.images[1::2], DIGITS.test.labels[1::2]  # not those searched on
+    told = type(DIGITS.test)(*others)
+    assert results["finish"]["accuracy"] == evaluate(small, told, DIGITS).accuracy
+    assert results["plan"]["parameters"] == sum(p.numel() for p in small.parameters())
+    exported = evaluate(OnnxNetwork(out / "small.onnx", threads=1), told, DIGITS)
+    assert exported.loss == pytest.approx(results["finish"]["loss"], rel=1e-4)
+    int8 = evaluate(OnnxNetwork(out / "small-int8.onnx", threads=1), told, DIGITS)
+    assert int8.accuracy == results["int8"]["small"]["accuracy"]
+    assert results["int8"]["small"]["bytes"] < results["export"]["small"]
+    ratio, tried = results["search"]["ratio"], dict(results["search"]["tried"])
+    assert tried[ratio] >= results["search"]["least"]
+    assert all(score < results["search"]["least"] for r, score in tried.items() if r > ratio)
+    assert read_run(out / "training").summary.steps == 22 // 2
+    assert "<svg" in (out / "report.html").read_text()
+
+
+def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object], Path]) -> None:
+    words, out = job
+    assert "holds a job: go on with it (--resume)" in refused(*words)
+    assert "holds another job (seed differ)" in refused(*words, "--resume", "--seed", 1)
+    record = out / "compress.json"
+    before = json.loads(record.read_text())
+    cut = {**before, "results": dict(list(before["results"].items())[:6])}
+    record.write_text(json.dumps(cut))
+    (out / "small.onnx").unlink()
+    weights = out / "training" / "model" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    done = run(*words, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("(done already)") == 6
+    assert json.loads(done.stdout)["results"]["finish"] == before["results"]["finish"]
+    assert (out / "small.onnx").is_file()
+    assert weights.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--goal", "accuracy>=0.9", "--ratio", 4], "leave out ratio"),
+        (["--goal", "acc>0.9"], "write 'accuracy>=0.90'"),
+        (["--ratio", 4, "--mode", "dense"], "mode dense compresses nothing"),
+        (["--ratio", 4, "--int8", "--runtime", "eager"], "--int8 is onnxruntime's"),
+        (["--ratio", 4, "--epochs", -1], "'schedule.epochs'"),
+        (["--ratio", 4, "--weights", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(
+    words: list[object], answer: str, tmp_path: Path
+) -> None:
+    assert answer in refused(*WORDS, "--out", tmp_path / "out", *words)
+
+
+def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path) -> None:
+    words = ["--weights", weights, "--ratio", 3, "--epochs", 0, "--runtime", "eager", *FAST]
+    done = run(*WORDS, *words, "--out", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert list(values["results"]) == [
+        *("dense", "calibrate", "plan", "train", "finish", "time", "report")
+    ]
+    assert values["results"]["finish"]["accuracy"] > 0.8
+    assert not [*tmp_path.glob("*.onnx")]
+
+
+def test_a_network_as_it_is_built_can_be_named(tmp_path: Path) -> None:
+    """Without weights, by a built-in name: the classes and channels are the data's."""
+    words = ["compress", "resnet20", "--data", "digits", "--macs", 3, "--epochs", 0, *FAST]
+    done = run(*words, "--runtime", "eager", "--out", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    dense = sum(p.numel() for p in build_model("resnet20", in_channels=1).parameters())
+    assert json.loads(done.stdout)["results"]["plan"]["dense_parameters"] == dense
