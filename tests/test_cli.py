@@ -305,6 +305,6 @@ def test_the_demo_shows_the_whole_job(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "small" / "compress.json").read_text())["results"]
     assert results["plan"]["dense_parameters"] > 4 * results["plan"]["parameters"]
-    assert results["finish"]["accuracy"] > 0.9
+    assert results["verify"]["accuracy"] > 0.9
     assert done.stdout.index("5.31× fewer") < done.stdout.index("deeptwist compress torchvision/")
     assert (tmp_path / "small" / "report.html").is_file()

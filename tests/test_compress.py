@@ -140,17 +140,17 @@ def test_a_job_s_table_is_what_its_files_are(job: tuple[list[object], Path]) -> 
     small = dt.load(out / "model", model=network)
     others = DIGITS.test.images[1::2], DIGITS.test.labels[1::2]  # not those searched on
     told = type(DIGITS.test)(*others)
-    assert results["finish"]["accuracy"] == evaluate(small, told, DIGITS).accuracy
+    assert results["verify"]["accuracy"] == evaluate(small, told, DIGITS).accuracy
     assert results["plan"]["parameters"] == sum(p.numel() for p in small.parameters())
     exported = evaluate(OnnxNetwork(out / "small.onnx", threads=1), told, DIGITS)
-    assert exported.loss == pytest.approx(results["finish"]["loss"], rel=1e-4)
+    assert exported.loss == pytest.approx(results["verify"]["loss"], rel=1e-4)
     int8 = evaluate(OnnxNetwork(out / "small-int8.onnx", threads=1), told, DIGITS)
     assert int8.accuracy == results["int8"]["small"]["accuracy"]
     assert results["int8"]["small"]["bytes"] < results["export"]["small"]
     ratio, tried = results["search"]["ratio"], dict(results["search"]["tried"])
     assert tried[ratio] >= results["search"]["least"]
     assert all(score < results["search"]["least"] for r, score in tried.items() if r > ratio)
-    assert read_run(out / "training").summary.steps == 22 // 2
+    assert read_run(out).summary.steps == 22 // 2
     assert "<svg" in (out / "report.html").read_text()
 
 
@@ -163,12 +163,12 @@ def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object],
     cut = {**before, "results": dict(list(before["results"].items())[:6])}
     record.write_text(json.dumps(cut))
     (out / "small.onnx").unlink()
-    weights = out / "training" / "model" / "model.safetensors"
+    weights = out / "model" / "model.safetensors"
     written = weights.stat().st_mtime_ns
     done = run(*words, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("(done already)") == 6
-    assert json.loads(done.stdout)["results"]["finish"] == before["results"]["finish"]
+    assert json.loads(done.stdout)["results"]["verify"] == before["results"]["verify"]
     assert (out / "small.onnx").is_file()
     assert weights.stat().st_mtime_ns == written
 
@@ -196,9 +196,9 @@ def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert list(values["results"]) == [
-        *("dense", "calibrate", "plan", "train", "finish", "time", "report")
+        *("dense", "calibrate", "plan", "train", "verify", "time", "report")
     ]
-    assert values["results"]["finish"]["accuracy"] > 0.8
+    assert values["results"]["verify"]["accuracy"] > 0.8
     assert not [*tmp_path.glob("*.onnx")]
 
 

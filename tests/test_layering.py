@@ -25,6 +25,7 @@ LIBRARY = [
     "twist",
     "serialization",
     "export",
+    "quantize",
     "benchmark",
     "integrations",
 ]

@@ -13,6 +13,8 @@ from deeptwist.training.recipe import read_values
 COMPRESS_DEFAULTS: dict[str, Any] = {
     "mode": "finetune",
     "optimizer": {"lr": 0.02},
+    "calibration_images": 1024,
+    "recalibration": 8,
     "compression": {"decomposition": "spatial_svd", "skip_first_conv": True, "linear": False},
 }
 

@@ -27,19 +27,21 @@ from deeptwist.data import ImageData, Split, batches, load_data
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.export import export_onnx
-from deeptwist.plan.calibration import Calibration, calibrate, recalibrate_batch_norm
+from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report
-from deeptwist.serialization import WEIGHTS, load, save, write_text
+from deeptwist.serialization import WEIGHTS, load, write_text
 from deeptwist.training.evaluation import evaluate, preprocess
 from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, read_run
+from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe
 from deeptwist.training.run import TrainingRun, build_run, train
 
-RECORD, TRAINING = "compress.json", "training"
+RECORD = "compress.json"
 _CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
 _BATCH = 128  # training images at once, to calibrate on
+_INT8 = 512  # training images that activations' ranges are taken from
 _SEARCHED = 2000  # images at most that a ratio is searched on
 
 
@@ -72,9 +74,10 @@ class Job:
         return self.dense.data
 
     @cached_property
-    def calibration(self) -> Calibration:
-        """What the calibration found."""
-        return Calibration.load(self.folder / _CALIBRATION)
+    def calibration(self) -> Calibration | None:
+        """What the calibration gave; `None` where the recipe asks for none."""
+        path = self.folder / _CALIBRATION
+        return Calibration.load(path) if self.recipe.calibration_images else None
 
     @cached_property
     def plan(self) -> Plan:
@@ -92,13 +95,11 @@ class Job:
         images = self.data.test.images
         return preprocess(images[torch.arange(count) % len(images)], self.model, self.data)
 
-    def training_inputs(self) -> Iterator[Tensor]:
-        """Yield the training images that are calibrated on, the same ones every time."""
+    def training_inputs(self, count: int) -> Iterator[Tensor]:
+        """Yield so many training images, the same ones every time."""
         shuffle = torch.Generator().manual_seed(0)
-        chosen = islice(
-            batches(self.data.train, _BATCH, generator=shuffle),
-            -(-self.options.calibration_images // _BATCH),
-        )
+        size = min(count, _BATCH)
+        chosen = islice(batches(self.data.train, size, generator=shuffle), -(-count // size))
         return (preprocess(images, self.model, self.data) for images, _ in chosen)
 
     def make_plan(self, ratio: float | None = None) -> Plan:
@@ -127,7 +128,8 @@ def run_compress(
             import onnxruntime  # noqa: F401 (said before the work, not after it)
             import onnxscript  # noqa: F401
     job_values = {**recipe.to_dict(), "options": asdict(options)}
-    total = 7 + (goal is not None) + wants_onnx + options.int8
+    optional = (recipe.calibration_images > 0, goal is not None, wants_onnx, options.int8)
+    total = 6 + sum(optional)
     stages = Stages(folder / RECORD, job_values, total, resume=resume)
     job = _load(recipe, options, folder, has_goal=goal is not None)
     _compress(job, stages, goal)
@@ -142,12 +144,13 @@ def run_compress(
 
 
 def _compress(job: Job, stages: Stages, goal: Callable[[float], float] | None) -> None:
-    recipe, options, data = job.recipe, job.options, job.data
+    recipe, data = job.recipe, job.data
     count = len(data.test.labels)
     what = f"the dense {recipe.model} on {count:,} images of {data.name}"
     dense = stages.run("dense", what, lambda: _evaluate_dense(job), _say_accuracy)
-    what = f"{options.calibration_images:,} training images"
-    stages.run("calibrate", what, lambda: _calibrate(job), lambda layers: f"{layers} layers")
+    if recipe.calibration_images:
+        what = f"{recipe.calibration_images:,} training images"
+        stages.run("calibrate", what, lambda: _calibrate(job), lambda layers: f"{layers} layers")
     ratio = None
     if goal is not None:
         least = goal(dense["accuracy"])
@@ -157,8 +160,8 @@ def _compress(job: Job, stages: Stages, goal: Callable[[float], float] | None) -
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
     stages.run("train", what, lambda: _train(job, dense), _say_training)
-    what = f"batch norm recalibrated, written to {job.folder / ARTEFACT}, read and evaluated"
-    stages.run("finish", what, lambda: _finish(job), _say_accuracy)
+    what = f"what is in {job.folder / ARTEFACT}"
+    stages.run("verify", what, lambda: _verify(job), _say_accuracy)
 
 
 def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float] | None:
@@ -208,7 +211,7 @@ def _evaluate_dense(job: Job) -> dict[str, Any]:
 
 
 def _calibrate(job: Job) -> dict[str, Any]:
-    moments = calibrate(job.model, job.training_inputs())
+    moments = calibrate(job.model, job.training_inputs(job.recipe.calibration_images))
     moments.save(job.folder / _CALIBRATION)
     return {"layers": len(moments.moments)}
 
@@ -218,7 +221,10 @@ def _search(job: Job, least: float) -> dict[str, Any]:
 
     def accuracy(ratio: float) -> float:
         small = decompose(job.model, job.make_plan(ratio), calibration=job.calibration)
-        small = recalibrate_batch_norm(small, job.training_inputs())
+        if job.recipe.recalibration:
+            small = recalibrate_batch_norm(
+                small, job.data, job.recipe.recalibration, job.recipe.batch_size
+            )
         tried.append((ratio, evaluate(small, job.search, job.data).accuracy))
         return tried[-1][1]
 
@@ -244,17 +250,11 @@ def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
         before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
     )
     with progress_bar("train", run.steps) as advance:
-        summary = train(
-            run, job.folder / TRAINING, resume=True, latency_batch=None, on_step=advance
-        )
+        summary = train(run, job.folder, resume=True, latency_batch=None, on_step=advance)
     return {"accuracy": summary.accuracy, "untrained": summary.accuracy_untrained}
 
 
-def _finish(job: Job) -> dict[str, Any]:
-    trained = load(job.folder / TRAINING / ARTEFACT, model=job.model)
-    trained.to(next(job.model.parameters()).device)
-    small = recalibrate_batch_norm(trained, job.training_inputs())
-    save(small, job.folder / ARTEFACT, base_model=job.recipe.model)
+def _verify(job: Job) -> dict[str, Any]:
     path = job.folder / ARTEFACT
     evaluation = asdict(evaluate(job.small, job.data.test, job.data))
     return {**evaluation, "path": str(path), "bytes": (path / WEIGHTS).stat().st_size}
@@ -301,7 +301,7 @@ def _int8(job: Job) -> dict[str, Any]:
     x, values, runs = job.inputs(setting.batch), {}, []
     for name in ("dense", "small"):
         path = job.folder / f"{name}-int8.onnx"
-        quantize_onnx(job.folder / f"{name}.onnx", path, job.training_inputs())
+        quantize_onnx(job.folder / f"{name}.onnx", path, job.training_inputs(_INT8))
         network = OnnxNetwork(path, setting.threads)
         accuracy = evaluate(network, job.data.test, job.data).accuracy
         values[name] = {"accuracy": accuracy, "bytes": path.stat().st_size}
@@ -311,19 +311,11 @@ def _int8(job: Job) -> dict[str, Any]:
 
 
 def _report(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    run = read_run(job.folder / TRAINING)
+    run = read_run(job.folder)
     timed = next((row for row in results["time"]["settings"] if row["times"]), None)
     latency = None if timed is None else TypeAdapter(Comparison).validate_python(timed["times"])
-    end, dense = results["finish"], results["dense"]
-    summary = replace(
-        run.summary,
-        accuracy=end["accuracy"],
-        loss=end["loss"],
-        bytes=end["bytes"],
-        latency=latency,
-        latency_batch=timed and timed["batch"],
-        top5=end["top5"],
-    )
+    dense = results["dense"]
+    summary = replace(run.summary, latency=latency, latency_batch=timed and timed["batch"])
     runs = [Run(_dense_summary(job, summary, dense), [], [], None), replace(run, summary=summary)]
     path = write_report(runs, job.folder / _REPORT, title=f"deeptwist compress {job.recipe.model}")
     return {"path": str(path)}

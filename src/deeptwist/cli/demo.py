@@ -1,6 +1,7 @@
 """The whole job on embedded data, in two minutes: a small network that has work to save."""
 
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,17 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
             "weights": str(out / _DENSE / DENSE_WEIGHTS),
             "mode": "finetune",
             "optimizer": {"lr": 0.02},
+            "calibration_images": 256,
+            "recalibration": 8,
             "compression": {**compression, "skip_first_conv": True, "linear": False},
         }
     )
     _clear(out)
     run = build_run(dense, load_digits(), name=_DENSE)
+    print(f"[0] train a dense network for {epochs} epochs, then compress it", file=sys.stderr)
     with progress_bar("train the dense network", run.steps) as advance:
         train(run, out / _DENSE, on_step=advance)
-    options = CompressOptions(batch=(_BATCH,), calibration_images=256, int8=True)
+    options = CompressOptions(batch=(_BATCH,), int8=True)
     return run_compress(small, options, out / _SMALL, resume=False)
 
 

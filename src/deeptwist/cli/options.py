@@ -142,13 +142,11 @@ class CompressOptions(BenchmarkOptions):
     Attributes:
         goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
             keeps it without training is searched.
-        calibration_images: Training images that layers' inputs and batch norm are measured on.
         int8: Quantise both networks by onnxruntime too.
         runtime: What runs the networks; ONNX files are written where onnxruntime is among them.
     """
 
     goal: str | None = None
-    calibration_images: int = 1024
     int8: bool = False
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
     layers: Annotated[bool, Parameter(show=False)] = False

@@ -62,8 +62,8 @@ def print_networks(name: str, measurements: "Sequence[Measurement]", macs_ratio:
 def print_compressed(title: str, result: dict[str, Any]) -> None:
     """Print what `deeptwist compress` came to: its files, and a table of before and after."""
     results = result["results"]
-    print(f"small network: {results['finish']['path']}\nreport: {results['report']['path']}\n")
-    dense, small, counts = results["dense"], results["finish"], results["plan"]
+    print(f"small network: {results['verify']['path']}\nreport: {results['report']['path']}\n")
+    dense, small, counts = results["dense"], results["verify"], results["plan"]
     rows = [_accuracy_row("accuracy", dense, small)]
     for name, label in (("parameters", "weights"), ("macs", "MACs")):
         rows.append(_count_row(label, counts[f"dense_{name}"], counts[name]))
