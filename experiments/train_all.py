@@ -3,8 +3,8 @@
     python experiments/train_all.py RECIPE.yaml ... --out runs --workers 14
 
 A run is what `deeptwist train RECIPE.yaml --out OUT/RECIPE` makes, but for its latency. Under
-`nvidia-cuda-mps-control -d` many runs share one GPU. With `--validate 5000` the network is tested
-on that many images of the training split, which it is not trained on: to choose recipes by.
+`nvidia-cuda-mps-control -d` many runs share one GPU. To choose recipes by some test images and
+report on the others, `--test first:3000` takes the first of a fixed shuffle, `rest:3000` the rest.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--data", help="in place of the recipes' own")
     parser.add_argument("--weights", help="in place of the recipes' own")
-    parser.add_argument("--validate", type=int, default=0, help="training images to test on")
+    parser.add_argument("--test", default="rest:0", help="test images: first:N or rest:N")
     options = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         jobs = ((path, options) for path in options.recipes)
@@ -48,8 +48,7 @@ def _train(job: tuple[Path, argparse.Namespace]) -> str:
         if options.weights and recipe.weights:
             recipe = replace(recipe, weights=options.weights)
         data = load_data(recipe.data.source, image_size=recipe.data.image_size)
-        if options.validate:
-            data = _test_on_training_images(data, options.validate)
+        data = _restrict_test(data, options.test)
         run = build_run(recipe, data, name=path.stem)
         options.out.mkdir(parents=True, exist_ok=True)
         summary = train(run, options.out / path.stem, resume=True, latency_batch=None)
@@ -58,14 +57,15 @@ def _train(job: tuple[Path, argparse.Namespace]) -> str:
     return f"{path.stem}: {summary.accuracy:.4f} after {summary.seconds:.0f} s"
 
 
-def _test_on_training_images(data: ImageData, count: int) -> ImageData:
-    """Return the training split without `count` images, the same for every run, and with them."""
-    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
-    test, train = (
-        Split(data.train.images[rows], data.train.labels[rows])
-        for rows in (order[:count], order[count:])
-    )
-    return replace(data, train=train, test=test, name=f"{data.name}, {count} training images")
+def _restrict_test(data: ImageData, which: str) -> ImageData:
+    """Return the data with the first N test images of a fixed shuffle, or with the rest."""
+    part, _, count = which.partition(":")
+    if int(count) == 0:
+        return data
+    order = torch.randperm(len(data.test.labels), generator=torch.Generator().manual_seed(0))
+    rows = order[: int(count)] if part == "first" else order[int(count) :]
+    test = Split(data.test.images[rows], data.test.labels[rows])
+    return replace(data, test=test, name=f"{data.name}, {part} {len(rows)} test images")
 
 
 if __name__ == "__main__":
