@@ -251,7 +251,9 @@ def example_inputs(
         is_number = dtype.is_floating_point or dtype.is_complex
         x = torch.zeros(shape, dtype=dtype)
         inputs.append(
-            (torch.randn(shape, generator=generator).to(dtype) if is_number else x).to(device)
+            (
+                torch.randn(shape, generator=generator, device="cpu").to(dtype) if is_number else x
+            ).to(device)
         )
     return tuple(inputs)
 

@@ -243,7 +243,7 @@ def _without_zeros(basis: Tensor) -> Tensor:
 
 def _random(groups: int, side: int, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(groups, side, rank, generator=generator)
+    numbers = torch.randn(groups, side, rank, generator=generator, device="cpu")
     return numbers / math.sqrt(side)
 
 
