@@ -12,12 +12,9 @@ from deeptwist import cli
 from deeptwist.cli.console import progress_bar
 from deeptwist.errors import DeepTwistError, unknown_name_error
 
-NAMES = (
-    *("fig2", "fig3", "fig4", "fig5", "table1", "fig6", "table2", "fig7"),  # as the paper has them
-    *("interval", "noise", "tail", "long"),
-)
+_NAMES = "fig2 fig3 fig4 fig5 table1 fig6 table2 fig7 interval noise tail long"
 EXPERIMENTS: dict[str, Experiment] = {
-    name: import_module(f"experiments.paper.{name}") for name in NAMES
+    name: import_module(f"experiments.paper.{name}") for name in _NAMES.split()
 }
 app = App(
     name="python -m experiments.paper",

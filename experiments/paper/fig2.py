@@ -7,21 +7,13 @@ schedule alone brings.
 """
 
 from experiments.paper.plotting import Curve, draw
-from experiments.paper.presets import Level, Preset
-from experiments.paper.results import (
-    Report,
-    Results,
-    Table,
-    count_holds,
-    difference,
-    is_higher,
-    number,
-    printed,
-)
+from experiments.paper.presets import Level, Network, Preset
+from experiments.paper.results import Report, Results, Table, count_holds, number
 
 from deeptwist.training.recipe import Recipe
 
-PLACE, NETWORK = "Figure 2", "resnet32"
+PLACE = "Figure 2"
+NETWORK: Network = "resnet32"
 CLAIM = (
     "DeepTwist is more accurate than conventional fine-tuning at every ratio, and at the "
     "smallest above the network before compression."
@@ -36,7 +28,9 @@ PAPER = {
 }
 PAPER_START = 92.63
 DENSE = "dense, trained as long"
-HEADER = ("ratio", "whole network", "DeepTwist", "conventional", "difference", "paper's ratio")
+HEADER = ["ratio", "whole network", "DeepTwist", "conventional", "difference", "paper's ratio"]
+HEADER += ["paper: DeepTwist", "paper: conventional"]
+RATIO, ACCURACY = "compression ratio of every layer", "test accuracy, %"
 
 
 def deeptwist(level: Level) -> str:
@@ -60,56 +54,40 @@ def pair(preset: Preset, level: Level) -> dict[str, Recipe]:
 
 def recipes(preset: Preset) -> dict[str, Recipe]:
     """Return two trainings for each size, and the dense network's."""
-    pairs = [pair(preset, level) for level in preset.levels]
-    return {name: recipe for each in pairs for name, recipe in each.items()} | {DENSE: preset.dense}
+    pairs = [item for level in preset.levels for item in pair(preset, level).items()]
+    return dict(pairs) | {DENSE: preset.dense}
 
 
 def report(results: Results, preset: Preset) -> Report:
     """Return accuracy over the ratio."""
     levels, start = preset.sorted_levels, results.start()
-    learnt, tuned = (
-        [(level.ratio, results.accuracy(name(level))) for level in levels]
-        for name in (deeptwist, conventional)
-    )
     rows = [_row(results, level) for level in levels]
-    rows.append(("start", "", number(start), "", "", "", printed(PAPER_START), ""))
-    rows.append((DENSE, "", results.shown(DENSE), "", "", "", "–", ""))
-    curves = [Curve("DeepTwist", learnt, 0)]
-    curves.append(Curve("conventional fine-tuning", tuned, 0, dashed=True))
-    if preset.profile == "paper":
-        for side, name in enumerate(("paper: DeepTwist", "paper: conventional")):
-            points = [(ratio, both[side]) for ratio, both in PAPER.items()]
-            curves.append(Curve(name, points, 1, dashed=side == 1))
-    figures = draw(
-        "accuracy",
-        "Accuracy over the compression ratio",
-        curves,
-        x="compression ratio of every layer",
-        y="test accuracy, %",
-        start=start,
-        log_x=True,
-    )
-    higher = [is_higher(ours[1], other[1]) for ours, other in zip(learnt, tuned, strict=True)]
-    above = [is_higher(learnt[0][1], start)]
-    notes = (
+    rows.append(["start", "", number(start), "", "", "", f"{PAPER_START}", ""])
+    rows.append([DENSE, "", results.shown(DENSE), "", "", "", "–", ""])
+    curves = []
+    for side, name in enumerate((deeptwist, conventional)):
+        label = ("DeepTwist", "conventional fine-tuning")[side]
+        points = [(level.ratio, results.accuracy(name(level))) for level in levels]
+        curves.append(Curve(label, points, 0, dashed=side == 1))
+        if preset.profile == "paper":
+            printed = [(ratio, both[side]) for ratio, both in PAPER.items()]
+            curves.append(Curve(f"paper: {label}", printed, 1, dashed=side == 1))
+    title = "Accuracy over the compression ratio"
+    figures = draw("accuracy", title, curves, start, x=RATIO, y=ACCURACY, log_x=True)
+    higher = [results.is_higher(deeptwist(level), conventional(level)) for level in levels]
+    at_smallest = "At the smallest ratio DeepTwist is above the network before compression"
+    notes = [
         count_holds("DeepTwist is higher than conventional fine-tuning", higher),
-        count_holds(
-            "At the smallest ratio DeepTwist is above the network before compression", above
-        ),
-    )
-    header = (*HEADER, "paper: DeepTwist", "paper: conventional")
-    return Report((Table("Test accuracy, %", header, rows),), figures, notes)
+        count_holds(at_smallest, [results.is_higher(deeptwist(levels[0]), None)]),
+    ]
+    return Report([Table("Test accuracy, %", HEADER, rows)], figures, notes)
 
 
-def _row(results: Results, level: Level) -> tuple[str, ...]:
+def _row(results: Results, level: Level) -> list[str]:
     names = deeptwist(level), conventional(level)
-    nearest = min(PAPER, key=lambda ratio: abs(ratio - level.ratio))
-    comparable = abs(nearest / level.ratio - 1) < 0.1
-    return (
-        str(level),
-        results.ratio(names[0]),
-        *(results.shown(name) for name in names),
-        difference(*(results.accuracy(name) for name in names)),
-        f"{nearest:.2f}×" if comparable else "–",
-        *(printed(value) for value in (PAPER[nearest] if comparable else (None, None))),
-    )
+    row = [str(level), results.ratio(names[0]), *map(results.shown, names)]
+    row.append(results.difference(*names))
+    ratio = min(PAPER, key=lambda ratio: abs(ratio - level.ratio))
+    if abs(ratio / level.ratio - 1) > 0.1:  # too far to be held against
+        return [*row, "–", "–", "–"]
+    return [*row, f"{ratio:.2f}×", *(f"{accuracy:.2f}" for accuracy in PAPER[ratio])]

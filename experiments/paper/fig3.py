@@ -5,31 +5,23 @@ training the network stands where it costs little.
 """
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
-from experiments.paper.fig2 import conventional, deeptwist, pair
-from experiments.paper.plotting import Curve, draw
-from experiments.paper.presets import Preset
-from experiments.paper.results import (
-    Report,
-    Results,
-    Table,
-    count_holds,
-    difference,
-    is_higher,
-    number,
-)
+from experiments.paper.fig2 import ACCURACY, conventional, deeptwist, pair
+from experiments.paper.plotting import Curve, Points, draw
+from experiments.paper.presets import Network, Preset
+from experiments.paper.results import Report, Results, Table, count_holds, is_higher, number
 
 from deeptwist.training.metrics import Run
 from deeptwist.training.recipe import Recipe
 
-PLACE, NETWORK = "Figure 3", "resnet32"
+PLACE = "Figure 3"
+NETWORK: Network = "resnet32"
 CLAIM = (
     "The gap between accuracy before and after a distortion closes, and DeepTwist ends above "
     "conventional fine-tuning."
 )
-Points = tuple[tuple[float, float], ...]
+TUNED = "conventional fine-tuning"
 
 
 def recipes(preset: Preset) -> dict[str, Recipe]:
@@ -40,85 +32,67 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
 def report(results: Results, preset: Preset) -> Report:
     """Return loss and accuracy over epochs, and the gap that distortions leave."""
     names = deeptwist(preset.reference_level), conventional(preset.reference_level)
-    learnt, tuned = (results.course(name) for name in names)
-    before, after = (_around(learnt, moment) for moment in (0, 1))
-    loss = draw(
-        "loss",
-        "Training loss",
-        [
-            Curve("DeepTwist", over_epochs(learnt, "train_loss"), 0),
-            Curve("conventional fine-tuning", over_epochs(tuned, "train_loss"), 1, dashed=True),
-        ],
-        x="epoch",
-        y="training loss, mean over the epoch",
+    runs = learnt, tuned = [results.course(name) for name in names]
+    before, after = _around(learnt, 0), _around(learnt, 1)
+    losses = [
+        Curve("DeepTwist", over_epochs(learnt, "train_loss"), 0),
+        Curve(TUNED, over_epochs(tuned, "train_loss"), 1, dashed=True),
+    ]
+    accuracies = [
+        Curve("just before a distortion", before, 0, line=False),
+        Curve("just after it", after, 0, dashed=True),
+        Curve(TUNED, over_epochs(tuned, "accuracy"), 1, dashed=True),
+    ]
+    y = "training loss, mean over the epoch"
+    figures = draw("loss", "Training loss", losses, x="epoch", y=y)
+    title = "Test accuracy around distortions"
+    figures += draw("accuracy", title, accuracies, x="epoch", y=ACCURACY)
+    gaps = [ours[1] - distorted[1] for ours, distorted in zip(before, after, strict=True)]
+    middle = len(gaps) // 2
+    first, last = (
+        statistics.fmean(half) if middle else None for half in (gaps[:middle], gaps[middle:])
     )
-    accuracy = draw(
-        "accuracy",
-        "Test accuracy around distortions",
-        [
-            Curve("just before a distortion", before, 0, line=False),
-            Curve("just after it", after, 0, dashed=True),
-            Curve("conventional fine-tuning", over_epochs(tuned, "accuracy"), 1, dashed=True),
-        ],
-        x="epoch",
-        y="test accuracy, %",
-    )
-    first, last = _halves([x[1] - y[1] for x, y in zip(before, after, strict=True)])
-    losses = (number(run.epochs[-1]["train_loss"] if run else None, 3) for run in (learnt, tuned))
-    rows = (
-        ("training loss, last epoch", *losses),
-        ("test accuracy at the end, %", *(results.shown(name) for name in names)),
-        ("before − after a distortion, first half, points", number(first), ""),
-        ("before − after a distortion, second half, points", number(last), ""),
-    )
-    end = difference(*(results.accuracy(name) for name in names))
+    last_losses = [number(run.epochs[-1]["train_loss"] if run else None, 3) for run in runs]
+    rows = [
+        ["training loss, last epoch", *last_losses],
+        ["test accuracy at the end, %", *map(results.shown, names)],
+        ["before − after a distortion, first half, points", number(first), ""],
+        ["before − after a distortion, second half, points", number(last), ""],
+    ]
+    images = learnt.summary.recipe["records"]["images"] if learnt else 0
     notes = [
         count_holds("The gap that a distortion leaves closes", [is_higher(first, last)]),
-        f"At the end DeepTwist is {end} points from conventional.",
+        f"At the end DeepTwist is {results.difference(*names)} points from conventional.",
+        *(
+            [f"Around distortions: on {images} images spread over the test split."]
+            if images
+            else []
+        ),
+        "The paper prints no numbers of this figure.",
     ]
-    if learnt is not None:
-        images = learnt.summary.recipe["records"]["images"]
-        notes.append(f"Around distortions: on {images} images spread over the test split.")
-    notes.append("The paper prints no numbers of this figure.")
-    table = Table(f"Tucker {preset.reference_level}", ("", "DeepTwist", "conventional"), rows)
-    return Report((table,), loss + accuracy, tuple(notes))
+    table = Table(f"Tucker {preset.reference_level}", ["", "DeepTwist", "conventional"], rows)
+    return Report([table], figures, notes)
 
 
 def over_epochs(run: Run | None, key: str) -> Points:
     """Return (epoch, value) of a run: ``train_loss``, or ``accuracy`` or ``top5`` in percent."""
-    if run is None:
-        return ()
+    epochs = run.epochs if run else []
     if key == "train_loss":
-        return tuple((epoch["epoch"], epoch[key]) for epoch in run.epochs)
-    values = [(epoch["epoch"], epoch["test"].get(key)) for epoch in run.epochs]
-    return tuple((epoch, 100 * value) for epoch, value in values if value is not None)
+        return [(epoch["epoch"], epoch[key]) for epoch in epochs]
+    values = [(epoch["epoch"], epoch["test"].get(key)) for epoch in epochs]
+    return [(epoch, 100 * value) for epoch, value in values if value is not None]
 
 
-def distortions_of(run: Run | None) -> list[dict[str, Any]]:
-    """Return a run's distortions, without one that follows another at once."""
+def distortions_of(run: Run | None) -> list[tuple[float, dict[str, Any]]]:
+    """Return a run's distortions with their epochs, without one that follows another at once."""
     by_step: dict[int, dict[str, Any]] = {}
     for distortion in run.distortions if run else ():
         by_step.setdefault(distortion["step"], distortion)
-    return list(by_step.values())
-
-
-def epoch_of(run: Run, distortion: dict[str, Any]) -> float:
-    """Return where in a run a distortion is, in epochs."""
-    return float(distortion["step"] / run.summary.steps * len(run.epochs))
+    length = run.summary.steps / len(run.epochs) if run else 1
+    return [(step / length, distortion) for step, distortion in by_step.items()]
 
 
 def _around(run: Run | None, moment: int) -> Points:
     """Return (epoch, test accuracy in percent) just before (0) or after (1) each distortion."""
-    return tuple(
-        (epoch_of(run, each), 100 * each["test"][moment]["accuracy"])
-        for each in distortions_of(run)
-        if run is not None and each["test"]
-    )
-
-
-def _halves(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the means of the first and of the second half; `None` if there are no two values."""
-    if len(values) < 2:
-        return None, None
-    middle = len(values) // 2
-    return statistics.fmean(values[:middle]), statistics.fmean(values[middle:])
+    distortions = [(epoch, each["test"]) for epoch, each in distortions_of(run) if each["test"]]
+    return [(epoch, 100 * test[moment]["accuracy"]) for epoch, test in distortions]

@@ -10,15 +10,18 @@ from itertools import groupby
 from typing import Any
 
 from experiments.paper.fig2 import deeptwist, pair
-from experiments.paper.fig3 import distortions_of, epoch_of
-from experiments.paper.plotting import Curve, draw
-from experiments.paper.presets import Preset
-from experiments.paper.results import NOT_RUN, Report, Results, Table, count_holds, is_higher
+from experiments.paper.fig3 import distortions_of
+from experiments.paper.plotting import Curve, Points, draw
+from experiments.paper.presets import Network, Preset
+from experiments.paper.results import NOT_RUN, Report, Results, Table, count_holds
 
 from deeptwist.training.recipe import Recipe
 
-PLACE, NETWORK = "Figure 4", "resnet32"
+PLACE = "Figure 4"
+NETWORK: Network = "resnet32"
 CLAIM = "ΔL/L and Δw fall over distortion steps, sharply where the learning rate does."
+HEADER = ["stretch", "distortions", "Δw", "ΔL/L"]
+KEYS = ("weight_shift", "loss_increase")
 
 
 def recipes(preset: Preset) -> dict[str, Recipe]:
@@ -29,50 +32,44 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
 
 def report(results: Results, preset: Preset) -> Report:
     """Return Δw and ΔL/L over the epochs, and their means over stretches of the training."""
-    run = results.course(deeptwist(preset.reference_level))
-    distortions = distortions_of(run)
+    distortions = distortions_of(results.course(deeptwist(preset.reference_level)))
     shifts, losses = (
-        [
-            (epoch_of(run, each), float(each[key]))
-            for each in distortions
-            if run is not None and each[key] is not None and math.isfinite(each[key])
-        ]
-        for key in ("weight_shift", "loss_increase")
+        [(x, each[key]) for x, each in distortions if math.isfinite(_or_nan(each[key]))]
+        for key in KEYS
     )
-    label = "Δw = ‖W − W′‖ ÷ N"
-    figures = draw("shift", "Δw", [Curve("Δw", shifts, 0)], x="epoch", y=label, scale="log")
+    y = "Δw = ‖W − W′‖ ÷ N"
+    figures = draw("shift", "Δw", [Curve("Δw", shifts, 0)], x="epoch", y=y, scale="log")
     figures += draw("increase", "ΔL/L", [Curve("ΔL/L", losses, 1)], x="epoch", y="ΔL/L")
     rows = [
-        (name, str(len(part)), _mean(part, "weight_shift"), _mean(part, "loss_increase"))
-        for name, part in _stretches(distortions)
+        [name, str(len(part)), *(_mean(part, key) for key in KEYS)]
+        for name, part in _stretches([each for _, each in distortions])
     ]
     title = f"Tucker {preset.reference_level}, DeepTwist: means over distortions"
-    header = ("stretch", "distortions", "Δw", "ΔL/L")
-    falls = [[is_higher(y[0][1], y[-1][1]) if len(y) > 1 else None] for y in (shifts, losses)]
-    return Report(
-        (Table(title, header, rows or [("all", NOT_RUN, NOT_RUN, NOT_RUN)]),),
-        figures,
-        (
-            count_holds("Δw falls from the first distortion to the last", falls[0]),
-            count_holds("ΔL/L falls from the first distortion to the last", falls[1]),
-            "The paper prints no numbers of this figure.",
-        ),
-    )
+    notes = [
+        count_holds("Δw falls from the first distortion to the last", [_falls(shifts)]),
+        count_holds("ΔL/L falls from the first distortion to the last", [_falls(losses)]),
+        "The paper prints no numbers of this figure.",
+    ]
+    return Report([Table(title, HEADER, rows or [["all", *3 * [NOT_RUN]]])], figures, notes)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _falls(points: Points) -> bool | None:
+    return points[0][1] > points[-1][1] if len(points) > 1 else None
 
 
 def _stretches(distortions: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return those of each learning rate; thirds of the training where it falls all the time."""
-    by_rate = [
-        (f"learning rate {rate:g}", list(part))
-        for rate, part in groupby(distortions, key=lambda each: float(each["lr"]))
-    ]
-    if len(by_rate) <= 5:
-        return by_rate
-    ends = [round(len(distortions) * third / 3) for third in range(4)]
-    return [
-        (f"{name} third", distortions[start:end])
-        for name, start, end in zip(("first", "second", "last"), ends, ends[1:], strict=False)
-    ]
+    by_rate = groupby(distortions, key=lambda each: float(each["lr"]))
+    stretches = [(f"learning rate {rate:g}", list(part)) for rate, part in by_rate]
+    if len(stretches) <= 5:
+        return stretches
+    first, second = (round(len(distortions) * third / 3) for third in (1, 2))
+    parts = distortions[:first], distortions[first:second], distortions[second:]
+    return list(zip(("first third", "second third", "last third"), parts, strict=True))
 
 
 def _mean(distortions: list[dict[str, Any]], key: str) -> str:

@@ -7,25 +7,26 @@ a plain SVD.
 
 from experiments.paper.fig3 import over_epochs
 from experiments.paper.plotting import Curve, draw
-from experiments.paper.presets import Preset
+from experiments.paper.presets import Network, Preset
 from experiments.paper.results import (
+    Figure,
     Report,
     Results,
     Table,
     count_holds,
-    is_higher,
     mean_and_deviation,
     number,
 )
 
 from deeptwist.training.recipe import Recipe
 
-PLACE, NETWORK = "Figure 7", "resnet34"
+PLACE = "Figure 7"
+NETWORK: Network = "resnet34"
 CLAIM = "Tiled SVD by DeepTwist is ahead of fine-tuned Tucker throughout."
 TILED, TUCKER = "tiled SVD R = 10, DeepTwist", "Tucker R_c = 0.46, conventional"
 PAPER = {TILED: "73.00 / 91.12", TUCKER: "72.31 / 90.73"}
 PAPER_START = "73.26 / 91.24"
-HEADER = ("", "whole network", "top 1, %", "top 5, %", "paper: top 1 / top 5, %")
+HEADER = ["", "whole network", "top 1, %", "top 5, %", "paper: top 1 / top 5, %"]
 FIGURES = {
     "loss": ("train_loss", "training loss, mean over the epoch"),
     "accuracy": ("accuracy", "test accuracy, % (top 1)"),
@@ -43,7 +44,7 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
 def report(results: Results, preset: Preset) -> Report:
     """Return loss and accuracy over epochs, and where they end."""
     runs = [results.course(name) for name in PAPER]
-    figures = []
+    figures: list[Figure] = []
     for file, (key, title) in FIGURES.items():
         curves = [
             Curve(name, over_epochs(run, key), color, dashed=name == TUCKER)
@@ -52,17 +53,14 @@ def report(results: Results, preset: Preset) -> Report:
         figures += draw(file, title, curves, x="epoch", y=title)
     top5 = next((run.summary.top5_before for run in runs if run), None)
     before = number(None if top5 is None else 100 * top5)
-    rows = [("before compression", "1.00×", number(results.start()), before, PAPER_START)]
-    rows += [
-        (name, results.ratio(name), results.shown(name), _top5(results, name), paper)
-        for name, paper in PAPER.items()
-    ]
-    ours, other = (over_epochs(run, "accuracy") for run in runs)
-    ahead = [is_higher(x[1], y[1]) for x, y in zip(ours, other, strict=False)]
-    note = "Epochs after which tiled SVD is ahead (weights as training left them)"
-    return Report((Table("Accuracy", HEADER, rows),), tuple(figures), (count_holds(note, ahead),))
-
-
-def _top5(results: Results, name: str) -> str:
-    shares = [run.summary.top5 for run in results.runs.get(name, ())]
-    return mean_and_deviation([100 * share for share in shares if share is not None])
+    rows = [["before compression", "1.00×", number(results.start()), before, PAPER_START]]
+    for name, paper in PAPER.items():
+        shares = [run.summary.top5 for run in results.runs.get(name, ())]
+        top5_after = mean_and_deviation([100 * share for share in shares if share is not None])
+        rows.append([name, results.ratio(name), results.shown(name), top5_after, paper])
+    pairs = zip(*(over_epochs(run, "accuracy") for run in runs), strict=False)
+    ahead = count_holds(
+        "Epochs after which tiled SVD is ahead (weights as training left them)",
+        [ours[1] > other[1] for ours, other in pairs],
+    )
+    return Report([Table("Accuracy", HEADER, rows)], figures, [ahead])

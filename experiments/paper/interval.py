@@ -6,62 +6,44 @@ few distortions shape the network. An S_D beyond the length of the run leaves th
 
 import math
 
+from experiments.paper.fig2 import ACCURACY
 from experiments.paper.plotting import Curve, draw, known
-from experiments.paper.presets import Preset
+from experiments.paper.presets import Network, Preset
 from experiments.paper.results import NOT_RUN, Report, Results, Table
 
 from deeptwist.training.recipe import Recipe
 
-PLACE, NETWORK = "Section 2", "resnet32"
+PLACE = "Section 2"
+NETWORK: Network = "resnet32"
 CLAIM = "The optimum of S_D is broad (100 to 5,000); too small and too large both lose."
-
-
-def run_name(interval: int) -> str:
-    """Return a run's name."""
-    return f"S_D {interval}"
 
 
 def recipes(preset: Preset) -> dict[str, Recipe]:
     """Return one training for each S_D."""
     tucker = preset.reference_level.of("tucker")
     return {
-        run_name(interval): preset.compressed("deeptwist", interval=interval, **tucker)
+        f"S_D {interval}": preset.compressed("deeptwist", interval=interval, **tucker)
         for interval in preset.intervals
     }
 
 
 def report(results: Results, preset: Preset) -> Report:
     """Return accuracy over S_D."""
-    intervals = sorted(preset.intervals)
-    points = known((each, results.accuracy(run_name(each))) for each in intervals)
+    names = {interval: f"S_D {interval}" for interval in sorted(preset.intervals)}
+    points = known((interval, results.accuracy(name)) for interval, name in names.items())
     title = f"Tucker {preset.reference_level}, DeepTwist"
-    figures = draw(
-        "accuracy",
-        "Accuracy over S_D",
-        [Curve(title, points, 0)],
-        x="S_D, optimizer steps between distortions",
-        y="test accuracy, %",
-        log_x=True,
-    )
-    rows = [
-        (str(each), _distortions(results, each), results.shown(run_name(each)))
-        for each in intervals
-    ]
-    notes = []
+    x, curves = "S_D, optimizer steps between distortions", [Curve(title, points, 0)]
+    figures = draw("accuracy", "Accuracy over S_D", curves, x=x, y=ACCURACY, log_x=True)
+    rows = []
+    for interval, name in names.items():
+        run = results.first(name)  # one distortion at every interval, and one at the end
+        count = NOT_RUN if run is None else str(math.ceil(run.summary.steps / interval))
+        rows.append([str(interval), count, results.shown(name)])
+    notes = ["The paper states that 100 to 5,000 is useful and prints no numbers."]
     if len(points) > 2:
-        best = max(points, key=lambda point: point[1])
-        inside = best not in (points[0], points[-1])
-        notes.append(
-            f"Best at S_D = {best[0]:g}, {'between' if inside else 'at one of'} the ends of what "
-            f"has been run; the ends are {best[1] - points[0][1]:.2f} and "
-            f"{best[1] - points[-1][1]:.2f} points lower."
-        )
-    notes.append("The paper states that 100 to 5,000 is useful and prints no numbers.")
-    header = ("S_D", "distortions", "test accuracy, %")
-    return Report((Table(title, header, rows),), figures, tuple(notes))
-
-
-def _distortions(results: Results, interval: int) -> str:
-    """Return how many there were: one at every interval, and one at the end."""
-    run = results.first(run_name(interval))
-    return NOT_RUN if run is None else str(math.ceil(run.summary.steps / interval))
+        best, height = max(points, key=lambda point: point[1])
+        where = "at one of" if best in (points[0][0], points[-1][0]) else "between"
+        lower = " and ".join(f"{height - points[end][1]:.2f}" for end in (0, -1))
+        best_note = f"Best at S_D = {best:g}, {where} the ends of what has been run; the ends are "
+        notes.insert(0, f"{best_note}{lower} points lower.")
+    return Report([Table(title, ["S_D", "distortions", ACCURACY], rows)], figures, notes)

@@ -18,8 +18,7 @@ _STYLE = (
     + "svg { background: var(--card); }\n"
     + 'text { font-family: system-ui, "Noto Sans", "DejaVu Sans", sans-serif !important; }'
 )
-BEFORE = "before compression"
-Points = Iterable[tuple[float, float | None]]
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Curve:
 
     Attributes:
         name: in the legend.
-        points: (x, y); those without a height have not been measured.
+        points: (x, y); what has not been measured has no height.
         color: index into `styles.SERIES`; `None` for the ink's.
         dashed: the line, and its markers hollow.
         markers: whether it has any.
@@ -37,12 +36,12 @@ class Curve:
     """
 
     name: str
-    points: Points
+    points: Iterable[tuple[float, float | None]]
     color: int | None
     dashed: bool = False
     markers: bool = True
     line: bool = True
-    band: tuple[tuple[float, float, float], ...] = ()
+    band: Sequence[tuple[float, float, float]] = ()
 
     @property
     def style(self) -> PlotStyle:
@@ -57,58 +56,46 @@ class Curve:
 
 @dataclass(frozen=True)
 class _Chart(plotting.Chart):
-    """A chart with ranges behind its curves: a colour and (x, lowest, highest) each."""
+    """A chart with shaded bands behind its curves."""
 
-    bands: tuple[tuple[str, tuple[tuple[float, float, float], ...]], ...] = ()
+    shaded: tuple[Curve, ...] = ()
 
     def draw(self, axes: Axes) -> None:
-        """Draw the ranges, and over them the rest."""
-        for color, points in self.bands:
-            x, lowest, highest = zip(*points, strict=True)
-            axes.fill_between(x, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        """Draw the bands, and over them the rest."""
+        for curve in self.shaded:
+            x, lowest, highest = zip(*curve.band, strict=True)
+            axes.fill_between(x, lowest, highest, color=curve.style.color, alpha=0.2, linewidth=0)
         super().draw(axes)
 
 
-def known(points: Points) -> tuple[tuple[float, float], ...]:
+def known(points: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, float], ...]:
     """Return the points whose height has been measured."""
     return tuple((x, y) for x, y in points if y is not None)
 
 
 def draw(
-    name: str,
-    title: str,
-    curves: Sequence[Curve],
-    *,
-    x: str,
-    y: str,
-    start: float | None = None,
-    start_name: str = BEFORE,
-    **options: Any,
-) -> tuple[Figure, ...]:
+    name: str, title: str, curves: Sequence[Curve], start: float | None = None, **options: Any
+) -> list[Figure]:
     """Draw curves over one another; return no figure where none has a point.
 
     Args:
         name: see `Figure`.
-        title: what is shown.
+        title: see `Figure`.
         curves: see `Curve`.
-        x: what goes across.
-        y: what goes up.
-        start: a height to draw a dotted line at.
-        start_name: its name.
+        start: accuracy before compression, to draw a dotted line at.
         options: further fields of `deeptwist.report.plotting.Chart`.
     """
-    drawn = [(curve, points) for curve in curves if (points := known(curve.points))]
-    if not drawn:
-        return ()
+    drawn = [(known(curve.points), curve.style, curve.name) for curve in curves]
+    if start is not None:
+        options["level"] = ("before compression", start)
     chart = _Chart(
         title,
         "",
-        tuple(plotting.Curve(points, curve.style, curve.name) for curve, points in drawn),
-        x=x,
-        y=y,
-        level=None if start is None else (start_name, start),
-        bands=tuple((curve.style.color, curve.band) for curve, _ in drawn if curve.band),
+        tuple(plotting.Curve(*each) for each in drawn if each[0]),
+        shaded=tuple(curve for curve in curves if curve.band),
         **options,
     )
+    if not chart.curves:
+        return []
     opening, _, rest = plotting.render(chart, name=name).partition(">")
-    return (Figure(name, title, f"{opening}><style>{_STYLE}</style>{rest}"),)
+    return [Figure(name, title, f"{opening}><style>{_STYLE}</style>{rest}")]

@@ -16,8 +16,8 @@ class Table:
     """A table in the paper's form; rows have as many words as the header."""
 
     title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
         """Return the table in Markdown, the first column to the left, the others to the right."""
@@ -38,38 +38,22 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown of an experiment.
+    """Tables with the paper's numbers beside ours, figures, and what they say of the claim."""
 
-    Attributes:
-        tables: with the paper's numbers beside ours.
-        figures: of what has been run.
-        notes: what the numbers say of the claim, in sentences.
-    """
-
-    tables: tuple[Table, ...]
-    figures: tuple[Figure, ...] = ()
-    notes: tuple[str, ...] = ()
+    tables: Sequence[Table]
+    figures: Sequence[Figure] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Results:
-    """The finished runs of an experiment.
-
-    Attributes:
-        runs: by name, one for each seed.
-        out: the folder that all results are in.
-    """
+    """The finished runs of an experiment: by name, one for each seed; and the results' folder."""
 
     runs: Mapping[str, Sequence[Run]]
     out: Path = Path("results")
 
     def accuracies(self, name: str, variant: str | None = None) -> list[float]:
-        """Return deployed test accuracies in percent, one for each seed.
-
-        Args:
-            name: of the runs.
-            variant: see `Summary.variants`; of the network that the run ended with without it.
-        """
+        """Return deployed test accuracies in percent, of a variant of the networks if named."""
         summaries = [run.summary for run in self.runs.get(name, ())]
         if variant is None:
             return [100 * summary.accuracy for summary in summaries]
@@ -82,8 +66,24 @@ class Results:
         return statistics.fmean(accuracies) if accuracies else None
 
     def shown(self, name: str, variant: str | None = None) -> str:
-        """Return the same for a table, with the deviation over seeds."""
+        """Return the mean of `accuracies` for a table, with the deviation over seeds."""
         return mean_and_deviation(self.accuracies(name, variant))
+
+    def difference(self, name: str, other: str) -> str:
+        """Return the difference of two accuracies in points, signed."""
+        ours, reference = self.accuracy(name), self.accuracy(other)
+        return NOT_RUN if ours is None or reference is None else signed(ours - reference)
+
+    def is_higher(self, name: str, other: str | None, variant: str | None = None) -> bool | None:
+        """Tell whether an accuracy is above another run's; above the start's without one."""
+        return is_higher(
+            self.accuracy(name, variant), self.start() if other is None else self.accuracy(other)
+        )
+
+    def start(self) -> float | None:
+        """Return the accuracy in percent of the dense network that runs start from."""
+        runs = [run for each in self.runs.values() for run in each]
+        return 100 * runs[0].summary.accuracy_before if runs else None
 
     def ratio(self, name: str) -> str:
         """Return dense ÷ decomposed parameters of the whole network."""
@@ -91,11 +91,6 @@ class Results:
         if run is None:
             return NOT_RUN
         return f"{run.summary.parameters_before / run.summary.parameters:.2f}×"
-
-    def start(self) -> float | None:
-        """Return the accuracy in percent of the dense network that runs start from."""
-        runs = [run for each in self.runs.values() for run in each]
-        return 100 * runs[0].summary.accuracy_before if runs else None
 
     def first(self, name: str) -> Run | None:
         """Return the run of the first seed."""
@@ -124,29 +119,21 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
+def signed(points: float) -> str:
+    """Return a difference with its sign, a true minus."""
+    return f"{points:+.2f}".replace("-", "−")
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number of ours, which may be missing; with a true minus."""
     if value is None:
         return NOT_RUN
-    rounded = round(value, digits) + 0.0  # no negative zero
-    return f"{rounded:.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no negative zero
 
 
-def printed(value: float | None, digits: int = 2) -> str:
-    """Return a number of the paper's, which it may not print."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def difference(ours: float | None, other: float | None) -> str:
-    """Return a difference in points, signed, with a true minus."""
-    if ours is None or other is None:
-        return NOT_RUN
-    return f"{ours - other:+.2f}".replace("-", "−")
-
-
-def is_higher(ours: float | None, other: float | None) -> bool | None:
+def is_higher(value: float | None, other: float | None) -> bool | None:
     """Tell whether a number is above another; `None` where one is missing."""
-    return None if ours is None or other is None else ours > other
+    return None if value is None or other is None else value > other
 
 
 def count_holds(what: str, outcomes: Sequence[bool | None]) -> str:
@@ -155,5 +142,4 @@ def count_holds(what: str, outcomes: Sequence[bool | None]) -> str:
     if not known:
         return f"{what}: {NOT_RUN}."
     left = len(outcomes) - len(known)
-    rest = f" ({left} not run)" if left else ""
-    return f"{what}: {sum(known)} of {len(known)}{rest}."
+    return f"{what}: {sum(known)} of {len(known)}{f' ({left} not run)' if left else ''}."
