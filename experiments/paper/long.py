@@ -1,24 +1,24 @@
 """Section 4, with the training that the paper gives it: 100 epochs from a high learning rate.
 
-``results/long`` holds the runs on images of half size, ``results/long-32`` those on whole ones.
-Whatever is there is read, whoever ran it. Runs whose recipes differ in the seed alone are one row;
-DeepTwist, conventional fine-tuning and the dense network are compared where images, schedule,
-decomposition and size are the same.
+``results/long`` holds the runs on images of half size, ``results/long-32`` those on whole ones,
+``results/long-cut`` some that were not finished. Whatever is there is read, whoever ran it. Runs
+whose recipes differ in the seed alone are one row; DeepTwist, conventional fine-tuning and the
+dense network are compared where images, schedule, decomposition and size are the same.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.paper.fig2 import RATIO
 from experiments.paper.plotting import Curve, draw
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Figure, Report, Results, Table, mean_and_deviation, signed
-from experiments.paper.runs import outcome_of, read_runs
+from experiments.paper.runs import read_cut_runs, read_runs
 
-from deeptwist.training.metrics import Run
+from deeptwist.training.metrics import Summary
 from deeptwist.training.recipe import Recipe
 
 PLACE = "A long training"
@@ -29,29 +29,40 @@ NOTE = (
     "in points are between runs of equal seeds; accuracies after each epoch are of the weights as "
     "training left them, before the next distortion."
 )
+FOLDERS, CUT = ("long", "long-32"), "long-cut"
 METHODS = {"Tucker": "tucker", "tiled SVD": "tiled_svd", "spatial SVD": "spatial_svd"}
 HEADER = ["", "test accuracy, %", "− conventional", "epochs ahead of it", "− dense", "seeds"]
 HEADER += ["weights", "MACs", "epochs", "lr", "weight decay"]
 _COLUMNS = re.compile(r"mode|data\.|schedule\.|optimizer\.(lr|weight_decay)|compression\.ratio")
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe, that of seed 0, by seed."""
+    """The runs of one recipe, by seed.
+
+    Attributes:
+        recipe: of seed 0.
+        accuracies: deployed test accuracies in percent; of runs that were cut, their means over
+            epochs that all of them reached.
+        epochs: see `Run.epochs`.
+        summary: of one of them; `None` where they were cut.
+        ending: after the regime's name.
+    """
 
     recipe: Recipe
-    runs: Mapping[int, Run]
-
-    @property
-    def accuracies(self) -> dict[int, float]:
-        """Return deployed test accuracies in percent, by seed."""
-        return {seed: 100 * run.summary.accuracy for seed, run in self.runs.items()}
+    accuracies: dict[int, float]
+    epochs: dict[int, list[dict[str, Any]]]
+    summary: Summary | None = None
+    ending: str = ""
 
     @property
     def curve(self) -> list[tuple[int, float, float, float]]:
         """Return, for each epoch, the mean, lowest and highest test accuracy over seeds."""
-        epochs = zip(*(run.epochs for run in self.runs.values()), strict=False)
-        values = [[100 * epoch["test"]["accuracy"] for epoch in seeds] for seeds in epochs]
+        epochs = zip(*self.epochs.values(), strict=False)
+        values = [[_accuracy(epoch) for epoch in seeds] for seeds in epochs]
         return [(epoch, fmean(each), min(each), max(each)) for epoch, each in enumerate(values, 1)]
 
     @property
@@ -71,7 +82,7 @@ class Group:
         return (
             f"{recipe.data.source} at {_pixels(recipe)}×{_pixels(recipe)}, "
             f"{recipe.schedule.epochs} epochs from {optimizer.lr:g}, weight decay "
-            f"{optimizer.weight_decay:g}"
+            f"{optimizer.weight_decay:g}{self.ending}"
         )
 
 
@@ -88,11 +99,22 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
 
 def report(results: Results, preset: Preset) -> Report:
     """Return accuracies by mode, decomposition and ratio, what DeepTwist gains, and the curves."""
-    seeds: dict[Recipe, dict[int, Run]] = {}
-    for folder in ("long", "long-32"):
-        for recipe, run in read_runs(results.out / folder).items():
-            seeds.setdefault(outcome_of(replace(recipe, seed=0)), {})[recipe.seed] = run
-    groups = [Group(recipe, dict(sorted(runs.items()))) for recipe, runs in seeds.items()]
+    finished = [run for name in FOLDERS for run in read_runs(results.out / name).items()]
+    cut = read_cut_runs(results.out / CUT)
+    groups = [
+        Group(
+            recipe,
+            {seed: 100 * run.summary.accuracy for seed, run in runs.items()},
+            {seed: run.epochs for seed, run in runs.items()},
+            next(iter(runs.values())).summary,
+        )
+        for recipe, runs in _by_recipe(finished).items()
+    ]
+    reached = min(map(len, cut.values()), default=0)
+    ending = f": cut, means over epochs {max(reached - 9, 1)} to {reached}"
+    for recipe, runs in _by_recipe(cut.items()).items():
+        last = {seed: fmean(map(_accuracy, each[:reached][-10:])) for seed, each in runs.items()}
+        groups.append(Group(recipe, last, runs, ending=ending))
     groups.sort(key=lambda group: (group.regime, group.size, group.recipe.mode, str(group.recipe)))
     tables, figures = [], []
     for regime, members in _gather(groups, "regime").items():
@@ -101,11 +123,23 @@ def report(results: Results, preset: Preset) -> Report:
         rows = [_row(label, group, []) for label, group in _label(dense).items()]
         figures += _overview(regime, dense, by_size)
         for size, each in by_size.items():
-            labels = _label(dense + each)
-            rows += [_row(f"{size}, {x}", g, dense + each) for x, g in labels.items() if g.size]
+            labels = _label(each + dense)
+            rows += [_row(f"{size}, {x}", g, each + dense) for x, g in labels.items() if g.size]
             figures += _curves(size, labels)
         tables.append(Table(regime, HEADER, rows))
     return Report(tables, figures, [NOTE])
+
+
+def _by_recipe(runs: Iterable[tuple[Recipe, T]]) -> dict[Recipe, dict[int, T]]:
+    """Gather runs that differ in the seed alone, by seed."""
+    seeds: dict[Recipe, dict[int, T]] = {}
+    for recipe, run in sorted(runs, key=lambda item: item[0].seed):
+        seeds.setdefault(replace(recipe, seed=0), {})[recipe.seed] = run
+    return seeds
+
+
+def _accuracy(epoch: Mapping[str, Any]) -> float:
+    return 100 * float(epoch["test"]["accuracy"])
 
 
 def _gather(groups: Sequence[Group], key: str) -> dict[str, list[Group]]:
@@ -141,7 +175,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _row(label: str, group: Group, members: Sequence[Group]) -> list[str]:
-    recipe, summary = group.recipe, next(iter(group.runs.values())).summary
+    recipe, summary = group.recipe, group.summary
     tuned, dense = (
         next((other for other in members if other.recipe.mode == mode), group)
         for mode in ("finetune", "dense")
@@ -154,9 +188,9 @@ def _row(label: str, group: Group, members: Sequence[Group]) -> list[str]:
         _distance(group, tuned),
         "" if tuned is group else f"{ahead} of {len(pairs)}",
         _distance(group, dense),
-        " ".join(map(str, group.runs)),
-        f"{summary.parameters_before / summary.parameters:.2f}×",
-        f"{summary.macs_before / summary.macs:.2f}×",
+        " ".join(map(str, group.epochs)),
+        f"{summary.parameters_before / summary.parameters:.2f}×" if summary else "",
+        f"{summary.macs_before / summary.macs:.2f}×" if summary else "",
         str(recipe.schedule.epochs),
         f"{recipe.optimizer.lr:g}",
         f"{recipe.optimizer.weight_decay:g}",
@@ -180,11 +214,12 @@ def _curves(size: str, groups: Mapping[str, Group]) -> list[Figure]:
         band = [(epoch, lowest, highest) for epoch, _, lowest, highest in group.curve]
         curve = Curve(label, means, color if group.size else None, markers=False)
         dashed = group.recipe.mode != "deeptwist"
-        curves.append(replace(curve, dashed=dashed, band=band if len(group.runs) > 1 else ()))
+        curves.append(replace(curve, dashed=dashed, band=band if len(group.epochs) > 1 else ()))
     group = next(iter(groups.values()))
     title, y = f"{size}: {group.regime}", f"{size}: test accuracy, %"
-    marks = group.recipe.schedule.milestones
-    return draw(_file_name(size, group.recipe), title, curves, x="epoch", y=y, marks=marks)
+    length = max(len(each.curve) for each in groups.values())
+    marks = [epoch for epoch in group.recipe.schedule.milestones if epoch <= length]
+    return draw(_file_name(size, group), title, curves, x="epoch", y=y, marks=marks)
 
 
 def _overview(
@@ -205,9 +240,9 @@ def _overview(
         curve = Curve(f"{method}, {label}", sorted(heights.items()), methods.index(method))
         curves.append(replace(curve, dashed=not label.startswith("DeepTwist")))
     level = ("dense, trained as long", fmean(dense[0].accuracies.values())) if dense else None
-    recipe = next(iter(by_size.values()))[0].recipe
-    title, y = f"Accuracy over the ratio: {regime}", "deployed test accuracy, %"
-    name = _file_name("ratios", recipe)
+    group = next(iter(by_size.values()))[0]
+    title, y = f"Accuracy over the ratio: {regime}", "test accuracy, %"
+    name = _file_name("ratios", group)
     return draw(name, title, curves, x=RATIO, y=y, level=level, log_x=True)
 
 
@@ -215,8 +250,8 @@ def _pixels(recipe: Recipe) -> int:
     return recipe.data.image_size or 32
 
 
-def _file_name(title: str, recipe: Recipe) -> str:
-    optimizer = recipe.optimizer
+def _file_name(title: str, group: Group) -> str:
+    recipe, optimizer = group.recipe, group.recipe.optimizer
     words = f"{title} {_pixels(recipe)}px {recipe.schedule.epochs} epochs"
-    words += f" lr{optimizer.lr:g} wd{optimizer.weight_decay:g}"
+    words += f" lr{optimizer.lr:g} wd{optimizer.weight_decay:g}{' cut' if group.ending else ''}"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower().replace("×", "x"))

@@ -4,11 +4,13 @@ A run is known by its recipe, whatever its folder is called: experiments that as
 training read the same run. Its recipe, summary, epochs and distortions are kept with the results.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from deeptwist.data import load_data
 from deeptwist.errors import DeepTwistError
@@ -44,6 +46,17 @@ def read_runs(kept: Path) -> dict[Recipe, Run]:
     """
     folders = sorted(path.parent for path in kept.glob(f"*/{SUMMARY}"))
     return {outcome_of(read_recipe(path / RECIPE)): read_run(path) for path in folders}
+
+
+def read_cut_runs(kept: Path) -> dict[Recipe, list[dict[str, Any]]]:
+    """Read the epochs of unfinished runs in a folder, by what decides their outcome."""
+    epochs = {}
+    for path in sorted(path.parent for path in kept.glob(f"*/{METRICS}")):
+        if not (path / SUMMARY).exists():
+            events = map(json.loads, (path / METRICS).read_text(encoding="utf-8").splitlines())
+            recipe = outcome_of(read_recipe(path / RECIPE))
+            epochs[recipe] = [event for event in events if event["event"] == "epoch"]
+    return epochs
 
 
 def run_name(recipe: Recipe) -> str:
