@@ -25,6 +25,8 @@ from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.moments import SecondMoment
 
 _CHUNK_NUMEL = 2**24  # patches that are laid out at once: 64 MB in fp32
+_PATCHES_PER_SIDE = 32  # of a batch, for each row of a moment: more tell hardly more
+_MIN_PATCHES = 8192
 _KEY = "deeptwist_calibration"
 
 Inputs = tuple[Tensor, ...]
@@ -75,7 +77,8 @@ def calibrate(
     """Gather the second moment of what every layer's lowered kernel multiplies.
 
     Under torch.distributed every process gives its own batches, as many as the others, and all
-    get the moments of all. The model is run in evaluation mode and left as it was.
+    get the moments of all. The model is run in evaluation mode and left as it was. Of a large
+    batch a layer sees a sample of its patches: 32 times as many as its moment has rows.
 
     Args:
         model: any network.
@@ -208,11 +211,21 @@ class _Collector:
             x = x[None]
         positions = math.prod(convolution.output_size(x.shape[2:]))
         taps = math.prod(convolution.kernel_size[convolution.dims - self.axes :])
+        side = x.shape[1] // groups * taps
+        limit = max(_MIN_PATCHES, _PATCHES_PER_SIDE * side) // len(x) + 1
+        chosen = None
+        if positions > limit:  # not always the same, and never a pattern of the image's columns
+            generator = torch.Generator().manual_seed(self.count)
+            chosen = torch.randperm(positions, generator=generator)[:limit].to(x.device)
+            positions = limit
         step = max(1, _CHUNK_NUMEL // max(1, x.shape[1] * taps * positions))
         for chunk in x.split(step):
             for slices in self._slices(chunk):
+                flat = [view.flatten(2) for view in slices]
+                if chosen is not None:
+                    flat = [view.index_select(2, chosen) for view in flat]
                 # (n, g, i·taps, positions) → (g, n·positions, i·taps)
-                patches = torch.stack(slices, dim=2).flatten(3)
+                patches = torch.stack(flat, dim=2)
                 patches = patches.reshape(len(chunk), groups, -1, patches.shape[-1])
                 self._add_patches(patches.permute(1, 0, 3, 2).flatten(1, 2))
 
