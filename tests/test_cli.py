@@ -308,3 +308,29 @@ def test_the_demo_shows_the_whole_job(tmp_path: Path) -> None:
     assert results["verify"]["accuracy"] > 0.9
     assert done.stdout.index("5.31× fewer") < done.stdout.index("deeptwist compress torchvision/")
     assert (tmp_path / "small" / "report.html").is_file()
+
+
+def test_training_free_compression_is_one_command(tmp_path: Path, weights: Path) -> None:
+    network = ["resnet20", "--weights", weights, "--input", "1x8x8"]
+    data = ["--calibrate", "digits", "--calibration-images", 256]
+    methods = ["--decomposition", "spatial-svd", "tucker", "--macs", 2, "--ratio", 1.5]
+    planned = run("plan", *network, *methods, *data, "--json")
+    small = tmp_path / "small"
+    done = run("decompose", *network, *methods, *data, "--recalibrate", "--out", small, "--json")
+    assert (planned.returncode, done.returncode) == (0, 0), (planned, done)
+    plan, told = Plan.from_json(planned.stdout), json.loads(done.stdout)
+    assert (told["macs"], told["parameters"]) == (plan.macs, plan.parameters)
+    assert {x.decomposition.method for x in plan.compressed} <= {"spatial_svd", "tucker", "svd"}
+    plain = run("plan", *network, *methods, "--json")
+    assert Plan.from_json(plain.stdout) != plan
+    loaded = dt.load(small, model=lambda: build_model("resnet20", in_channels=1))
+    assert not torch.equal(loaded.state_dict()["bn1.running_mean"], torch.zeros(16))
+    assert "give --calibrate" in refused(
+        "decompose", *network, "--ratio", 2, "--recalibrate", "--out", small
+    )
+
+
+def test_what_no_decomposition_takes_is_refused() -> None:
+    several = ["plan", "resnet20", "--macs", "2", "--decomposition", "spatial-svd", "tiled-svd"]
+    assert run(*several, "--tile", "16x72").returncode == 0
+    assert "fraction" in refused(*several, "--fraction", "0.5")

@@ -65,7 +65,7 @@ def test_the_paper_s_schedules() -> None:
     assert imagenet.schedule == ScheduleRecipe(
         epochs=80, kind="step", milestones=(20, 50), factor=0.1
     )
-    assert imagenet.compression.method == TiledSVD(tile=(64, 64), rank=10)
+    assert imagenet.compression.methods == (TiledSVD(tile=(64, 64), rank=10),)
     assert (imagenet.optimizer.lr, imagenet.compression.min_in_channels) == (0.01, 128)
 
 

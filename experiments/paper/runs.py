@@ -65,7 +65,7 @@ def run_name(recipe: Recipe) -> str:
     sizes = {"ratio": compression.ratio, "rank": compression.rank, "rc": compression.fraction}
     words = [Path(recipe.model).name, recipe.mode]
     if mode.compresses:
-        words.append(compression.decomposition.replace("_", "-"))
+        words += [name.replace("_", "-") for name in compression.decomposition]
         words += ["x".join(map(str, compression.tile))] if compression.tile else []
         words += [f"{name}{size}" for name, size in sizes.items() if size is not None]
     words += [f"every{recipe.interval}"] if mode.at_intervals else []

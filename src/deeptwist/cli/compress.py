@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from deeptwist.cli.console import progress_bar
 from deeptwist.cli.options import CompressOptions
 from deeptwist.cli.stages import Stages
 from deeptwist.compress import RATIOS, largest_ratio
-from deeptwist.data import ImageData, Split, batches, load_data
+from deeptwist.data import ImageData, Split, load_data
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.export import export_onnx
@@ -32,7 +31,7 @@ from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report
 from deeptwist.serialization import WEIGHTS, load, write_text
-from deeptwist.training.evaluation import evaluate, preprocess
+from deeptwist.training.evaluation import evaluate, preprocess, training_inputs
 from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, read_run
 from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe
@@ -40,7 +39,6 @@ from deeptwist.training.run import TrainingRun, build_run, train
 
 RECORD = "compress.json"
 _CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
-_BATCH = 128  # training images at once, to calibrate on
 _INT8 = 512  # training images that activations' ranges are taken from
 _SEARCHED = 2000  # images at most that a ratio is searched on
 
@@ -97,10 +95,7 @@ class Job:
 
     def training_inputs(self, count: int) -> Iterator[Tensor]:
         """Yield so many training images, the same ones every time."""
-        shuffle = torch.Generator().manual_seed(0)
-        size = min(count, _BATCH)
-        chosen = islice(batches(self.data.train, size, generator=shuffle), -(-count // size))
-        return (preprocess(images, self.model, self.data) for images, _ in chosen)
+        return training_inputs(self.data, self.model, count)
 
     def make_plan(self, ratio: float | None = None) -> Plan:
         """Plan with the recipe's choices, at another ratio where one is given."""

@@ -10,8 +10,10 @@ from typing import Literal
 
 from deeptwist.cli.console import progress_bar, writing
 from deeptwist.cli.options import (
+    NO_CALIBRATION,
     AsJson,
     BenchmarkOptions,
+    CalibrationOptions,
     Model,
     NetworkOptions,
     PlanOptions,
@@ -29,6 +31,7 @@ def plan(
     *,
     network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
+    calibration: CalibrationOptions = NO_CALIBRATION,
     out: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,6 +40,8 @@ def plan(
     ```
     deeptwist plan resnet32 --weights resnet32.safetensors --ratio 4 --skip-first-conv
     deeptwist plan torchvision/resnet34 --decomposition spatial-svd --ratio 4 --min-in-channels 128
+    deeptwist plan resnet32 --weights r32.safetensors --decomposition spatial-svd tucker --macs 3
+      --calibrate cifar10
     ```
 
     Args:
@@ -44,8 +49,9 @@ def plan(
     """
     from deeptwist.serialization import write_text
 
-    dense = network.build(model)
-    planned = (options or CompressionRecipe()).make_plan(dense, network.example_input(model))
+    dense, example = network.build(model), network.example_input(model)
+    moments = calibration.moments(dense, calibration.inputs(dense, example))
+    planned = (options or CompressionRecipe()).make_plan(dense, example, calibration=moments)
     if out is not None:
         with writing(out):
             write_text(out, planned.to_json())
@@ -58,20 +64,27 @@ def decompose(
     out: Path,
     network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
+    calibration: CalibrationOptions = NO_CALIBRATION,
+    recalibrate: bool = False,
     as_json: AsJson = False,
 ) -> None:
     """Decompose a network as it is, without training, and save it.
 
     ```
     deeptwist decompose resnet32 --weights resnet32.safetensors --ratio 2 --out small/
+    deeptwist decompose resnet32 --weights r32.safetensors --decomposition spatial-svd --macs 2
+      --calibrate cifar10 --recalibrate --out small/
     ```
 
     Args:
         out: Folder for config.json and model.safetensors.
+        recalibrate: Take batch norm's statistics anew on the images of --calibrate.
     """
     from deeptwist.serialization import WEIGHTS, save
 
-    _, small, planned = small_network(model, network, options, None)
+    _, small, planned = small_network(
+        model, network, options, None, calibration, recalibrate=recalibrate
+    )
     size = (save(small, out, base_model=model) / WEIGHTS).stat().st_size
     if as_json:
         result = {

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deeptwist.benchmark.networks import Setting
+    from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
 
 Model = Annotated[
@@ -72,16 +73,67 @@ class NetworkOptions:
             raise DeepTwistError(f"no memory for an input of {size} numbers") from error
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Images that ranks and factors are chosen on.
+
+    Attributes:
+        calibrate: Data set whose training images' outputs the layers are to keep: digits, cifar10,
+            or a folder with train/ of class folders.
+        calibration_images: How many of them.
+    """
+
+    calibrate: str | None = None
+    calibration_images: int = 1024
+
+    def inputs(self, model: "nn.Module", example: "Tensor") -> "list[Tensor]":
+        """Return the images in batches, of the example's size; none where there is no data set."""
+        from deeptwist.data import load_data
+        from deeptwist.training.evaluation import training_inputs
+
+        if self.calibrate is None:
+            return []
+        check_int("calibration_images", self.calibration_images)
+        size = None if self.calibrate in ("digits", "cifar10") else example.shape[-1]
+        data = load_data(self.calibrate, image_size=size)
+        return [*training_inputs(data, model, self.calibration_images)]
+
+    def moments(self, model: "nn.Module", inputs: "list[Tensor]") -> "Calibration | None":
+        """Return the calibration on what `inputs` returned; `None` where that is none."""
+        from deeptwist.plan.calibration import calibrate
+
+        return calibrate(model, inputs) if inputs else None
+
+
+NO_CALIBRATION = CalibrationOptions()
+
+
 def small_network(
-    model: str, network: NetworkOptions, options: CompressionRecipe | None, artefact: Path | None
+    model: str,
+    network: NetworkOptions,
+    options: CompressionRecipe | None,
+    artefact: Path | None,
+    calibration: CalibrationOptions = NO_CALIBRATION,
+    *,
+    recalibrate: bool = False,
 ) -> "tuple[nn.Module, nn.Module, Plan]":
     """Return a network dense and decomposed, as saved or as planned here, with the plan.
+
+    Args:
+        model: the network's name.
+        network: see `NetworkOptions`.
+        options: of a plan.
+        artefact: a folder with a decomposed network.
+        calibration: images to choose ranks and factors on.
+        recalibrate: take batch norm's statistics anew on them.
 
     Raises:
         DeepTwistError: if both an artefact and options of a plan are given, or the plan
             compresses no layer.
     """
     from deeptwist.decompose import decompose
+    from deeptwist.plan.calibration import recalibrate_batch_norm
     from deeptwist.plan.planner import plan_from_model
     from deeptwist.serialization import load
 
@@ -93,10 +145,15 @@ def small_network(
     if artefact is not None:
         small = load(artefact, model=network.build(model))
         return dense, small, plan_from_model(small, dense, example)
-    plan = (options or CompressionRecipe()).make_plan(dense, example)
+    inputs = calibration.inputs(dense, example)
+    if recalibrate and not inputs:
+        raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
+    moments = calibration.moments(dense, inputs)
+    plan = (options or CompressionRecipe()).make_plan(dense, example, calibration=moments)
     if not plan.compressed:
         raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
-    return dense, decompose(dense, plan), plan
+    small = decompose(dense, plan, calibration=moments)
+    return dense, recalibrate_batch_norm(small, inputs) if recalibrate else small, plan
 
 
 @Parameter(name="*")

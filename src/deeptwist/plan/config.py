@@ -1,7 +1,7 @@
 """The options of a plan as plain values: what recipes and the command line read and pass on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from deeptwist.errors import DeepTwistError, check_int
@@ -20,7 +20,8 @@ class CompressionConfig:
     """Which layers are compressed, and how: `deeptwist.plan`'s arguments without tensors or code.
 
     Attributes:
-        decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp.
+        decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp; of several,
+            each layer takes the one that loses least for its cost.
         ratio: Dense ÷ factored weights that every compressed layer keeps at least.
         macs: Dense ÷ factored MACs that the layers to compress keep together: a budget.
         allocation: uniform: the ratio for every layer; budget: ranks that lose least together.
@@ -39,7 +40,7 @@ class CompressionConfig:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (what pydantic looks for)
 
-    decomposition: str = "tiled_svd"
+    decomposition: tuple[str, ...] = ("tiled_svd",)
     ratio: float | None = None
     macs: float | None = None
     allocation: Literal["uniform", "budget"] | None = None
@@ -56,24 +57,45 @@ class CompressionConfig:
     tune: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.decomposition, str):  # one name, as in most recipes
+            object.__setattr__(self, "decomposition", (self.decomposition,))
         check_int("min_in_channels", self.min_in_channels)
         check_int("rank_multiple", self.rank_multiple)
         if self.min_speedup is not None and not self.min_speedup > 0:
             raise DeepTwistError(f"min_speedup {self.min_speedup} is not above 0")
 
     @property
-    def method(self) -> "Decomposition":
-        """Return the decomposition that `decomposition`, `rank`, `fraction` and `tile` name.
+    def methods(self) -> "tuple[Decomposition, ...]":
+        """Return the decompositions, with the options `rank`, `fraction` and `tile` that they take.
 
         Raises:
-            DeepTwistError: if there is no such method, or it does not take an option or its value.
+            DeepTwistError: if there is no such method, or none takes an option, or its value.
         """
-        from deeptwist.decompositions import from_dict
+        from deeptwist.decompositions import METHODS, from_dict
 
-        options = {"rank": self.rank, "fraction": self.fraction, "tile": self.tile}
-        values = {name: value for name, value in options.items() if value is not None}
-        name = self.decomposition.replace("-", "_")  # the command line writes tiled-svd
-        return from_dict({"method": name, **values})
+        names = [name.replace("-", "_") for name in self.decomposition]  # tiled-svd on the CLI
+        values = {"rank": self.rank, "fraction": self.fraction, "tile": self.tile}
+        options = {key: value for key, value in values.items() if value is not None}
+        taken = {name: _options_of(METHODS[name]) for name in names if name in METHODS}
+        return tuple(
+            from_dict(
+                {
+                    "method": name,
+                    # What another of them takes is left out; what none takes is an error.
+                    **{
+                        key: value
+                        for key, value in options.items()
+                        if key in taken.get(name, ()) or not any(key in x for x in taken.values())
+                    },
+                }
+            )
+            for name in names
+        )
+
+    @property
+    def label(self) -> str:
+        """Return what tables call it."""
+        return " or ".join(map(str, self.methods))
 
     def make_plan(
         self,
@@ -87,7 +109,7 @@ class CompressionConfig:
 
         return plan(
             model,
-            self.method,
+            self.methods,
             example_input=example_input,
             ratio=self.ratio,
             macs=self.macs,
@@ -103,3 +125,7 @@ class CompressionConfig:
             tune=self.tune,
             calibration=calibration,
         )
+
+
+def _options_of(method: "type[Decomposition]") -> tuple[str, ...]:
+    return tuple(field.name for field in fields(method))

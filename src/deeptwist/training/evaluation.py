@@ -1,6 +1,7 @@
 """Accuracy and loss on a split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,19 @@ def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
     first = next(model.parameters())
     x = normalize(images.to(first.device), data.mean, data.std)
     return x.to(first.dtype, memory_format=torch.channels_last)
+
+
+def training_inputs(data: ImageData, model: nn.Module, count: int) -> Iterator[Tensor]:
+    """Yield batches of so many training images, not augmented, the same ones every time.
+
+    Args:
+        data: whose training split is read.
+        model: see `preprocess`.
+        count: images, rounded up to whole batches of up to 128.
+    """
+    shuffle, size = torch.Generator().manual_seed(0), min(count, 128)
+    chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
+    return (preprocess(images, model, data) for images, _ in chosen)
 
 
 def logits_of(output: object) -> Tensor:

@@ -151,6 +151,8 @@ class CompressionRecipe(CompressionConfig):
     """Which layers are compressed, and how; or a file that says so.
 
     Attributes:
+        decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp; of several,
+            each layer takes the one that loses least for its cost.
         rank: An explicit rank instead: 8, or 24x24 for Tucker.
         skip_first_conv: Keep the convolution that runs first.
         linear: Whether linear layers are compressed too.
@@ -159,6 +161,11 @@ class CompressionRecipe(CompressionConfig):
         plan: A plan that 'deeptwist plan --out' wrote, instead of all these choices.
     """
 
+    decomposition: Annotated[
+        tuple[str, ...],
+        BeforeValidator(lambda names: (names,) if isinstance(names, str) else names),
+        Parameter(consume_multiple=True),
+    ] = ("tiled_svd",)
     rank: Annotated[
         PositiveInt | tuple[PositiveInt, PositiveInt] | None,
         BeforeValidator(_sizes),
@@ -180,7 +187,7 @@ class CompressionRecipe(CompressionConfig):
     @property
     def label(self) -> str:
         """Return what tables call it."""
-        return str(self.method) if self.plan is None else f"plan {self.plan}"
+        return super().label if self.plan is None else f"plan {self.plan}"
 
     def make_plan(
         self,

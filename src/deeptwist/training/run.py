@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare
 from deeptwist.benchmark.environment import describe_machine
-from deeptwist.data import ImageData, Split, batches
+from deeptwist.data import ImageData, Split
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
 from deeptwist.models import build_model, load_weights
@@ -25,7 +24,7 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
-from deeptwist.training.evaluation import evaluate, preprocess
+from deeptwist.training.evaluation import evaluate, preprocess, training_inputs
 from deeptwist.training.loop import Trainer, steps_per_epoch
 from deeptwist.training.metrics import (
     ARTEFACT,
@@ -285,13 +284,10 @@ def _decompose_and_freeze(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
     """Return the calibration on so many training images of a shuffle that is always the same."""
-    shuffle = torch.Generator().manual_seed(0)
-    size = min(count, 128)
-    chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
     device = next(model.parameters()).device
     if torch.cuda.is_available():  # where it takes seconds, not minutes
         model.to("cuda")
-    calibration = calibrate(model, (preprocess(images, model, data) for images, _ in chosen))
+    calibration = calibrate(model, training_inputs(data, model, count))
     model.to(device)
     moments = calibration.moments.items()
     return Calibration({name: replace(m, values=m.values.to(device)) for name, m in moments})
