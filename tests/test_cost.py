@@ -3,10 +3,11 @@
 import pytest
 import torch
 from cases import METHODS, at
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
+from deeptwist.decompose import with_implementation
 from deeptwist.layers.cost import MEGA, macs, paper_flops
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import IM2COL
@@ -67,8 +68,9 @@ def test_paper_flops_by_hand() -> None:
     assert paper_flops(work) == (2 * 54 - 1) * 10 * 56 + (2 * 9 - 1) * 4
 
 
+@pytest.mark.parametrize("reference", [False, True], ids=["chosen form", "im2col"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
+def test_a_whole_models_macs_and_parameters_are_the_models(name: str, reference: bool) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False),
         nn.BatchNorm2d(16),
@@ -76,21 +78,41 @@ def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
         nn.Flatten(2),
         nn.Linear(36, 20),
         nn.Conv1d(24, 12, 3, padding="same"),
+        nn.ConvTranspose1d(12, 20, 3, stride=2),
     )
     x = torch.randn(3, 3, 16, 16)
     made = plan(model, METHODS[name], ratio=1.5, example_input=x)
     assert made.compressed
-    # The reference form; 'windows' multiplies by zeros besides.
-    has_it = any(IM2COL in layer.implementations for layer in made.compressed)
-    small = decompose(model, made, implementation=IM2COL if has_it else None)
+    if reference and any(IM2COL in layer.implementations for layer in made.compressed):
+        made = with_implementation(made, IM2COL)
     for network, counted, parameters in (
         (model, made.dense_macs, made.dense_parameters),
-        (small, made.macs, made.parameters),
+        (decompose(model, made), made.macs, made.parameters),
     ):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(x)
-        assert counter.get_total_flops() == 2 * len(x) * counted
+        assert counted_macs(network, x) == len(x) * counted
         assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+def counted_macs(network: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape", "tile"),
+    [
+        (nn.Conv3d(32, 32, 3), (1, 32, 6, 9, 9), (16, 16)),
+        (nn.Conv2d(64, 64, 7, padding=3), (1, 64, 9, 9), (64, 64)),
+    ],
+    ids=["3-D", "7x7"],
+)
+def test_raw_tiles_whose_zeros_cost_more_than_the_dense_layer_take_another_form(
+    conv: nn.Module, shape: tuple[int, ...], tile: tuple[int, int]
+) -> None:
+    model, x = nn.Sequential(conv), torch.randn(shape)
+    made = plan(model, TiledSVD(tile=tile), ratio=1.5, example_input=x)
+    assert counted_macs(decompose(model, made), x) == made.macs < made.dense_macs
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 16), (7, 3, 16, 16)])
@@ -108,4 +130,4 @@ def test_a_factored_layer_counts_what_its_decomposition_says() -> None:
     edge = max(1, rank * 16 * 16 * (16 + 64) // (16 * 64 * (16 + 16)))
     expected = blocks * rank * (16 + 64) + 2 * edge * (16 + 16)
     assert method.weight_numel(convolution) == expected
-    assert method.macs(convolution, (8, 8)) == expected * windows
+    assert macs(method.workload(convolution, (8, 8), IM2COL)) == expected * windows

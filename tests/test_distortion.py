@@ -328,6 +328,18 @@ def test_outputs_are_compared_whatever_holds_them(pack: Callable[[Tensor], objec
     assert 0 < twist.output_difference < 1e-5  # 0 would be luck, or nothing compared
 
 
+def test_outputs_that_are_zero_prove_nothing_and_layers_are_compared() -> None:
+    """As a vision transformer's, whose head is zero until it is trained."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    made = plan(model, SVD(), ratio=1.2, exclude="1", example_input=torch.randn(2, 8))
+    twist = DeepTwist(model, made, 1)
+    twist.finish()
+    assert twist.output_difference is not None
+    assert 0 < twist.output_difference < 1e-5
+
+
 def test_integer_inputs_are_compared_too() -> None:
     model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16))
     tokens = torch.randint(20, (2, 5))

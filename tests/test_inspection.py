@@ -329,6 +329,35 @@ def test_buffers_that_count_calls_are_put_back() -> None:
     assert model.calls == 0
 
 
+def test_hooks_that_the_first_run_registers_are_taken_back() -> None:
+    """As transformers does to capture outputs: a flag left out would register them twice."""
+
+    class Captures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([conv(), conv()])
+            self.captured: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "is_prepared"):
+                self.is_prepared = True
+                for layer in self.layers:
+                    layer.register_forward_hook(lambda _, __, y: self.captured.append(y))
+            self.captured.clear()
+            for layer in self.layers:
+                x = layer(x)
+            return torch.stack(self.captured).sum() + 0 * x
+
+    model = Captures()
+    expected = model(X)
+    model = Captures()
+    plan_of(model)
+    plan_of(model)
+    assert not model.layers[0]._forward_hooks
+    assert model(X).shape == expected.shape
+    assert len(model.captured) == 2
+
+
 def test_the_mode_comes_back_even_after_an_error() -> None:
     model = nn.Sequential(conv(), nn.Dropout()).train()
     model[1].eval()

@@ -230,9 +230,18 @@ class Decomposition(ABC):
         return sum(part.weight_numel for stage in self.convolutions(convolution) for part in stage)
 
     def workload(
-        self, convolution: ConvGeometry, input_size: Sequence[int]
+        self,
+        convolution: ConvGeometry,
+        input_size: Sequence[int],
+        implementation: str | None = None,
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
-        """Return every convolution of the factored layer with the spatial size that it is given."""
+        """Return every convolution of the factored layer with the spatial size that it is given.
+
+        Args:
+            convolution: the geometry of the layer that it stands in for.
+            input_size: that layer's spatial input size.
+            implementation: one of `implementations`; the first if not given.
+        """
         size, work = tuple(input_size), []
         for stage in self.convolutions(convolution):
             work += [(part, size) for part in stage]

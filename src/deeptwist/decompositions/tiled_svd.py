@@ -22,7 +22,7 @@ from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 from deeptwist.layers.lowering import Grid, Segment, lower, unlower
 from deeptwist.layers.moments import SecondMoment
-from deeptwist.layers.tiled import TiledLayerBuilder
+from deeptwist.layers.tiled import WINDOWS, TiledLayerBuilder
 
 _CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 
@@ -91,9 +91,13 @@ class TiledSVD(MatrixDecomposition):
         return self._builder(convolution).convolutions
 
     def workload(  # noqa: D102
-        self, convolution: ConvGeometry, input_size: Sequence[int]
+        self,
+        convolution: ConvGeometry,
+        input_size: Sequence[int],
+        implementation: str | None = None,
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
-        if convolution.dims == 0 and self._builder(convolution).dims == 1:
+        builder = self._builder(convolution)
+        if convolution.dims == 0 and builder.dims == 1:
             input_size = (math.prod(input_size),)
         if self.is_aligned(convolution):
             return super().workload(convolution, input_size)
@@ -101,7 +105,9 @@ class TiledSVD(MatrixDecomposition):
         # transposed, each input position is one.
         output_size = convolution.output_size(input_size)
         windows = tuple(input_size) if convolution.transposed else output_size
-        into, out = self.convolutions(convolution)
+        into, out = builder.convolutions
+        if (implementation or builder.implementations[0]) == WINDOWS:
+            into, windows = builder.window_convolutions, tuple(input_size)
         return [(part, windows) for part in into] + [(part, output_size) for part in out]
 
     def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:  # noqa: D102

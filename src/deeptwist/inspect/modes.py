@@ -1,5 +1,6 @@
 """How a network is run for a look at it: in evaluation mode, uncompiled, and left as it was."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import ModuleType
@@ -72,8 +73,12 @@ def undisturbed(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Iterator[N
     Buffers, the modules' attributes and modes, and the random number generators are put back;
     random numbers are the same every time.
     """
-    # Outputs that a module keeps for a loss belong to the caller's run, not to this one.
+    # Outputs that a module keeps for a loss belong to the caller's run, not to this one; so do
+    # hooks that it registers on its first run, in dictionaries of its own.
     attributes = [(module, dict(vars(module))) for module in model.modules()]
+    dictionaries = [
+        (value, dict(value)) for _, own in attributes for value in own.values() if _is_dict(value)
+    ]
     # An expanded buffer cannot be written to.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if 0 not in buffer.stride()]
     gpus = {x.device for x in (*inputs, *model.parameters()) if x.is_cuda}
@@ -90,6 +95,13 @@ def undisturbed(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Iterator[N
             for module, own in attributes:
                 vars(module).clear()
                 vars(module).update(own)
+            for dictionary, entries in dictionaries:
+                dictionary.clear()
+                dictionary.update(entries)
+
+
+def _is_dict(value: object) -> bool:
+    return type(value) in (dict, OrderedDict)
 
 
 def _uncompiled() -> "ExitStack | nullcontext[None]":

@@ -70,7 +70,8 @@ class TiledLayerBuilder:
         """Every form that is exact for this layer, the one that should be fastest first.
 
         The rule, per output position: the first round costs its MACs, zero taps included, and
-        `_MACS_PER_NUMBER` for every number that it gathers.
+        `_MACS_PER_NUMBER` for every number that it gathers. What does more MACs than the dense
+        layer comes last.
         """
         conv = self.convolution
         if conv.kernel_numel == 1:
@@ -79,15 +80,23 @@ class TiledLayerBuilder:
             return (GROUPED,) if self.aligned else (WINDOWS,)
         if self.aligned:
             return GROUPED, IM2COL
-        into, _ = self.convolutions
-        macs = sum(part.weight_numel for part in into)
-        padded = [self._over_windows(column) for column in range(len(into))]
-        gathered = sum(part.in_channels for part in padded) * math.prod(conv.stride)
-        cost = {
-            WINDOWS: sum(p.weight_numel for p in padded) + _MACS_PER_NUMBER * gathered,
-            IM2COL: macs + _MACS_PER_NUMBER * conv.in_channels * conv.kernel_numel,
+        into, out = self.convolutions
+        padded = self.window_convolutions
+        macs = {
+            WINDOWS: sum(part.weight_numel for part in padded),
+            IM2COL: sum(part.weight_numel for part in into),
         }
-        return tuple(sorted(cost, key=lambda name: cost[name]))
+        gathered = {
+            WINDOWS: sum(part.in_channels for part in padded) * math.prod(conv.stride),
+            IM2COL: conv.in_channels * conv.kernel_numel,
+        }
+        second_round = sum(part.weight_numel for part in out)
+
+        def cost(name: str) -> tuple[bool, int]:
+            is_slower = macs[name] + second_round >= conv.weight_numel
+            return is_slower, macs[name] + _MACS_PER_NUMBER * gathered[name]
+
+        return tuple(sorted(macs, key=cost))
 
     def make_modules(
         self, kernels: Sequence[Tensor], bias: Tensor | None, implementation: str
@@ -123,8 +132,10 @@ class TiledLayerBuilder:
             windows = [self._windows(column) for column in range(len(into))]
             order = [window.order(self.convolution.groups) for window in windows]
             return torch.cat(order), [
-                window_convolution(self._over_windows(column), windows[column], kernel)
-                for column, kernel in enumerate(kernels)
+                window_convolution(convolution, window, kernel)
+                for convolution, window, kernel in zip(
+                    self.window_convolutions, windows, kernels, strict=True
+                )
             ]
         if implementation == IM2COL:
             into = tuple(self._over_columns(part) for part in into)
@@ -143,13 +154,18 @@ class TiledLayerBuilder:
         taps = self.convolution.kernel_numel
         return ChannelWindows(self.grid.cols[column], taps, self.grid.shape[1] // taps)
 
-    def _over_windows(self, column: int) -> ConvGeometry:
-        part, windows = self.convolutions[0][column], self._windows(column)
-        return self.convolution.restricted_to(
-            range(self.convolution.dims),
-            part.groups * windows.width,
-            part.out_channels,
-            part.groups,
+    @property
+    def window_convolutions(self) -> ParallelConvs:
+        """The convolutions of tile columns over the channels that they touch."""
+        conv = self.convolution
+        return tuple(
+            conv.restricted_to(
+                range(conv.dims),
+                part.groups * self._windows(column).width,
+                part.out_channels,
+                part.groups,
+            )
+            for column, part in enumerate(self.convolutions[0])
         )
 
     def _over_columns(self, part: ConvGeometry) -> ConvGeometry:

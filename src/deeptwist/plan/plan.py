@@ -10,6 +10,7 @@ import torch
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.layers import cost
+from deeptwist.layers.tiled import IM2COL
 from deeptwist.plan.planned_layer import (
     CompressedLayer,
     KeptLayer,
@@ -88,7 +89,11 @@ class Plan:
 
     def paper_flops(self, *, factored: bool) -> int:
         """Return the compressed layers' FLOPs of one example, as the paper's Table 2 counts."""
-        return self._per_example(self.compressed, cost.paper_flops, factored=factored)
+        layers = [  # in the paper's form: others multiply by zeros besides
+            replace(layer, implementation=IM2COL) if IM2COL in layer.implementations else layer
+            for layer in self.compressed
+        ]
+        return self._per_example(layers, cost.paper_flops, factored=factored)
 
     def layer_macs(self, layer: PlannedLayer, *, factored: bool) -> int:
         """Return the MACs of one example through one layer."""
@@ -172,11 +177,11 @@ class Plan:
             for layer in self.layers
         ]
         parameters = self.dense_parameters, self.parameters
-        total = total_row(parameters, (self.dense_macs, self.macs), self._network_speedup())
+        total = total_row(parameters, (self.dense_macs, self.macs), self.network_speedup())
         return format_table(rows, total, kept_lines(self.kept, parameters[0]))
 
-    def _network_speedup(self) -> float | None:
-        """Dense ÷ decomposed MACs of the whole network, what is no layer included."""
+    def network_speedup(self) -> float | None:
+        """Return dense ÷ decomposed MACs of the whole network; `None` if torch cannot count them."""
         if not self.network_macs:
             return None
         dense = max(self.network_macs // self.examples, self.dense_macs)

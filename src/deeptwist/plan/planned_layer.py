@@ -85,7 +85,9 @@ class CompressedLayer:
         return [
             (part, size, call.count)
             for call in self.calls
-            for part, size in self.decomposition.workload(self.convolution, call.size)
+            for part, size in self.decomposition.workload(
+                self.convolution, call.size, self.implementation
+            )
         ]
 
     def to_dict(self) -> dict[str, Any]:
