@@ -1,8 +1,8 @@
 """Other libraries' networks from the plan to ONNX, each in a process of its own; resumable.
 
-    python benchmarks/sweep.py                    # measures what results/sweep.jsonl lacks
-    python benchmarks/sweep.py timm/resnet18      # this network, printed
-    python benchmarks/sweep.py --table            # writes the table of docs/networks.md
+python benchmarks/sweep.py                    # measures what results/sweep.jsonl lacks
+python benchmarks/sweep.py timm/resnet18      # this network, printed
+python benchmarks/sweep.py --table            # writes the table of docs/networks.md
 """
 
 import argparse
@@ -29,68 +29,20 @@ SECONDS = 240  # for one network
 Inputs = tuple[Tensor, ...]
 Made = tuple[Callable[[], nn.Module], Inputs]
 
-# One small network of every family of timm's, and of torchvision's; a size where 96 is not taken.
-TIMM = """
-beit_base_patch16_224 botnet26t_256 lambda_resnet26t gernet_s repvgg_a0 cait_xxs24_224 coat_lite_tiny
-convit_tiny convmixer_768_32 convnext_atto cpubone_nano crossvit_9_240 csatv2 cspresnet50
-cs3darknet_s cspnext_tiny davit_tiny deit_tiny_patch16_224 deit_tiny_distilled_patch16_224
-densenet121 dla46_c dla60_res2net dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0
-mnasnet_050 semnasnet_075 mobilenetv1_100 mobilenetv2_050 efficientnet_b0 tf_efficientnet_b0
-tf_efficientnet_lite0 efficientnetv2_rw_t mixnet_s tf_mixnet_s fbnetc_100 spnasnet_100 tinynet_e
-mobilenetv4_conv_small mobilenetv4_hybrid_medium efficientvim_m1 efficientvit_b0 efficientvit_m0
-eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050
-ghostnetv2_100 ghostnetv3_050 hardcorenas_a hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny
-hrnet_w18_small iformer_t inception_next_atto inception_v3 lcnet_050 lcnetv2_small levit_128s
-levit_conv_128s lowformer_b0 mambaout_femto coatnet_pico_rw_224 maxvit_rmlp_pico_rw_256
-poolformer_s12 convformer_s18 caformer_s18 mixer_s32_224 gmlp_ti16_224 resmlp_12_224
-mobilenetv3_small_050 mobilenetv3_large_100 mobilevit_xxs mobilevitv2_050 mvitv2_tiny nest_tiny_jx
-nextvit_small nf_regnet_b0 nf_resnet26 eca_nfnet_l0 pit_ti_224 pvt_v2_b0 rdnet_tiny regnetx_002
-regnety_002 regnetz_b16 repghostnet_050 repvit_m0_9 resnest14d resnet10t resnet18 resnet26
-seresnet18 resnext50_32x4d ecaresnet26t resnetv2_50x1_bit resnetv2_18 rexnet_100 selecsls42
-legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
-swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_ns_224 tiny_vit_5m_224
-tnt_s_patch16_224 tresnet_m twins_svt_small visformer_tiny vit_tiny_patch16_224
-vit_relpos_small_patch16_224 vit_tiny_r_s16_p8_224 vit_small_resnet26d_224 vitamin_small_224
-volo_d1_224 ese_vovnet19b_slim_dw xception41 xcit_nano_12_p16_224
-""".split()
-TORCHVISION = """
-convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet maxvit_t mnasnet0_5
-mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d
-shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vit_b_32 deeplabv3_mobilenet_v3_large
-fcn_resnet50 lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn fcos_resnet50_fpn
-maskrcnn_resnet50_fpn retinanet_resnet50_fpn ssd300_vgg16 ssdlite320_mobilenet_v3_large mc3_18
-r2plus1d_18 r3d_18 s3d mvit_v1_b swin3d_t raft_small raft_large
-""".split()
-SIZES = {"maxvit_t": 224, "vit_b_32": 224, "inception_v3": 299, "raft_small": 128, "raft_large": 128}
-VIDEO = {"mc3_18": 112, "r2plus1d_18": 64, "r3d_18": 64, "s3d": 224, "mvit_v1_b": 224, "swin3d_t": 64}
-SMP = """
-Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus UPerNet Segformer DPT
-""".split()
-DIFFUSERS = """
-UNet1DModel UNet2DModel UNet2DConditionModel UNet3DConditionModel AutoencoderKL AutoencoderTiny
-AsymmetricAutoencoderKL VQModel AutoencoderDC AutoencoderOobleck AutoencoderKLTemporalDecoder
-AutoencoderKLCogVideoX
-""".split()
-# The class, and options of its configuration beside `_SMALL`.
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    name: {}
-    for name in """
-    BeitForImageClassification BitForImageClassification CLIPVisionModel SiglipVisionModel
-    ConvNextForImageClassification ConvNextV2ForImageClassification CvtForImageClassification
-    DeiTForImageClassification Dinov2ForImageClassification FocalNetForImageClassification
-    EfficientNetForImageClassification HieraForImageClassification LevitForImageClassification
-    MobileNetV1ForImageClassification MobileNetV2ForImageClassification SamVisionModel
-    MobileViTForImageClassification MobileViTV2ForImageClassification
-    PoolFormerForImageClassification PvtForImageClassification RegNetForImageClassification
-    ResNetForImageClassification SegformerForSemanticSegmentation SwiftFormerForImageClassification
-    SwinForImageClassification Swinv2ForImageClassification ViTForImageClassification
-    ViTMSNForImageClassification YolosForObjectDetection DPTForDepthEstimation
-    GLPNForDepthEstimation DepthAnythingForDepthEstimation TimesformerForVideoClassification
-    VideoMAEForVideoClassification VivitForVideoClassification Swin2SRForImageSuperResolution
-    UperNetForSemanticSegmentation MaskFormerForInstanceSegmentation BlipVisionModel
-    Mask2FormerForUniversalSegmentation RTDetrForObjectDetection DetrForObjectDetection
-    ConditionalDetrForObjectDetection DeformableDetrForObjectDetection ImageGPTForImageClassification
-    """.split()
+SIZES = {  # where 96 is not taken
+    "maxvit_t": 224,
+    "vit_b_32": 224,
+    "inception_v3": 299,
+    "raft_small": 128,
+    "raft_large": 128,
+}
+VIDEO = {
+    "mc3_18": 112,
+    "r2plus1d_18": 64,
+    "r3d_18": 64,
+    "s3d": 224,
+    "mvit_v1_b": 224,
+    "swin3d_t": 64,
 }
 _SMALL = {
     **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer"), 2),
@@ -99,15 +51,8 @@ _SMALL = {
 
 
 def names() -> list[str]:
-    """Return all networks, those of small and large libraries in turn."""
-    lists = {
-        "timm": TIMM,
-        "torchvision": TORCHVISION,
-        "segmentation_models_pytorch": SMP,
-        "diffusers": DIFFUSERS,
-        "transformers": list(TRANSFORMERS),
-    }
-    return [f"{library}/{name}" for library, names in lists.items() for name in names]
+    """Return all networks: a small one of every family."""
+    return (ROOT / "benchmarks" / "sweep.txt").read_text().split()
 
 
 def build(network: str) -> Made:
@@ -153,7 +98,7 @@ def _smp(name: str) -> Made:
     import segmentation_models_pytorch as smp
 
     kind = getattr(smp, name)
-    return lambda: kind("resnet18", encoder_weights=None), (torch.randn(1, 3, 64, 64),)
+    return lambda: kind("resnet18", encoder_weights=None), (torch.randn(1, 3, 128, 128),)
 
 
 def _diffusers(name: str) -> Made:
@@ -171,10 +116,17 @@ def _diffusers(name: str) -> Made:
     }
     options: dict[str, tuple[dict[str, Any], Inputs]] = {
         "UNet1DModel": (
-            {"in_channels": 2, "out_channels": 2, "extra_in_channels": 16},
+            {"extra_in_channels": 16},
             (torch.randn(1, 2, 256), time_step),
         ),
-        "UNet2DModel": ({}, (image, time_step)),
+        "UNet2DModel": (
+            {
+                **narrow,
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            },
+            (image, time_step),
+        ),
         "UNet2DConditionModel": (
             {
                 **narrow,
@@ -219,8 +171,13 @@ def _diffusers(name: str) -> Made:
             (image,),
         ),
         "AutoencoderOobleck": (
-            {"encoder_hidden_size": 32, "decoder_channels": 32, "channel_multiples": [1, 2, 4]}
-            | {"downsampling_ratios": [2, 4, 4]},
+            {
+                "encoder_hidden_size": 32,
+                "decoder_channels": 32,
+                "decoder_input_channels": 16,
+                "channel_multiples": [1, 2, 4],
+                "downsampling_ratios": [2, 4, 4],
+            },
             (torch.randn(1, 2, 2048),),
         ),
         "AutoencoderKLTemporalDecoder": (
@@ -250,8 +207,9 @@ def _transformers(name: str) -> Made:
     small = {key: value for key, value in _SMALL.items() if key in default.to_dict()}
     if hasattr(default, "use_pretrained_backbone"):
         small["use_pretrained_backbone"] = False
-    small |= TRANSFORMERS[name]
-    side = getattr(default, "image_size", None) or 96
+    if name.startswith("DPT"):  # takes hidden states of four layers
+        small |= {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}
+    side = getattr(default, "image_size", None) or (320 if name.startswith("RTDetr") else 96)
     side = side if isinstance(side, int) else side[0]
     x = torch.randn(1, 3, side, side)
     if "Video" in name:

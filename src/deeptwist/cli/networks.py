@@ -6,7 +6,9 @@ Heavy imports wait inside the commands, so that help answers at once.
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from deeptwist.cli.console import progress_bar, writing
 from deeptwist.cli.options import (
@@ -159,6 +161,8 @@ def export(
     out: Path,
     artefact: Path | None = None,
     format: Literal["onnx", "program", "state-dict"] = "onnx",
+    batch: int | None = None,
+    dynamic_size: Annotated[bool, Parameter(negative=())] = False,
     opset: int | None = None,
     network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
@@ -169,26 +173,34 @@ def export(
     ```
     deeptwist export resnet32 --artefact runs/tucker/model --out small.onnx
     deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
+    deeptwist export my_nets:unet --artefact runs/unet/model --dynamic-size --out small.onnx
+    deeptwist export my_nets:detector --artefact runs/det/model --batch 1 --out small.onnx
     ```
 
     Args:
         out: The file.
         artefact: A folder that deeptwist saved; without it the network is decomposed here.
         format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
+        batch: A fixed batch size, as detectors need; free if not given.
+        dynamic_size: Leave height and width free too.
         opset: Version of ONNX's operators; torch's choice if not given.
     """
     from deeptwist.export import export_onnx, export_program, export_state_dict
 
     if opset is not None and format != "onnx":
         raise DeepTwistError(f"--opset applies to ONNX only: leave it out with --format {format}")
+    if format == "state-dict" and (batch is not None or dynamic_size):
+        raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
     if artefact is not None and network.weights is not None:
         raise DeepTwistError("the network in --artefact has weights: leave out --weights")
     _, small, _ = small_network(model, network, options, artefact)
-    example = network.example_input(model).to(next(small.parameters()).dtype)
+    example = network.example_input(model, batch or 2).to(next(small.parameters()).dtype)
     if format == "onnx":
-        written = export_onnx(small, out, example, opset=opset)
+        written = export_onnx(
+            small, out, example, batch=batch, dynamic_size=dynamic_size, opset=opset
+        )
     elif format == "program":
-        written = export_program(small, out, example)
+        written = export_program(small, out, example, batch=batch, dynamic_size=dynamic_size)
     else:
         written = export_state_dict(small, out)
     if as_json:
@@ -198,7 +210,8 @@ def export(
     print(f"{out}: {format}{version}, {written.bytes:,} bytes")
     if written.worst_difference is not None:
         batches = ", ".join(map(str, written.batches))
+        sizes = ", ".join("×".join(map(str, size)) for size in written.sizes)
         print(
             f"outputs differ from PyTorch's by {written.worst_difference:.1e} at most, "
-            f"at batches {batches}"
+            f"at batches {batches}" + (f" and sizes {sizes}" if sizes else "")
         )

@@ -175,7 +175,7 @@ def compare(
 
 
 def _worst_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float | None:
-    """Return the largest relative difference of any output; `None` where they cannot be compared."""
+    """Return the largest relative difference of any output; `None` if they are not comparable."""
     if [y.shape for y in expected] != [y.shape for y in outputs]:
         return None
     pairs = [

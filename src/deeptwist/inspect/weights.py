@@ -26,6 +26,7 @@ _STANDARDIZED = {  # (w − mean) / standard deviation of each output channel, t
     "timm.layers.std_conv.StdConv2dSame",
     "timm.layers.std_conv.ScaledStdConv2d",
     "timm.layers.std_conv.ScaledStdConv2dSame",
+    "transformers.models.bit.modeling_bit.WeightStandardizedConv2d",
 }
 _TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"  # a linear layer with weight (in, out)
 _NORMS = {  # hooks of torch.nn.utils, by class, and the name of the parameter that they normalise

@@ -1,7 +1,7 @@
 """Modules without weights that bring channels to where tiled layers need them."""
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,22 +61,19 @@ class Unfold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, s, *size) → (…, s·Πk, *output size), ordered as the lowered kernel's columns."""
-        conv = self.convolution
-        if x.dim() == conv.dims + 1:
-            return cast(Tensor, self(x.unsqueeze(0)).squeeze(0))
-        spatial = x.shape[-conv.dims :]
+        conv, dims = self.convolution, self.convolution.dims
         windows = functional.pad(x, self._margins(), self._mode())
-        for axis, size in enumerate(conv.output_size(spatial)):
-            # Taps of this axis become a new one behind those of the axes before it.
+        for axis in range(dims):
+            place = axis - dims  # from the end, whether there is a batch in front or not
+            spacing, reach = conv.dilation[axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            length = windows.shape[place] - reach
             taps = [
-                windows.narrow(
-                    2 + 2 * axis, tap * conv.dilation[axis], (size - 1) * conv.stride[axis] + 1
-                )
+                _every(windows.narrow(place, tap * spacing, length), place, conv.stride[axis])
                 for tap in range(conv.kernel_size[axis])
             ]
-            stepped = [_every(tap, 2 + 2 * axis, conv.stride[axis]) for tap in taps]
-            windows = torch.stack(stepped, dim=2 + axis)
-        return windows.flatten(1, 1 + conv.dims)
+            # Taps of this axis become a new one behind those of the axes before it.
+            windows = torch.stack(taps, dim=-dims - 1)
+        return windows.flatten(-2 * dims - 1, -dims - 1)
 
     def _margins(self) -> list[int]:
         """Padding before and after each axis, the last axis first, as `F.pad` takes it."""
@@ -95,7 +92,9 @@ class Unfold(nn.Module):
 
 
 def _every(x: Tensor, axis: int, step: int) -> Tensor:
-    return x[(slice(None),) * axis + (slice(None, None, step),)]
+    """Every `step`-th entry along an axis, counted from the end."""
+    index: tuple[Any, ...] = (..., slice(None, None, step), *[slice(None)] * (-axis - 1))
+    return x[index]
 
 
 class PointwiseOnLastDim(nn.Sequential):

@@ -181,7 +181,7 @@ class Plan:
         return format_table(rows, total, kept_lines(self.kept, parameters[0]))
 
     def network_speedup(self) -> float | None:
-        """Return dense ÷ decomposed MACs of the whole network; `None` if torch cannot count them."""
+        """Return dense ÷ decomposed MACs of the whole network; `None` if they are not counted."""
         if not self.network_macs:
             return None
         dense = max(self.network_macs // self.examples, self.dense_macs)
