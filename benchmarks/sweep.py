@@ -116,7 +116,7 @@ def _diffusers(name: str) -> Made:
     }
     options: dict[str, tuple[dict[str, Any], Inputs]] = {
         "UNet1DModel": (
-            {"extra_in_channels": 16},
+            {"extra_in_channels": 64},
             (torch.randn(1, 2, 256), time_step),
         ),
         "UNet2DModel": (
