@@ -127,6 +127,22 @@ def test_a_start_changes_the_error_by_little(
     assert squares[0] <= slack * squares[1] + 1e-10
 
 
+@pytest.mark.parametrize("geometry", ["3x3", "groups", "linear"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_kernels_refined_together_are_those_refined_apart(
+    method: Decomposition, geometry: str
+) -> None:
+    convolution, kernel = read(build(geometry)[0])
+    resolved = at(method, convolution, 0.5)
+    starts = [resolved.decompose(kernel), resolved.decompose(1e3 * torch.randn_like(kernel))]
+    after = [moved(start.reconstruct(), 0.03) for start in starts]
+    together = resolved.refine_together(after, starts)
+    for moved_kernel, start, factors in zip(after, starts, together, strict=True):
+        apart = resolved.decompose(moved_kernel, start)
+        assert factors.shape == apart.shape
+        assert difference(apart.reconstruct(), factors.reconstruct()) < 1e-6
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_an_unmoved_kernel_keeps_its_factors(method: Decomposition) -> None:
     convolution, kernel = read(build("3x3")[0])

@@ -182,6 +182,26 @@ class Decomposition(ABC):
             tensors = self.factorize(kernel, tensors, None)
             return Factors(self, tuple(kernel.shape), tensors)
 
+    def refine_together(
+        self, kernels: Sequence[Tensor], starts: Sequence[Factors]
+    ) -> list[Factors]:
+        """Refine the factors of kernels of one shape at once: as groups of one kernel.
+
+        Args:
+            kernels: (g, o, i, *k) each; see `decompose`.
+            starts: of one decomposition.
+        """
+        if len(kernels) == 1:
+            return [self.decompose(kernels[0], starts[0])]
+        columns = zip(*(start.tensors for start in starts), strict=True)
+        stacked = torch.cat(list(kernels))
+        start = Factors(
+            starts[0].decomposition, tuple(stacked.shape), tuple(map(torch.cat, columns))
+        )
+        refined = self.decompose(stacked, start)
+        parts = zip(*(tensor.chunk(len(kernels)) for tensor in refined.tensors), strict=True)
+        return [Factors(self, tuple(kernels[0].shape), tensors) for tensors in parts]
+
     def _decompose_calibrated(self, kernel: Tensor, second_moment: SecondMoment) -> Factors:
         # Where a method cannot take all of the moment into account, the plain way may be better.
         candidates = [

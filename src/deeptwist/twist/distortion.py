@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -243,9 +243,11 @@ class DeepTwist:
     ) -> "tuple[dict[str, _Approximation], Summary]":
         """Approximate this process's share of the layers: every n-th; nothing is written."""
         check_finite(weights)
+        own = layers[process_rank() :: world_size()]
+        factors = self._factorize(own, weights, last)
         share = {
-            layer.name: self._approximate_layer(layer, weights[layer.name], last)
-            for layer in layers[process_rank() :: world_size()]
+            layer.name: self._approximation(layer, weights[layer.name], factors[layer.name], last)
+            for layer in own
         }
         differences = [
             weights[name].to(compute_dtype(x.weight.dtype)) - x.weight for name, x in share.items()
@@ -263,14 +265,40 @@ class DeepTwist:
             shapes={name: [x.shape for x in a.factors.tensors] for name, a in share.items()},
         )
 
-    def _approximate_layer(
-        self, layer: CompressedLayer, weight: Tensor, last: bool
+    def _factorize(
+        self, layers: Sequence[CompressedLayer], weights: Mapping[str, Tensor], last: bool
+    ) -> dict[str, Factors]:
+        """Return factors by layer, refined from those of the last distortion where there are some.
+
+        Layers of one shape are refined at once, as the groups of one kernel: on an accelerator
+        small layers cost what it takes to launch their work.
+        """
+        factors: dict[str, Factors] = {}
+        alike: dict[Hashable, list[CompressedLayer]] = {}
+        kernels = {
+            layer.name: weight_to_kernel(weights[layer.name], layer.convolution) for layer in layers
+        }
+        for layer in layers:
+            kernel, start = kernels[layer.name], self._factors.get(layer.name)
+            if last or start is None:
+                factors[layer.name] = layer.decomposition.decompose(kernel)
+            else:
+                key = layer.decomposition, start.decomposition, kernel.shape, kernel.dtype
+                alike.setdefault((*key, kernel.device), []).append(layer)
+        for group in alike.values():
+            names = [layer.name for layer in group]
+            refined = group[0].decomposition.refine_together(
+                [kernels[name] for name in names], [self._factors[name] for name in names]
+            )
+            factors |= dict(zip(names, refined, strict=True))
+        return factors
+
+    def _approximation(
+        self, layer: CompressedLayer, weight: Tensor, factors: Factors, last: bool
     ) -> "_Approximation":
-        start = None if last else self._factors.get(layer.name)
-        kernel = weight_to_kernel(weight, layer.convolution)
-        factors = layer.decomposition.decompose(kernel, start)
+        is_refined = not last and layer.name in self._factors
         # What sums in fp32 lose would stand between the distorted network and the decomposed one.
-        exact = factors if start else factors.to(dtype=torch.float64)
+        exact = factors if is_refined else factors.to(dtype=torch.float64)
         approximation = kernel_to_weight(exact.reconstruct(), layer.convolution)
         # In the weight's own memory format: to meet it in another would cost more each time.
         written = torch.empty_like(weight).copy_(approximation.reshape(weight.shape))
