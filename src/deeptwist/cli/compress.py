@@ -32,13 +32,14 @@ from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report
 from deeptwist.serialization import WEIGHTS, load, write_text
 from deeptwist.training.evaluation import evaluate, preprocess, training_inputs
-from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, read_run
+from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, Variant, read_run
 from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe
 from deeptwist.training.run import TrainingRun, build_run, train
 
 RECORD = "compress.json"
 _CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
+_RECALIBRATION = 8  # batches, where nothing is trained: training leaves statistics that fit
 _INT8 = 512  # training images that activations' ranges are taken from
 _SEARCHED = 2000  # images at most that a ratio is searched on
 
@@ -216,10 +217,8 @@ def _search(job: Job, least: float) -> dict[str, Any]:
 
     def accuracy(ratio: float) -> float:
         small = decompose(job.model, job.make_plan(ratio), calibration=job.calibration)
-        if job.recipe.recalibration:
-            small = recalibrate_batch_norm(
-                small, job.data, job.recipe.recalibration, job.recipe.batch_size
-            )
+        count = job.recipe.recalibration or _RECALIBRATION
+        small = recalibrate_batch_norm(small, job.data, count, job.recipe.batch_size)
         tried.append((ratio, evaluate(small, job.search, job.data).accuracy))
         return tried[-1][1]
 
@@ -235,12 +234,16 @@ def _plan(job: Job, ratio: float | None) -> dict[str, Any]:
 
 
 def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
+    is_trained = job.recipe.schedule.epochs > 0
+    recipe = job.recipe
+    if not is_trained and not recipe.recalibration:
+        recipe = replace(recipe, recalibration=_RECALIBRATION)
     run = replace(
         job.dense,
-        recipe=job.recipe,
+        recipe=recipe,
         model=copy.deepcopy(job.model),
         plan=job.plan,
-        name=job.recipe.mode if job.recipe.schedule.epochs else "no training",
+        name=recipe.mode if is_trained else "no training",
         calibration=job.calibration,
         before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
     )
@@ -298,8 +301,8 @@ def _int8(job: Job) -> dict[str, Any]:
         path = job.folder / f"{name}-int8.onnx"
         quantize_onnx(job.folder / f"{name}.onnx", path, job.training_inputs(_INT8))
         network = OnnxNetwork(path, setting.threads)
-        accuracy = evaluate(network, job.data.test, job.data).accuracy
-        values[name] = {"accuracy": accuracy, "bytes": path.stat().st_size}
+        evaluation = asdict(evaluate(network, job.data.test, job.data))
+        values[name] = {**evaluation, "bytes": path.stat().st_size}
         runs.append(network.prepare(x))
     times = compare_functions(*runs, rounds=job.options.rounds)
     return {**values, "batch": setting.batch, "times": asdict(times)}
@@ -311,6 +314,10 @@ def _report(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     latency = None if timed is None else TypeAdapter(Comparison).validate_python(timed["times"])
     dense = results["dense"]
     summary = replace(run.summary, latency=latency, latency_batch=timed and timed["batch"])
+    if "int8" in results:
+        int8 = results["int8"]["small"]
+        variant = Variant("int8", int8["accuracy"], int8["loss"], "small-int8.onnx")
+        summary = replace(summary, variants=(*summary.variants, variant))
     runs = [Run(_dense_summary(job, summary, dense), [], [], None), replace(run, summary=summary)]
     path = write_report(runs, job.folder / _REPORT, title=f"deeptwist compress {job.recipe.model}")
     return {"path": str(path)}

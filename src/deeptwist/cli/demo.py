@@ -73,7 +73,6 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
             "mode": "finetune",
             "optimizer": {"lr": 0.02},
             "calibration_images": 256,
-            "recalibration": 8,
             "compression": {**compression, "skip_first_conv": True, "linear": False},
         }
     )

@@ -152,6 +152,7 @@ def _variant_note(summary: Summary, name: str) -> str:
         "not recalibrated": "batch norm's statistics as training left them",
         "moving average": f"of the weights while training, decay {recipe.get('ema')}",
         "best on validation": f"chosen while training on {images} images held out",
+        "int8": "quantised by onnxruntime, calibrated on training images",
         "tail": f"{epochs} more epoch{'' if epochs == 1 else 's'}, of the factors",
     }
     return notes.get(name, "")
