@@ -128,6 +128,34 @@ def test_a_process_ends_the_same_way() -> None:
     assert done.stderr == "deeptwist: unknown model 'resnt20': did you mean 'resnet20'?\n"
 
 
+def test_a_bug_report_s_facts() -> None:
+    printed = run("--version", "--verbose").stdout
+    for fact in (
+        f"deeptwist {dt.__version__}",
+        f"torch {torch.__version__}",
+        "vector instructions",
+    ):
+        assert fact in printed
+    assert run("--version").stdout.strip() == dt.__version__
+
+
+def test_a_warning_is_said_once_in_one_line(tmp_path: Path) -> None:
+    """Torch's own, of a network that makes many, and of one that nobody named."""
+    (tmp_path / "noisy.py").write_text(
+        "import warnings\nfrom deeptwist.models import build_model\n"
+        "def net(**_):\n"
+        "    for _ in range(3):\n"
+        "        warnings.warn('mind the gap\\nand the rest', stacklevel=1)\n"
+        "    return build_model('resnet20')\n"
+    )
+    command = [sys.executable, "-m", "deeptwist", "plan", "noisy:net", "--ratio", "2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "mind the gap\n"
+
+
 def test_help_names_every_command_and_shows_examples() -> None:
     overview = run("--help").stdout
     for command in (

@@ -73,6 +73,7 @@ def names_of_a_page(page: str, folder: Path) -> dict[str, Any]:
         "factory": network,
         "plan": plan,
         "total_steps": 10,
+        "batches": [x, x],
         "evaluate": lambda model: float(sum(p.numel() for p in model.parameters()) > 0),
         "fine_tune": lambda model: model.train(),
     } | {"docs/integrations.md": loops, "docs/export.md": exports}.get(page, lambda folder: {})(
@@ -123,7 +124,7 @@ def loops(folder: Path) -> dict[str, Any]:
     }
 
 
-def exports() -> dict[str, Any]:
+def exports(folder: Path) -> dict[str, Any]:
     small = network()
     return {"small": small, "batches": [np.random.randn(2, 3, 8, 8).astype("float32")]}
 

@@ -19,7 +19,12 @@ def main(words: Sequence[str] | None = None) -> None:
         from deeptwist.cli.app import app
     except ModuleNotFoundError as error:
         sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
-    run(app, words)
+    if {"--version", "--verbose"} <= set(sys.argv[1:] if words is None else words):
+        from deeptwist.benchmark.environment import describe_environment
+
+        print(describe_environment())
+    else:
+        run(app, words)
 
 
 def run(app: "App", words: Sequence[str] | None) -> None:
@@ -35,7 +40,7 @@ def run(app: "App", words: Sequence[str] | None) -> None:
     from deeptwist.errors import DeepTwistError
     from deeptwist.training.recipe import explain
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _log_once()
     try:
         app(words, exit_on_error=False, print_error=False)
     except (DeepTwistError, CycloptsError) as error:
@@ -49,6 +54,25 @@ def run(app: "App", words: Sequence[str] | None) -> None:
         sys.stderr.close()  # the reader has gone, as 'head' does: nothing to say
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _log_once() -> None:
+    """Have every warning, Python's too, said once, in one line, on standard error."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = [*record.getMessage().strip().splitlines(), ""][0]
+        if record.name == "py.warnings":  # after the file and the line that it comes from
+            message = message.rpartition("Warning: ")[2]
+        is_first = message not in said
+        said.add(message)
+        record.msg, record.args = message, ()
+        return is_first
+
+    handler = logging.StreamHandler()
+    handler.addFilter(is_new)
+    logging.captureWarnings(True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 def _complain(message: str) -> int:
