@@ -17,7 +17,7 @@ from experiments.paper import fig2, fig5, fig7, table1, table2
 from experiments.paper.__main__ import EXPERIMENTS, main
 from experiments.paper.presets import Network, Profile, preset_of
 from experiments.paper.results import Results
-from experiments.paper.runner import Options, run_experiment
+from experiments.paper.runner import Options, Runner
 from experiments.paper.runs import outcome_of, read_runs, run_name
 from safetensors.torch import save_file
 from test_cli import refused, run
@@ -221,12 +221,12 @@ def test_an_experiment_is_run_resumed_and_read(tmp_path: Path) -> None:
         yield step
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment("fig3", EXPERIMENTS["fig3"], options, interrupted)
+        Runner("fig3", EXPERIMENTS["fig3"], options).run(interrupted)
     assert "0 of 2 runs are finished" in page.read_text("utf-8")
     words = "--profile", "smoke", "--out", options.out, "--runs", options.runs
     assert run("fig3", *words, main=main).stdout.split() == [str(page)]
     for name in ("fig3", "fig4"):  # what is finished is read, by others too
-        run_experiment(name, EXPERIMENTS[name], options, interrupted)
+        Runner(name, EXPERIMENTS[name], options).run(interrupted)
     assert len(opened) == 2
 
     text = page.read_text("utf-8")

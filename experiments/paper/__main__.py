@@ -5,17 +5,14 @@ from importlib import import_module
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from experiments.paper.presets import preset_of
-from experiments.paper.runner import Experiment, Options, default_profile, run_experiment
+from experiments.paper.runner import Options, Runner
 
 from deeptwist import cli
 from deeptwist.cli.console import progress_bar
 from deeptwist.errors import DeepTwistError, unknown_name_error
 
 _NAMES = "fig2 fig3 fig4 fig5 table1 fig6 table2 fig7 interval noise tail long"
-EXPERIMENTS: dict[str, Experiment] = {
-    name: import_module(f"experiments.paper.{name}") for name in _NAMES.split()
-}
+EXPERIMENTS = {name: import_module(f"experiments.paper.{name}") for name in _NAMES.split()}
 app = App(
     name="python -m experiments.paper",
     help_format="markdown",
@@ -39,7 +36,7 @@ def experiment(
     """
     if list_:
         for each, module in EXPERIMENTS.items():
-            count = len(module.recipes(preset_of(default_profile(each), module.NETWORK)))
+            count = len(Runner(each, module).recipes)
             size = f"{count} run{'s' * (count > 1)}" if count else "exact"
             print(f"{each:8}  {module.PLACE:18}  {size:7}  {module.CLAIM}")
         return
@@ -47,7 +44,7 @@ def experiment(
         raise DeepTwistError("name an experiment: 'python -m experiments.paper --list' shows them")
     if name not in EXPERIMENTS:
         raise unknown_name_error("experiment", name, EXPERIMENTS)
-    print(run_experiment(name, EXPERIMENTS[name], options or Options(), progress=progress_bar))
+    print(Runner(name, EXPERIMENTS[name], options or Options()).run(progress_bar))
 
 
 def main(words: Sequence[str] | None = None) -> None:
