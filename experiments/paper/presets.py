@@ -21,8 +21,10 @@ Network = Literal["resnet32", "vgg19", "resnet34"]
 
 _RECIPES = Path(__file__).parents[2] / "recipes"
 _DATA: dict[Network, str] = {"resnet32": "cifar10", "vgg19": "cifar10", "resnet34": "imagenet"}
-_EVERY_CONVOLUTION = CompressionRecipe(decomposition="tucker", skip_first_conv=True, linear=False)
-_WIDE_CONVOLUTIONS = CompressionRecipe(decomposition="tucker", min_in_channels=128, linear=False)
+_EVERY_CONVOLUTION = CompressionRecipe(
+    decomposition=("tucker",), skip_first_conv=True, linear=False
+)
+_WIDE_CONVOLUTIONS = CompressionRecipe(decomposition=("tucker",), min_in_channels=128, linear=False)
 _SHORT = Recipe(
     model="resnet32",
     interval=100,  # a dozen distortions in three epochs
