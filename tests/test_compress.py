@@ -177,6 +177,7 @@ def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object],
     ("words", "answer"),
     [
         (["--goal", "accuracy>=0.9", "--ratio", 4], "leave out ratio"),
+        ([], "say how small: --ratio 4"),
         (["--goal", "acc>0.9"], "write 'accuracy>=0.90'"),
         (["--ratio", 4, "--mode", "dense"], "mode dense compresses nothing"),
         (["--ratio", 4, "--int8", "--runtime", "eager"], "--int8 is onnxruntime's"),

@@ -1,6 +1,7 @@
 """The whole job on a trained network, stage by stage, in one folder."""
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary,
 from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe
 from deeptwist.training.run import TrainingRun, build_run, train
+
+logger = logging.getLogger("deeptwist")
 
 RECORD = "compress.json"
 _CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
@@ -170,11 +173,17 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
         raise DeepTwistError("compress takes no 'fixed' layers: 'deeptwist train' does")
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
-    if options.goal is None:
-        return None
     compression = recipe.compression
-    if any((compression.ratio, compression.macs, compression.rank, compression.plan)):
-        raise DeepTwistError("a --goal finds the ratio: leave out ratio, macs, rank and plan")
+    sizes = ("ratio", "macs", "rank", "fraction", "plan")
+    given = [name for name in sizes if getattr(compression, name) is not None]
+    if options.goal is None:
+        if not given and not compression.override:
+            raise DeepTwistError(
+                "say how small: --ratio 4, --macs 3, or --goal 'accuracy>=dense-0.01'"
+            )
+        return None
+    if given:
+        raise DeepTwistError(f"a --goal finds the ratio: leave out {', '.join(given)}")
     match = re.fullmatch(r"accuracy>=(dense-)?(0?\.\d+)", options.goal.replace(" ", ""))
     if match is None:
         raise DeepTwistError(
@@ -201,9 +210,17 @@ def _load(recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: b
 # --- what the stages do
 
 
+def _evaluate(job: Job, network: nn.Module) -> dict[str, Any]:
+    with progress_bar("evaluate", -(-len(job.data.test.labels) // 500)) as advance:
+        return asdict(evaluate(network, job.data.test, job.data, on_batch=advance))
+
+
 def _evaluate_dense(job: Job) -> dict[str, Any]:
     bytes_ = sum(x.numel() * x.element_size() for x in job.model.state_dict().values())
-    return {**asdict(evaluate(job.model, job.data.test, job.data)), "bytes": bytes_}
+    evaluation = _evaluate(job, job.model)
+    if evaluation["accuracy"] < 1.5 / len(job.data.classes):
+        logger.warning("the dense network guesses: are --weights and --image-size those it needs?")
+    return {**evaluation, "bytes": bytes_}
 
 
 def _calibrate(job: Job) -> dict[str, Any]:
@@ -254,8 +271,11 @@ def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
 
 def _verify(job: Job) -> dict[str, Any]:
     path = job.folder / ARTEFACT
-    evaluation = asdict(evaluate(job.small, job.data.test, job.data))
-    return {**evaluation, "path": str(path), "bytes": (path / WEIGHTS).stat().st_size}
+    return {
+        **_evaluate(job, job.small),
+        "path": str(path),
+        "bytes": (path / WEIGHTS).stat().st_size,
+    }
 
 
 def _export(job: Job) -> dict[str, Any]:
@@ -301,8 +321,7 @@ def _int8(job: Job) -> dict[str, Any]:
         path = job.folder / f"{name}-int8.onnx"
         quantize_onnx(job.folder / f"{name}.onnx", path, job.training_inputs(_INT8))
         network = OnnxNetwork(path, setting.threads)
-        evaluation = asdict(evaluate(network, job.data.test, job.data))
-        values[name] = {**evaluation, "bytes": path.stat().st_size}
+        values[name] = {**_evaluate(job, network), "bytes": path.stat().st_size}
         runs.append(network.prepare(x))
     times = compare_functions(*runs, rounds=job.options.rounds)
     return {**values, "batch": setting.batch, "times": asdict(times)}
@@ -319,8 +338,13 @@ def _report(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         variant = Variant("int8", int8["accuracy"], int8["loss"], "small-int8.onnx")
         summary = replace(summary, variants=(*summary.variants, variant))
     runs = [Run(_dense_summary(job, summary, dense), [], [], None), replace(run, summary=summary)]
-    path = write_report(runs, job.folder / _REPORT, title=f"deeptwist compress {job.recipe.model}")
+    path = write_report(runs, job.folder / _REPORT, title=f"deeptwist compress {_name(job)}")
     return {"path": str(path)}
+
+
+def _name(job: Job) -> str:
+    """Return the network's name without the module that it comes from."""
+    return job.recipe.model.rpartition(":")[2]
 
 
 def _dense_summary(job: Job, small: Summary, dense: dict[str, Any]) -> Summary:

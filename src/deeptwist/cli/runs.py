@@ -23,9 +23,10 @@ _NEXT = """
 now with a network and images of your own (folders train/CLASS/, val/CLASS/):
 
   deeptwist plan torchvision/resnet18 --decomposition spatial-svd --ratio 4
-  deeptwist train torchvision/resnet18 --data photos/ --mode dense --out runs/dense
+  deeptwist train torchvision/resnet18 --data photos/ --image-size 128 \\
+      --mode dense --epochs 30 --out runs/dense
   deeptwist compress torchvision/resnet18 --weights runs/dense/weights.safetensors \\
-      --data photos/ --ratio 4 --out runs/small"""
+      --data photos/ --image-size 128 --ratio 4 --out runs/small"""
 
 
 def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> None:
