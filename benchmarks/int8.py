@@ -20,9 +20,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from deeptwist.data import load_data
-from deeptwist.data.augment import normalize
-from deeptwist.data.dataset import ImageData, Split
+from deeptwist.data import ImageData, Split, load_data, normalize
 
 PER_CLASS = {"test": 50, "calibration": 10}
 

@@ -104,9 +104,8 @@ def bare_loop(data: ImageData) -> Callable[[], None]:
         model.train()
         order = torch.randperm(len(data.train.labels), generator=generator)
         for rows in order.split(BATCH):
-            images = augment(
-                data.train.images[rows], padding=data.padding, flip=data.flip, generator=generator
-            )
+            draws = torch.rand(BATCH, 3, generator=generator, dtype=torch.float64)
+            images = augment(data.train.images[rows], draws, padding=data.padding, flip=data.flip)
             x = normalize(images, data.mean, data.std).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = functional.cross_entropy(model(x), data.train.labels[rows])

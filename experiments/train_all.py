@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from deeptwist.data import ImageData, Split, load_data
+from deeptwist.data import ImageData, load_data
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.recipe import read_recipe
 from deeptwist.training.run import build_run, train
@@ -47,7 +47,7 @@ def _train(job: tuple[Path, argparse.Namespace]) -> str:
             recipe = replace(recipe, data=replace(recipe.data, source=options.data))
         if options.weights and recipe.weights:
             recipe = replace(recipe, weights=options.weights)
-        data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+        data = load_data(recipe.data)
         data = _restrict_test(data, options.test)
         run = build_run(recipe, data, name=path.stem)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,9 @@ def _restrict_test(data: ImageData, which: str) -> ImageData:
         return data
     order = torch.randperm(len(data.test.labels), generator=torch.Generator().manual_seed(0))
     rows = order[: int(count)] if part == "first" else order[int(count) :]
-    test = Split(data.test.images[rows], data.test.labels[rows])
-    return replace(data, test=test, name=f"{data.name}, {part} {len(rows)} test images")
+    return replace(
+        data, test=data.test.subset(rows), name=f"{data.name}, {part} {len(rows)} test images"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deeptwist.data import load_image_folder, normalize
+from deeptwist.data import load_data, normalize
 from deeptwist.models import MODELS, build_model, load_weights
 from deeptwist.models.resnet_cifar import PadShortcut, resnet20
 from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
@@ -46,10 +46,10 @@ def cifar10_sample(tmp_path: Path) -> Path:
 
 
 @needs_shared
-def test_public_resnet32_scores_what_it_should(cifar10_sample: Path, tmp_path: Path) -> None:
+def test_public_resnet32_scores_what_it_should(cifar10_sample: Path) -> None:
     model = build_model("resnet32").eval()
     load_weights(model, RESNET32)
-    data = load_image_folder(cifar10_sample, cache=tmp_path / "cache")
+    data = load_data(str(cifar10_sample))
     with torch.inference_mode():
         logits = model(normalize(data.test.images, data.mean, data.std))
     accuracy = (logits.argmax(1) == data.test.labels).float().mean().item()

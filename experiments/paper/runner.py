@@ -144,7 +144,7 @@ class Runner:
         for trial, recipe in trials.items():
             if outcome_of(recipe) in finished or not any(fnmatch(trial[0], each) for each in only):
                 continue
-            read_images(recipe.data.source, image_size=recipe.data.image_size)  # no run's fault
+            read_images(recipe.data)  # no run's fault
             weights = options.weights
             try:
                 if start is not None:  # trained once, as its folder shows

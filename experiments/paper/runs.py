@@ -80,7 +80,7 @@ def train_run(recipe: Recipe, folder: Path, kept: Path, progress: Progress) -> N
     Raises:
         DeepTwistError: if it fails, or the folder holds a run of another recipe.
     """
-    images = read_images(recipe.data.source, image_size=recipe.data.image_size)
+    images = read_images(recipe.data)
     run = build_run(recipe, images, name=folder.name)
     with progress(folder.name, run.steps) as advance:
         train(run, folder, resume=True, latency_batch=None, on_step=advance)

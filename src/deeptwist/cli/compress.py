@@ -32,7 +32,7 @@ from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report
 from deeptwist.serialization import WEIGHTS, load, write_text
-from deeptwist.training.evaluation import evaluate, preprocess, training_inputs
+from deeptwist.training.evaluation import evaluate, test_inputs, training_inputs
 from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, Variant, read_run
 from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe
@@ -94,8 +94,7 @@ class Job:
 
     def inputs(self, count: int) -> Tensor:
         """Return so many test images as the network gets them."""
-        images = self.data.test.images
-        return preprocess(images[torch.arange(count) % len(images)], self.model, self.data)
+        return test_inputs(self.data, self.model, count)
 
     def training_inputs(self, count: int) -> Iterator[Tensor]:
         """Yield so many training images, the same ones every time."""
@@ -196,12 +195,12 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
 
 def _load(recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: bool) -> Job:
     """Load the images; with a goal, every second test image is there to search on."""
-    data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+    data = load_data(recipe.data)
     search = data.test
     if has_goal:
-        images, labels = data.test.images, data.test.labels
-        search = Split(images[::2], labels[::2]).evenly_spaced(_SEARCHED)
-        data = replace(data, test=Split(images[1::2], labels[1::2]))
+        rows = torch.arange(len(data.test.labels))
+        search = data.test.subset(rows[::2]).evenly_spaced(_SEARCHED)
+        data = replace(data, test=data.test.subset(rows[1::2]))
     dense = build_run(replace(recipe, mode="dense"), data, name="dense")
     dense.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Job(recipe, options, folder, dense, search)

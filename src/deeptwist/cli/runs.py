@@ -14,7 +14,7 @@ from deeptwist.cli.console import progress_bar, speaks_for_all, writing
 from deeptwist.cli.options import AsJson, CompressOptions, Model, NetworkOptions
 from deeptwist.cli.tables import print_compressed, print_summaries
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.recipe import Recipe
+from deeptwist.training.recipe import DataRecipe, Recipe
 
 _NETWORK, _COMPRESS = NetworkOptions(), CompressOptions()
 
@@ -115,7 +115,7 @@ def train(
     from deeptwist.training.run import build_run
     from deeptwist.training.run import train as train_run
 
-    data = load_data(recipe.data.source, image_size=recipe.data.image_size)
+    data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
         summary = train_run(run, out, resume=resume, on_step=advance)
@@ -130,10 +130,9 @@ def train(
 def evaluate(
     model: Model,
     *,
-    data: str,
+    data: Annotated[DataRecipe | None, Parameter(name="*")] = None,
     artefact: Path | None = None,
     network: NetworkOptions = _NETWORK,
-    image_size: int | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy and loss on the test images: of a dense network or of a saved small one.
@@ -144,24 +143,25 @@ def evaluate(
     ```
 
     Args:
-        data: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
         artefact: A folder that deeptwist saved, instead of --weights.
-        image_size: Resize a folder's images to this height and width.
     """
     from deeptwist.data import load_data
     from deeptwist.serialization import load
+    from deeptwist.training.evaluation import batch_size_for
     from deeptwist.training.evaluation import evaluate as evaluate_network
 
+    if data is None:
+        raise DeepTwistError("name the images: --data digits, or a folder")
     if (artefact is None) == (network.weights is None):
         raise DeepTwistError(
             "give either --weights of the dense network or --artefact of a small one"
         )
-    dataset = load_data(data, image_size=image_size)
-    count, channels = dataset.test.images.shape[:2]
-    built = network.build(model, num_classes=len(dataset.classes), in_channels=channels)
+    dataset = load_data(data)
+    count = len(dataset.test.labels)
+    built = network.build(model, num_classes=len(dataset.classes), in_channels=dataset.shape[0])
     if artefact is not None:
         built = load(artefact, model=built)
-    with progress_bar("evaluate", -(-count // 500)) as advance:
+    with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:
         result = evaluate_network(built, dataset.test, dataset, on_batch=advance)
     if as_json:
         print(json.dumps({"data": dataset.name, "images": count, **asdict(result)}))

@@ -1,71 +1,39 @@
 """Data sets by name or folder, their batches, and augmentation."""
 
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from deeptwist.data.augment import augment, normalize
-from deeptwist.data.batches import batches
-from deeptwist.data.cifar10 import load_cifar10
-from deeptwist.data.dataset import ImageData, Split
-from deeptwist.data.digits import load_digits
-from deeptwist.data.image_folder import count_images, load_image_folder
-from deeptwist.errors import DeepTwistError, unknown_name_error
+if TYPE_CHECKING:
+    from deeptwist.data.config import DataConfig as DataConfig
+    from deeptwist.data.dataset import ImageData as ImageData
+    from deeptwist.data.dataset import ImageFiles as ImageFiles
+    from deeptwist.data.dataset import Split as Split
+    from deeptwist.data.loading import batches as batches
+    from deeptwist.data.loading import train_batches as train_batches
+    from deeptwist.data.sources import dataset_signature as dataset_signature
+    from deeptwist.data.sources import load_data as load_data
+    from deeptwist.data.sources import load_digits as load_digits
+    from deeptwist.data.transforms import augment as augment
+    from deeptwist.data.transforms import normalize as normalize
 
-__all__ = [
-    "ImageData",
-    "Split",
-    "augment",
-    "batches",
-    "dataset_signature",
-    "load_cifar10",
-    "load_data",
-    "load_digits",
-    "load_image_folder",
-    "normalize",
-]
-
-_NAMED = ("digits", "cifar10")
-
-
-def load_data(
-    spec: str, *, image_size: int | None = None, cache: str | Path | None = None
-) -> ImageData:
-    """Load a data set by name or folder.
-
-    Args:
-        spec: ``"digits"``, ``"cifar10"``, or the path of a folder, see `load_image_folder`.
-        image_size: height and width in pixels, for folders only.
-        cache: the cache folder; $DEEPTWIST_CACHE or ~/.cache/deeptwist if not given.
-
-    Raises:
-        DeepTwistError: if there is no such data set or it cannot be read.
-    """
-    named = spec in _NAMED
-    if named and image_size is not None:
-        raise DeepTwistError(f"{spec} has a fixed image size: leave out image_size={image_size}")
-    if spec == "digits":
-        return load_digits()
-    if spec == "cifar10":
-        return load_cifar10(cache=cache)
-    _check_folder(spec)
-    return load_image_folder(spec, image_size=image_size, cache=cache)
+# Imported on first use: recipes read `config`, and their help must not wait for torch.
+_MODULES = {
+    "DataConfig": "config",
+    "ImageData": "dataset",
+    "ImageFiles": "dataset",
+    "Split": "dataset",
+    "augment": "transforms",
+    "batches": "loading",
+    "dataset_signature": "sources",
+    "load_data": "sources",
+    "load_digits": "sources",
+    "normalize": "transforms",
+    "train_batches": "loading",
+}
+__all__ = [*_MODULES]
 
 
-def dataset_signature(spec: str) -> dict[str, Any]:
-    """Return what tells a data set from others of its name: its classes and their sizes.
-
-    Args:
-        spec: see `load_data`.
-
-    Raises:
-        DeepTwistError: if there is no such data set or it cannot be listed.
-    """
-    if spec in _NAMED:
-        return {"name": spec}
-    _check_folder(spec)
-    return count_images(spec)
-
-
-def _check_folder(spec: str) -> None:
-    if Path(spec).name == spec and not Path(spec).expanduser().is_dir():
-        raise unknown_name_error("data set", spec, [*_NAMED, "path/to/folder"])
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'deeptwist.data' has no attribute {name!r}")
+    return getattr(import_module(f"deeptwist.data.{_MODULES[name]}"), name)

@@ -1,14 +1,48 @@
-"""A data set in memory: images, labels, and the preparation that suits them."""
+"""A data set: images in memory or read one by one, labels, and the preparation that suits them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from deeptwist.errors import DeepTwistError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+if TYPE_CHECKING:
+    from PIL import Image
+
+Rows = npt.NDArray[np.int64]
+Transform = Callable[["Image.Image | Tensor"], Tensor]  # gives uint8 (C, H, W)
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of float images and int labels
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Images that are read one by one: memory does not grow with their number.
+
+    Attributes:
+        read: gives the image of a row; a `DeepTwistError` where it cannot be decoded.
+        rows: which of them, int64 (N,).
+        transform: prepares an image for evaluation.
+        size: (C, H, W) after that.
+        workers: processes that read.
+        skip_unreadable: whether images that cannot be decoded are left out.
+    """
+
+    read: Callable[[int], "Image.Image"]
+    rows: Rows
+    transform: Transform
+    size: tuple[int, ...]
+    workers: int = 0
+    skip_unreadable: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (N, C, H, W) as evaluation sees the images."""
+        return (len(self.rows), *self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,35 +50,44 @@ class Split:
     """The images of one split and their labels.
 
     Attributes:
-        images: uint8 (N, C, H, W), 0 to 255.
+        images: uint8 (N, C, H, W), 0 to 255, or files.
         labels: int64 (N,), indices into the data set's classes.
 
     Raises:
         DeepTwistError: if a dtype or shape is another.
     """
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.dim() != 4:
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.dim() != 4):
             raise DeepTwistError(f"images must be uint8 (N, C, H, W), not {_described(images)}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise DeepTwistError(
-                f"labels must be int64 ({len(images)},), one per image, not {_described(labels)}"
+                f"labels must be int64 ({images.shape[0]},), one per image, not "
+                f"{_described(labels)}"
             )
 
     def to(self, device: torch.device) -> "Split":
-        """Return the split on another device."""
+        """Return the split on another device, or as it is if its images are files."""
+        if not isinstance(self.images, Tensor):
+            return self
         return Split(self.images.to(device), self.labels.to(device))
+
+    def subset(self, rows: Tensor) -> "Split":
+        """Return the images of these rows, int64 (M,)."""
+        if isinstance(self.images, Tensor):
+            return Split(self.images[rows], self.labels[rows])
+        files = replace(self.images, rows=self.images.rows[rows.numpy()])
+        return Split(files, self.labels[rows])
 
     def evenly_spaced(self, count: int) -> "Split":
         """Return so many images, evenly spaced over the split: a folder's lie class after class."""
         total = len(self.labels)
         count = min(count, total)
-        rows = torch.arange(count, device=self.labels.device) * total // max(count, 1)
-        return Split(self.images[rows], self.labels[rows])
+        return self.subset(torch.arange(count) * total // max(count, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +103,9 @@ class ImageData:
         std: per channel, of pixel values scaled to [0, 1].
         padding: pixels of zero padding for random crops, see `augment`.
         flip: whether mirrored images are still of their class.
+        transform: augments an image by torch's global random numbers, in place of the two before.
+        mix: blends a pair of images and their labels.
+        workers: processes that augment where there is a transform.
     """
 
     name: str
@@ -68,8 +114,16 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    padding: int
-    flip: bool
+    padding: int = 0
+    flip: bool = False
+    transform: Transform | None = None
+    mix: Mix | None = None
+    workers: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return an image's (C, H, W) in evaluation."""
+        return tuple(self.test.images.shape[1:])
 
 
 def _described(tensor: Tensor) -> str:

@@ -1,18 +1,20 @@
 """Accuracy and loss on a split."""
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deeptwist.data import ImageData, Split, batches, normalize
+from deeptwist.data.loading import named_worker_failures
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspect.modes import FORWARD_ERRORS, eval_mode
 from deeptwist.training.metrics import Evaluation
-
-_BATCH = 500
+from deeptwist.twist.distributed import process_rank, world_size
 
 
 def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
@@ -44,6 +46,14 @@ def training_inputs(data: ImageData, model: nn.Module, count: int) -> Iterator[T
     return (preprocess(images, model, data) for images, _ in chosen)
 
 
+def test_inputs(data: ImageData, model: nn.Module, count: int) -> Tensor:
+    """Return a model's input for so many test images, from the first on, over again if need be."""
+    total = len(data.test.labels)
+    first = data.test.subset(torch.arange(min(count, total)))
+    images = torch.cat([x for x, _ in batches(first, 128, generator=None)])
+    return preprocess(images[torch.arange(count) % len(images)], model, data)
+
+
 def logits_of(output: object) -> Tensor:
     """Return the logits (B, classes) in a network's output.
 
@@ -62,6 +72,7 @@ def logits_of(output: object) -> Tensor:
     return first
 
 
+@named_worker_failures()
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -70,44 +81,62 @@ def evaluate(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate a model in evaluation mode, on its own device.
+    """Evaluate a model in evaluation mode, on its own device; processes share the images out.
 
     Args:
-        model: gives logits (B, classes).
+        model: gives logits (B, classes); not wrapped to communicate by itself.
         split: the images and labels.
         data: says how pixels are normalised and how many classes there are.
-        on_batch: called after every batch of up to 500.
+        on_batch: called after every batch of `batch_size_for`.
 
     Raises:
         DeepTwistError: if the model cannot run on the images, or its outputs are not one logit
             per class.
     """
-    outputs = []
+    share = split.subset(torch.arange(process_rank(), len(split.labels), world_size()))
+    # images, loss, right, right among five
+    totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     with eval_mode(model):
-        for images, _ in batches(split, _BATCH, generator=None):
-            x = preprocess(images, model, data)
-            try:
-                output = model(x)
-            except FORWARD_ERRORS as error:
-                raise DeepTwistError(
-                    f"{type(model).__name__} cannot run on images of {data.name}, "
-                    f"{tuple(x.shape[1:])}: {first_line(error)}"
-                ) from error
-            outputs.append(logits_of(output).float())
+        for images, labels in batches(share, batch_size_for(data), generator=None):
+            totals += _totals(_logits(model, images, data), labels)
             on_batch()
-    logits, labels = torch.cat(outputs), split.labels.to(outputs[0].device)
-    if logits.shape != (len(labels), len(data.classes)):
+    if world_size() > 1:
+        dist.all_reduce(totals)
+    count, loss, right, right_of_five = totals.tolist()
+    return Evaluation(
+        loss=loss / count,
+        accuracy=right / count,
+        top5=right_of_five / count if len(data.classes) > 5 else None,
+    )
+
+
+def batch_size_for(data: ImageData) -> int:
+    """Return how many images are evaluated at once: fewer if they are large."""
+    return max(1, min(500, 2**23 // math.prod(data.shape)))
+
+
+def _logits(model: nn.Module, images: Tensor, data: ImageData) -> Tensor:
+    x = preprocess(images, model, data)
+    try:
+        logits = logits_of(model(x)).float()
+    except FORWARD_ERRORS as error:
+        if isinstance(error, DeepTwistError):
+            raise
+        raise DeepTwistError(
+            f"{type(model).__name__} cannot run on images of {data.name}, "
+            f"{tuple(x.shape[1:])}: {first_line(error)}"
+        ) from error
+    if logits.shape != (len(images), len(data.classes)):
         raise DeepTwistError(
             f"the model gives outputs of shape {tuple(logits.shape[1:])}, "
             f"{data.name} has {len(data.classes)} classes"
         )
-    return Evaluation(
-        loss=float(functional.cross_entropy(logits, labels)),
-        accuracy=_accuracy(logits, labels, 1),
-        top5=_accuracy(logits, labels, 5) if len(data.classes) > 5 else None,
-    )
+    return logits
 
 
-def _accuracy(logits: Tensor, labels: Tensor, guesses: int) -> float:
-    right = logits.topk(guesses).indices == labels[:, None]
-    return float(right.any(1).float().mean())
+def _totals(logits: Tensor, labels: Tensor) -> Tensor:
+    labels = labels.to(logits.device)
+    right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = functional.cross_entropy(logits, labels, reduction="none").double()
+    parts = torch.ones_like(loss), loss, right[:, 0].double(), right.any(1).double()
+    return torch.stack([part.sum() for part in parts])

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from deeptwist.data import ImageData, Split, augment
+from deeptwist.data import ImageData, Split, train_batches
+from deeptwist.data.loading import named_worker_failures
 from deeptwist.decompose import numbers
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
@@ -31,7 +31,6 @@ from deeptwist.twist.distortion import DeepTwist
 
 T = TypeVar("T")
 
-_ORDER, _AUGMENTATION = 0, 1  # streams of random numbers
 _LOSSES_AT_ONCE = 50  # steps between looks at the losses, for which an accelerator is waited
 
 
@@ -113,7 +112,8 @@ class Trainer:
         if recipe.cuda_graphs and fabric.device.type == "cuda":
             if fabric.world_size > 1:
                 raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
-            images = data.train.images[: recipe.batch_size // parts].to(fabric.device)
+            size = recipe.batch_size // parts, *data.train.images.shape[1:]
+            images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
             with fabric.autocast():
                 self._network = replay_as_cuda_graphs(model, preprocess(images, model, data))
         for copied in (teacher, self.average):
@@ -124,6 +124,7 @@ class Trainer:
         self._unchecked: list[Tensor] = []  # losses that were not looked at so far
         torch.manual_seed(recipe.seed)  # dropout
 
+    @named_worker_failures()
     def fit(self, callbacks: Callbacks) -> None:
         """Train to the end, from the step reached so far.
 
@@ -133,38 +134,37 @@ class Trainer:
         every = self._recipe.records.checkpoint_every
         clip_norm = self._recipe.optimizer.clip_norm
         self._model.train()
-        while self.step < self.steps:
-            started = time.perf_counter()
-            for x, labels in self._batches():
-                self._unchecked.append(self._mean_over_processes(self._backward(x, labels)))
-                self._epoch_loss += self._unchecked[-1]
-                if clip_norm is not None:
-                    self._fabric.clip_gradients(
-                        self._wrapped,
-                        self._optimizer,
-                        max_norm=clip_norm,
-                        error_if_nonfinite=False,
-                    )
-                self._optimizer.step()
-                self._optimizer.zero_grad()
-                self._lr_scheduler.step()
-                self._update_average()
-                self.step += 1
-                ends = self.step % self._steps_per_epoch == 0
-                saves = self.step % every == 0 or self.step == self.steps
-                if ends or saves or len(self._unchecked) == _LOSSES_AT_ONCE:
-                    self._check_losses()
-                self._epoch_seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        for x, labels in self._batches():
+            self._unchecked.append(self._mean_over_processes(self._backward(x, labels)))
+            self._epoch_loss += self._unchecked[-1]
+            if clip_norm is not None:
+                self._fabric.clip_gradients(
+                    self._wrapped,
+                    self._optimizer,
+                    max_norm=clip_norm,
+                    error_if_nonfinite=False,
+                )
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._lr_scheduler.step()
+            self._update_average()
+            self.step += 1
+            ends = self.step % self._steps_per_epoch == 0
+            saves = self.step % every == 0 or self.step == self.steps
+            if ends or saves or len(self._unchecked) == _LOSSES_AT_ONCE:
+                self._check_losses()
+            self._epoch_seconds += time.perf_counter() - started
 
-                if self._twist is not None:
-                    self._distort(self._twist, callbacks)
-                if ends:
-                    self._end_epoch(callbacks)
-                if saves:
-                    self._broadcast_buffers()
-                    callbacks.on_checkpoint()
-                callbacks.on_step()
-                started = time.perf_counter()
+            if self._twist is not None:
+                self._distort(self._twist, callbacks)
+            if ends:
+                self._end_epoch(callbacks)
+            if saves:
+                self._broadcast_buffers()
+                callbacks.on_checkpoint()
+            callbacks.on_step()
+            started = time.perf_counter()
 
     def finish(self, callbacks: Callbacks) -> nn.Module:
         """Return the network to deploy: distorted a last time and decomposed, if it was twisted."""
@@ -220,30 +220,23 @@ class Trainer:
         return {name: part for name, part in parts.items() if part is not None}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this process's share of every batch that the epoch still holds, augmented."""
-        epoch, done = divmod(self.step, self._steps_per_epoch)
-        split, size = self._data.train, self._recipe.batch_size
-        share = self._fabric.global_rank, self._fabric.world_size
-        order = torch.randperm(
-            len(split.labels), generator=_generator(self._recipe.seed, _ORDER, epoch)
-        ).to(split.images.device)
-        for batch in order[done * size : self._steps_per_epoch * size].split(size):
-            rows = batch[share[0] :: share[1]]
-            images = augment(
-                split.images[rows].to(self._fabric.device, non_blocking=True),
-                padding=self._data.padding,
-                flip=self._data.flip,
-                generator=_generator(self._recipe.seed, _AUGMENTATION, self.step),
-                share=share,
-            )
-            labels = split.labels[rows].to(self._fabric.device, non_blocking=True)
+        """Yield this process's share of every batch that is left, as the network takes it."""
+        remaining = train_batches(
+            self._data,
+            self._recipe.batch_size,
+            seed=self._recipe.seed,
+            steps=range(self.step, self.steps),
+            share=(self._fabric.global_rank, self._fabric.world_size),
+            device=self._fabric.device,
+        )
+        for images, labels in remaining:
             yield preprocess(images, self._model, self._data), labels
 
     def _backward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Add the gradients of this process's share of a batch; return its loss, detached."""
         parts = self._recipe.optimizer.accumulate
         total = torch.zeros((), device=x.device)
-        chunks = zip(x.chunk(parts), labels.chunk(parts), strict=True)
+        chunks = zip(x.tensor_split(parts), labels.tensor_split(parts), strict=True)
         for number, (images, targets) in enumerate(chunks, start=1):
             with self._fabric.no_backward_sync(self._wrapped, enabled=number < parts):
                 loss = self._loss(images, targets) / parts
@@ -318,7 +311,7 @@ class Trainer:
             self._broadcast_buffers()
             started = time.perf_counter()
             subsets = self._data.train.evenly_spaced(count), self._data.test.evenly_spaced(count)
-            train, test = (evaluate(self._wrapped, subset, self._data) for subset in subsets)
+            train, test = (self._evaluate(subset) for subset in subsets)
             evaluations.append((train, test))
             evaluating += time.perf_counter() - started
             return train.loss
@@ -341,7 +334,7 @@ class Trainer:
                 epoch=self.step // self._steps_per_epoch,
                 step=self.step,
                 train_loss=float(self._epoch_loss) / self._steps_per_epoch,
-                test=evaluate(self._wrapped, self._data.test, self._data),
+                test=self._evaluate(self._data.test),
                 lr=self._lr,
                 seconds=self._epoch_seconds,
                 images_per_second=images / self._epoch_seconds,
@@ -353,10 +346,14 @@ class Trainer:
     def _keep_best(self) -> None:
         if self._validation is None:
             return
-        accuracy = evaluate(self._wrapped, self._validation, self._data).accuracy
+        accuracy = self._evaluate(self._validation).accuracy
         if self.best is None or accuracy > self.best[0]:
             weights = {n: t.detach().clone() for n, t in self._model.state_dict().items()}
             self.best = accuracy, weights
+
+    def _evaluate(self, split: Split) -> Evaluation:
+        with self._fabric.autocast():
+            return evaluate(self._model, split, self._data)
 
     def _broadcast_buffers(self) -> None:
         """Give every process the first one's batch-norm statistics, as the next step would."""
@@ -413,9 +410,3 @@ def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """Return random numbers of a seed, a stream and a place in it."""
-    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) - 2**63)

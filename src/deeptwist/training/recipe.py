@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from deeptwist.data.config import DataConfig
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.plan.config import CompressionConfig
 from deeptwist.training.modes import MODES, TrainingMode, mode_name
@@ -66,14 +67,11 @@ Sizes = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_sizes), Para
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class DataRecipe:
-    """The images.
+class DataRecipe(DataConfig):
+    """The images, and those to choose the best weights on.
 
     Attributes:
-        source: digits, cifar10, or a folder with train/ and test/ (or val/) of class folders.
-        image_size: Resize a folder's images to this height and width.
-        validation: Images held out of the training split, the last ones of a fixed shuffle, to
-            choose the best weights on.
+        validation: Images held out of the training split, the last ones of a fixed shuffle.
     """
 
     source: Annotated[str, Parameter(alias="--data")] = "digits"

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
-from deeptwist.training.evaluation import evaluate, preprocess, training_inputs
+from deeptwist.training.evaluation import evaluate, test_inputs, training_inputs
 from deeptwist.training.loop import Trainer, steps_per_epoch
 from deeptwist.training.metrics import (
     ARTEFACT,
@@ -96,13 +97,12 @@ def build_run(
         DeepTwistError: if there is no such network, its weights do not fit, it cannot be planned
             so, or more images are held out than there are.
     """
-    shape = data.train.images.shape[1:]
     if model is None:
         torch.manual_seed(recipe.seed)
         model = _build_for(data, recipe.model, recipe.weights)
     if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
         model.double()
-    example = torch.zeros(2, *shape).to(next(model.parameters()))
+    example = torch.zeros(2, *data.shape).to(next(model.parameters()))
     compresses = recipe.training_mode.compresses
     if recipe.fixed is not None and compresses:
         model = _decompose_and_freeze(model, recipe.fixed.make_plan(model, example))
@@ -173,7 +173,7 @@ def _train(
         untrained = evaluate(mode.deploy(network, plan), data.test, data)
         if fabric.is_global_zero:
             write_text(folder / PLAN, plan.to_json())
-    example = preprocess(data.test.images[:8], network, data)
+    example = test_inputs(data, network, 8)
     optimizer = make_optimizer(network, recipe.optimizer)
     per_epoch = steps_per_epoch(data, recipe.batch_size)
     steps = recipe.schedule.epochs * per_epoch
@@ -251,7 +251,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
 
 def _build_for(data: ImageData, name: str, weights: str | None) -> nn.Module:
     """Return a network for a data set's classes and channels."""
-    channels = int(data.train.images.shape[1])
+    channels = data.shape[0]
     model = build_model(
         name,
         num_classes=len(data.classes),
@@ -294,12 +294,12 @@ def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
 
 
 def _with_images_on(run: TrainingRun, device: torch.device) -> TrainingRun:
-    """Return the run with its images on a GPU, if that has room for twice as many."""
-    if device.type != "cuda":
+    """Return the run with its images on a GPU, if it augments there and has room for them twice."""
+    if device.type != "cuda" or run.data.transform is not None:
         return run
     splits = [s for s in (run.data.train, run.data.test, run.validation) if s is not None]
     free, _ = torch.cuda.mem_get_info(device)
-    if 2 * sum(split.images.numel() for split in splits) > free:
+    if 2 * sum(math.prod(split.images.shape) for split in splits) > free:
         return run
     train, test, *validation = (split.to(device) for split in splits)
     data = replace(run.data, train=train, test=test)
@@ -309,13 +309,12 @@ def _with_images_on(run: TrainingRun, device: torch.device) -> TrainingRun:
 def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
     if count == 0:
         return data, None
-    images, labels = data.train.images, data.train.labels
-    if count >= len(labels):
-        raise DeepTwistError(f"data.validation={count} leaves nothing of {len(labels)} images")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    total = len(data.train.labels)
+    if count >= total:
+        raise DeepTwistError(f"data.validation={count} leaves nothing of {total} images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     train, held_out = order[:-count].sort().values, order[-count:]
-    rest = Split(images[train], labels[train])
-    return replace(data, train=rest), Split(images[held_out], labels[held_out])
+    return replace(data, train=data.train.subset(train)), data.train.subset(held_out)
 
 
 def _recalibrated(run: TrainingRun, network: nn.Module) -> nn.Module:
@@ -366,7 +365,7 @@ def _write_variant(
 def _latency(run: TrainingRun, final: nn.Module, batch: int | None) -> Comparison | None:
     if batch is None or not run.recipe.training_mode.compresses:
         return None
-    return compare(run.model, final, preprocess(run.data.test.images[:batch], final, run.data))
+    return compare(run.model, final, test_inputs(run.data, final, batch))
 
 
 @dataclass(frozen=True)
