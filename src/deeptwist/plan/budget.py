@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
 from deeptwist.decompositions.ranks import check_ratio
@@ -11,6 +10,7 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.allocation import Candidate, allocate
+from deeptwist.plan.clock import LayerClock
 from deeptwist.plan.layer_errors import LayerErrors
 
 _RATIOS = tuple(1.1 * 1.155**step for step in range(24))  # tried by layer: 1.1 to 30
@@ -63,18 +63,6 @@ class Way:
     error: float = 0.0
 
 
-class Clock(Protocol):
-    """What knows how long a layer takes."""
-
-    def times(
-        self,
-        convolution: ConvGeometry,
-        calls: tuple[LayerCall, ...],
-        forms: Sequence[Decomposition],
-    ) -> tuple[float, list[float]]:
-        """Return the milliseconds of the dense layer, and of each form of it."""
-
-
 def layer_costs(
     convolution: ConvGeometry, calls: tuple[LayerCall, ...], decomposition: Decomposition | None
 ) -> tuple[int, int]:
@@ -116,7 +104,7 @@ def layer_ways(
     convolution: ConvGeometry,
     decompositions: Sequence[Decomposition],
     rank_multiple: int,
-    clock: Clock | None = None,
+    clock: LayerClock | None = None,
 ) -> list[Way]:
     """Return the ways to hold a layer, the dense one first; none where there is no other.
 

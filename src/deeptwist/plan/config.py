@@ -24,6 +24,8 @@ class CompressionConfig:
             each layer takes the one that loses least for its cost.
         ratio: Dense ÷ factored weights that every compressed layer keeps at least.
         macs: Dense ÷ factored MACs that the layers to compress keep together: a budget.
+        latency: Dense ÷ factored milliseconds, measured here, that these layers keep together.
+        latency_batch: Examples in the batch that latency is measured at.
         allocation: uniform: the ratio for every layer; budget: ranks that lose least together.
         rank: An explicit rank instead; two numbers for Tucker.
         fraction: For Tucker, the paper's fraction of the channels instead.
@@ -43,6 +45,8 @@ class CompressionConfig:
     decomposition: tuple[str, ...] = ("tiled_svd",)
     ratio: float | None = None
     macs: float | None = None
+    latency: float | None = None
+    latency_batch: int = 16
     allocation: Literal["uniform", "budget"] | None = None
     rank: int | tuple[int, int] | None = None
     fraction: float | None = None
@@ -61,6 +65,7 @@ class CompressionConfig:
             object.__setattr__(self, "decomposition", (self.decomposition,))
         check_int("min_in_channels", self.min_in_channels)
         check_int("rank_multiple", self.rank_multiple)
+        check_int("latency_batch", self.latency_batch)
         if self.min_speedup is not None and not self.min_speedup > 0:
             raise DeepTwistError(f"min_speedup {self.min_speedup} is not above 0")
 
@@ -113,6 +118,8 @@ class CompressionConfig:
             example_input=example_input,
             ratio=self.ratio,
             macs=self.macs,
+            latency=self.latency,
+            latency_batch=self.latency_batch,
             allocation=self.allocation,
             skip_first_conv=self.skip_first_conv,
             min_in_channels=self.min_in_channels,

@@ -15,6 +15,7 @@ from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.autotune import choose_by_clock
 from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
 from deeptwist.plan.calibration import Calibration
+from deeptwist.plan.clock import LayerClock, Prepare
 from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layer_filter import LayerFilter, Override
 from deeptwist.plan.plan import Plan
@@ -30,6 +31,7 @@ def plan(
     example_input: Tensor | tuple[Tensor, ...],
     ratio: float | None = None,
     macs: float | None = None,
+    latency: float | None = None,
     allocation: Allocation | None = None,
     skip_first_conv: bool = False,
     min_in_channels: int = 1,
@@ -41,6 +43,8 @@ def plan(
     min_speedup: float | None = None,
     tune: bool = False,
     calibration: Calibration | None = None,
+    latency_batch: int = 16,
+    prepare: Prepare | None = None,
 ) -> Plan:
     """Decide for every layer how it is held; the model itself is not touched.
 
@@ -55,6 +59,8 @@ def plan(
         ratio: dense ÷ factored weights that every compressed layer keeps at least; with a
             budget, that the layers to compress keep together.
         macs: dense ÷ factored MACs that the layers to compress keep together: a budget.
+        latency: dense ÷ factored milliseconds, measured here, that the layers to compress keep
+            together: a budget. PyTorch's threads are those that are set.
         allocation: ``"uniform"``: `ratio` for every layer, the paper's rule and the default
             beside a ratio and one decomposition alone; ``"budget"``: the ranks that lose least,
             by the sum of the layers' relative squared errors, under all budgets given.
@@ -71,6 +77,9 @@ def plan(
         tune: whether the exact forms of every layer are timed and the fastest is taken.
         calibration: what `deeptwist.calibrate` returned; `relative_error` is then the outputs',
             in every layer that it holds. Give it to `deeptwist.decompose` too.
+        latency_batch: examples in the batch that `latency` is measured at.
+        prepare: returns a call of a module on an input, for `latency` in another runtime; see
+            `deeptwist.benchmark.runtimes.prepare`.
 
     Returns:
         The plan; every layer that is not compressed is in it with its reason.
@@ -89,7 +98,8 @@ def plan(
     )
     methods = (decomposition,) if isinstance(decomposition, Decomposition) else (*decomposition,)
     planner = Planner(model, example_input, methods, rules, rank_multiple, calibration)
-    made = planner.plan(Budgets(ratio, macs), allocation)
+    clock = planner.clock(latency_batch, prepare) if latency is not None else None
+    made = planner.plan(Budgets(ratio, macs, latency), allocation, clock)
     return choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
 
 
@@ -119,13 +129,31 @@ class Planner:
         moments = calibration.moments if calibration else {}
         self._errors = [LayerErrors(layer, moments.get(layer.names[0])) for layer in layers]
 
-    def plan(self, budgets: Budgets, allocation: Allocation | None = None) -> Plan:
-        """Return the plan that keeps these budgets; see `deeptwist.plan`."""
+    def clock(self, batch: int, prepare: Prepare | None = None) -> LayerClock:
+        """Return what times the model's layers; see `deeptwist.plan`."""
+        check_int("latency_batch", batch)
+        reference = next(self._model.parameters())
+        examples = self._inputs[0].shape[0]
+        return LayerClock(reference, examples=examples, batch=batch, prepare=prepare)
+
+    def plan(
+        self,
+        budgets: Budgets,
+        allocation: Allocation | None = None,
+        clock: LayerClock | None = None,
+    ) -> Plan:
+        """Return the plan that keeps these budgets; see `deeptwist.plan`.
+
+        Args:
+            budgets: of the layers to compress together.
+            allocation: see `deeptwist.plan`.
+            clock: for a budget of milliseconds.
+        """
         shares = self._shares_budgets(budgets, allocation)
         for choice in (*(() if shares else self._decompositions), *self._rules.overrides.values()):
             if isinstance(choice, Decomposition) and choice.needs_ratio and budgets.ratio is None:
                 raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
-        ways = [self._ways(errors) if shares else [] for errors in self._errors]
+        ways = [self._ways(errors, clock) if shares else [] for errors in self._errors]
         shared = iter(share_budgets(filter(None, ways), budgets) if shares else ())
         planned = [
             _plan_shared(errors.layer, next(shared))
@@ -145,7 +173,7 @@ class Planner:
         if not needs_budget and allocation != "budget":
             return False
         if budgets.any_factor is None:
-            raise DeepTwistError("there is no budget to share: give ratio, macs or both")
+            raise DeepTwistError("there is no budget to share: give ratio, macs or latency")
         for decomposition in self._decompositions:
             if not decomposition.needs_ratio:
                 raise DeepTwistError(f"{decomposition} has a rank: leave it to the budget")
@@ -160,13 +188,15 @@ class Planner:
         is_first = layer is self._first
         return self._rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
 
-    def _ways(self, errors: LayerErrors) -> list[Way]:
+    def _ways(self, errors: LayerErrors, clock: LayerClock | None) -> list[Way]:
         """Return the ways to hold a layer that takes part in a budget; none for another."""
         layer = errors.layer
         is_bound = self._rules.override(layer.names) or self._skip_reason(layer)
         if is_bound or layer.convolution is None:
             return []
-        return layer_ways(errors, layer.convolution, self._decompositions, self._rank_multiple)
+        return layer_ways(
+            errors, layer.convolution, self._decompositions, self._rank_multiple, clock
+        )
 
     def _plan_layer(self, errors: LayerErrors, ratio: float | None) -> PlannedLayer:
         """Plan a layer by itself: at a ratio, or as an override says."""

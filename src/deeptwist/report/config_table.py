@@ -48,6 +48,7 @@ _NEUTRAL = {
     "rank_multiple": 1,
     "include": ["*"],
     "tune": False,
+    "latency_batch": 16,
 }
 
 
