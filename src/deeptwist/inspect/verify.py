@@ -154,14 +154,7 @@ def compare(
     # Equal to the last bit, outputs do not depend on the layers: a detector that detects nothing,
     # a head that is zero before it is trained.
     is_proof = is_met and worst != 0
-    for name, planned in calls.items():
-        # Where the outputs' number depends on numbers, so may the calls'.
-        right = {planned, dense_counts[name]} - {0} if is_met else range(1, 2**31)
-        if (planned or dense_counts[name]) and counts[name] not in right:
-            raise DeepTwistError(
-                f"the factored layer {name!r} runs {counts[name]} times, the dense one "
-                f"{dense_counts[name] or planned}: {_STORED}"
-            )
+    _check_counts(calls, dense_counts, counts, is_met)
     if is_proof:
         return worst
     layer, worst = _worst_layer(model, small, dense, inputs)
@@ -174,18 +167,35 @@ def compare(
     return worst
 
 
+def _check_counts(
+    calls: Mapping[str, int],
+    dense_counts: Mapping[str, int],
+    counts: Mapping[str, int],
+    is_met: bool,
+) -> None:
+    """Check that every factored layer ran as often as planned, or as its dense one did."""
+    for name, planned in calls.items():
+        # Where the outputs' number depends on numbers, so may the calls'.
+        right = {planned, dense_counts[name]} - {0} if is_met else range(1, 2**31)
+        if (planned or dense_counts[name]) and counts[name] not in right:
+            raise DeepTwistError(
+                f"the factored layer {name!r} runs {counts[name]} times, the dense one "
+                f"{dense_counts[name] or planned}: {_STORED}"
+            )
+
+
 def _worst_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float | None:
     """Return the largest relative difference of any output; `None` if they are not comparable."""
     if [y.shape for y in expected] != [y.shape for y in outputs]:
         return None
     pairs = [
-        (y, found)
-        for y, found in zip(expected, outputs, strict=True)
+        (y, output)
+        for y, output in zip(expected, outputs, strict=True)
         if y.is_floating_point() or y.is_complex()
     ]
     if not pairs:
         return None
-    differences = [relative_error(y, found) for y, found in pairs]
+    differences = [relative_error(y, output) for y, output in pairs]
     # NaN is no number to compare with: it must count as the worst.
     return max(math.inf if math.isnan(d) else d for d in differences)
 
@@ -204,8 +214,8 @@ def _worst_layer(
         for name, module in dense.items():
 
             def differ(_: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> None:
-                found = small.get_submodule(name)(*args, **kwargs)
-                difference = relative_error(y, found)
+                output = small.get_submodule(name)(*args, **kwargs)
+                difference = relative_error(y, output)
                 difference = math.inf if math.isnan(difference) else difference
                 differences[name] = max(differences.get(name, 0.0), difference)
 

@@ -27,8 +27,8 @@ class SplitConcat(nn.Module):
         """(…, Σ channels, *size) → (…, Σ outputs, *size′)."""
         parts = x.split(self.channels, dim=self.axis)
         # By index: torch.fx cannot iterate over what it traces.
-        found = [layer(parts[index]) for index, layer in enumerate(self.layers)]
-        return torch.cat(found, self.axis)
+        outputs = [layer(parts[index]) for index, layer in enumerate(self.layers)]
+        return torch.cat(outputs, self.axis)
 
 
 class ChannelPermutation(nn.Module):

@@ -184,7 +184,7 @@ class TiledLayerBuilder:
     def _hidden_order(self) -> Tensor:
         """From (column patch; group, tile column, row patch, tile row, rank) to rows first."""
         groups, width = self.convolution.groups, len(self.grid.cols)
-        found: dict[tuple[int, int], Tensor] = {}
+        blocks: dict[tuple[int, int], Tensor] = {}
         offset = 0
         for c, col in enumerate(self.grid.cols):
             sizes = [
@@ -199,10 +199,10 @@ class TiledLayerBuilder:
             for r, (part, row) in enumerate(
                 zip(block.split(sizes, dim=2), self.grid.rows, strict=True)
             ):
-                found[r, c] = part.unflatten(2, (row.count, -1)).transpose(1, 2).flatten(2)
+                blocks[r, c] = part.unflatten(2, (row.count, -1)).transpose(1, 2).flatten(2)
         rows = range(len(self.grid.rows))
         return torch.cat(
-            [torch.cat([found[r, c] for c in range(width)], 2).flatten() for r in rows]
+            [torch.cat([blocks[r, c] for c in range(width)], 2).flatten() for r in rows]
         )
 
     def _output_order(self) -> Tensor:

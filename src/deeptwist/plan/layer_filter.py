@@ -66,8 +66,8 @@ class LayerFilter:
 
     def override(self, names: Iterable[str]) -> tuple[str, Override] | None:
         """The last override that matches, with its pattern."""
-        found = None
+        last = None
         for pattern, choice in self.overrides.items():
             if any(matches(pattern, name) for name in names):
-                found = pattern, choice
-        return found
+                last = pattern, choice
+        return last

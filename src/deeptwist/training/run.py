@@ -173,28 +173,7 @@ def _train(
         untrained = evaluate(mode.deploy(network, plan), data.test, data)
         if fabric.is_global_zero:
             write_text(folder / PLAN, plan.to_json())
-    example = test_inputs(data, network, 8)
-    optimizer = make_optimizer(network, recipe.optimizer)
-    per_epoch = steps_per_epoch(data, recipe.batch_size)
-    steps = recipe.schedule.epochs * per_epoch
-    twist = mode.attach(
-        network,
-        plan,
-        steps=steps,
-        lr_factor=partial(lr_factor, recipe.schedule, steps=steps, steps_per_epoch=per_epoch),
-        optimizer=optimizer,
-        example_input=example,
-    )
-    trainer = Trainer(
-        fabric,
-        network,
-        data,
-        recipe,
-        optimizer=optimizer,
-        twist=twist,
-        teacher=teacher,
-        validation=run.validation,
-    )
+    trainer, twist = _make_trainer(fabric, run, network, teacher)
     run_dir = RunDir(folder, fabric)
     callbacks = run_dir.train(trainer, on_record, on_step)
     finished = trainer.finish(callbacks)
@@ -229,6 +208,35 @@ def _train(
         summary.write(folder)
     run_dir.close()
     return summary
+
+
+def _make_trainer(
+    fabric: Fabric, run: TrainingRun, network: nn.Module, teacher: nn.Module | None
+) -> tuple[Trainer, DeepTwist | None]:
+    """Return the trainer of a run's network, and what distorts it on the way."""
+    recipe, data = run.recipe, run.data
+    optimizer = make_optimizer(network, recipe.optimizer)
+    per_epoch = steps_per_epoch(data, recipe.batch_size)
+    steps = recipe.schedule.epochs * per_epoch
+    twist = recipe.training_mode.attach(
+        network,
+        run.plan,
+        steps=steps,
+        lr_factor=partial(lr_factor, recipe.schedule, steps=steps, steps_per_epoch=per_epoch),
+        optimizer=optimizer,
+        example_input=test_inputs(data, network, 8),
+    )
+    trainer = Trainer(
+        fabric,
+        network,
+        data,
+        recipe,
+        optimizer=optimizer,
+        twist=twist,
+        teacher=teacher,
+        validation=run.validation,
+    )
+    return trainer, twist
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
