@@ -130,6 +130,71 @@ def test_an_example_of_one_image_leaves_the_batch_free(tmp_path: Path) -> None:
     check_graph(export_onnx(convolution(), tmp_path / "small.onnx", X[:1]))
 
 
+# --- free sizes and fixed batches
+
+
+class Joined(nn.Module):
+    """Two images of one size, whatever it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(torch.cat([x, y], 1)).mean((2, 3))
+
+
+def test_height_and_width_are_free_where_asked(tmp_path: Path) -> None:
+    model = Joined()
+    written = export_onnx(model, tmp_path / "small.onnx", (X, X), dynamic_size=True)
+    graph = check_graph(written).graph
+    for value in graph.input:
+        names = [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        assert names == ["batch", "", "height", "width"]
+    assert written.sizes == ((10, 11), (17, 25), (41, 73))
+    x, y = torch.randn(2, 3, 8, 31, 5)
+    found = session(written.path).run(None, {"input_0": x.numpy(), "input_1": y.numpy()})[0]
+    assert difference(model(x, y), torch.from_numpy(found)) < 1e-5
+
+
+def test_a_program_has_a_free_length(tmp_path: Path) -> None:
+    model = nn.Conv1d(8, 4, 3, padding=1)
+    written = export_program(model, tmp_path / "small.pt2", X[..., 0], dynamic_size=True)
+    assert written.sizes
+    program = torch.export.load(written.path).module()
+    x = torch.randn(3, 8, 50)
+    assert difference(model(x), program(x)) < 1e-6
+
+
+def test_sizes_that_the_network_fixes_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 81, 4))
+    message = error_of(export_onnx, model, tmp_path / "x.onnx", X, dynamic_size=True)
+    assert "its size cannot be free" in message
+    message = error_of(
+        export_onnx, nn.Linear(9, 4), tmp_path / "x.onnx", X[0, 0], dynamic_size=True
+    )
+    assert message == "no input has a height and width that could be free"
+    assert not list(tmp_path.iterdir())
+
+
+class Filters(nn.Module):
+    """As many outputs as numbers are positive: torch.export cannot guard on such a count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[0][x[0] > 0]
+        return kept if kept.numel() > 4 else kept * 2
+
+
+def test_a_fixed_batch_lets_out_what_depends_on_numbers(tmp_path: Path) -> None:
+    message = error_of(export_onnx, Filters(), tmp_path / "x.onnx", X)
+    assert "--batch 1" in message
+    written = export_onnx(Filters(), tmp_path / "x.onnx", X, batch=1)
+    assert written.batches == (1,)
+    assert written.worst_difference == 0
+    x = torch.randn(1, 8, 9, 9)
+    assert difference(Filters()(x), outputs(written.path, x)) == 0
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -406,6 +471,15 @@ WORDS = ["export", "test_export:network", "--input", "8x9x9"]
 @pytest.fixture
 def artefact(tmp_path: Path) -> Path:
     return save(small_network(SVD()), tmp_path / "artefact")
+
+
+def test_the_command_frees_sizes_and_fixes_batches(tmp_path: Path) -> None:
+    words = [*WORDS, "--ratio", 1.5, "--out", tmp_path / "small"]
+    printed = json.loads(run(*words, "--dynamic-size", "--batch", 1, "--json").stdout)
+    assert printed["batches"] == [1]
+    assert printed["sizes"][0] == [10, 11]
+    assert "no inputs" in refused(*words, "--format", "state-dict", "--batch", 1)
+    assert "batch 0" in refused(*words, "--batch", 0)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "program", "state-dict"])

@@ -1,0 +1,242 @@
+"""Networks that users bring, from the plan over a saved folder to ONNX, at small sizes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils.parametrizations import weight_norm
+
+from deeptwist import SVD, DeepTwist, Plan, load, plan, save
+from deeptwist.export import Exported, export_onnx
+from deeptwist.inspect.modes import run_outputs
+
+for package in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package)
+
+
+def whole_way(
+    make: Callable[[], nn.Module], x: Tensor, folder: Path, include: Any = "*", **export: Any
+) -> tuple[Plan, Exported]:
+    model = make().eval()
+    made = plan(model, SVD(), ratio=2, example_input=x, include=include)
+    twist = DeepTwist(model, made, interval=1, example_input=x)
+    twist.step()
+    small = twist.finish().eval()
+    assert twist.output_difference is not None
+    assert 0 < twist.output_difference < 1e-5
+    assert sum(p.numel() for p in small.parameters()) == made.parameters < made.dense_parameters
+    loaded = load(save(small, folder / "small"), make)
+    pairs = zip(run_outputs(small, (x,)), run_outputs(loaded, (x,)), strict=True)
+    assert all(torch.equal(y, y_loaded) for y, y_loaded in pairs)
+    written = export_onnx(loaded, folder / "small.onnx", x, **export)
+    assert written.worst_difference is not None
+    assert written.worst_difference < 1e-4
+    return made, written
+
+
+def compressed_share(made: Plan) -> float:
+    weights = sum(layer.weight_numel for layer in made.layers)
+    return sum(layer.weight_numel for layer in made.compressed) / weights
+
+
+def test_a_detector_of_torchvision(tmp_path: Path) -> None:
+    detection = pytest.importorskip("torchvision.models.detection")
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        backbone = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1))
+        backbone.out_channels = 32  # type: ignore[assignment]
+        anchors = detection.anchor_utils.AnchorGenerator(((16,),), ((1.0,),))
+        model: nn.Module = detection.RetinaNet(
+            backbone, 3, min_size=64, max_size=64, anchor_generator=anchors, detections_per_img=5
+        )
+        for name, parameter in model.named_parameters():
+            if "cls_logits" in name:  # scores that differ, as those of a trained detector
+                nn.init.normal_(parameter, std=0.5)
+        return model
+
+    made, written = whole_way(make, torch.rand(1, 3, 64, 64), tmp_path, batch=1)
+    assert compressed_share(made) == 1
+    assert written.batches == (1,)
+
+
+def test_deeplab(tmp_path: Path) -> None:
+    segmentation = pytest.importorskip("torchvision.models.segmentation.deeplabv3")
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 32, 3, stride=8, padding=1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": self.layer(x).relu()}
+
+    made, written = whole_way(
+        lambda: segmentation.DeepLabV3(Backbone(), segmentation.DeepLabHead(32, 5)),
+        torch.randn(1, 3, 64, 72),
+        tmp_path,
+        dynamic_size=True,
+    )
+    assert compressed_share(made) == 1
+    assert len(written.sizes) >= 2
+
+
+def test_r3d_18(tmp_path: Path) -> None:
+    video = pytest.importorskip("torchvision.models.video")
+    made, _ = whole_way(
+        video.r3d_18, torch.randn(1, 3, 4, 32, 32), tmp_path, include=("stem.*", "layer[12].*")
+    )
+    assert {layer.kind for layer in made.compressed} == {"Conv3d", "Conv3DSimple"}
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.leave = nn.Conv2d(32, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        return self.leave(torch.cat([x, self.up(self.down(x).relu())], 1))
+
+
+def test_a_unet_of_any_even_size(tmp_path: Path) -> None:
+    made, written = whole_way(UNet, torch.randn(1, 3, 16, 20), tmp_path, dynamic_size=True)
+    assert compressed_share(made) == 1
+    assert written.sizes == ((24, 36), (48, 84))  # one pixel more is refused by the network itself
+
+
+class CausalConv1d(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+def test_an_audio_codec_with_weight_norm(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [
+            CausalConv1d(1, 16, 7),
+            nn.ELU(),
+            weight_norm(nn.Conv1d(16, 32, 8, stride=4, padding=2)),
+            nn.ELU(),
+            weight_norm(nn.ConvTranspose1d(32, 16, 8, stride=4, padding=2)),
+            nn.ELU(),
+            CausalConv1d(16, 1, 7),
+        ]
+        return nn.Sequential(*layers)
+
+    model = make().eval()
+    x = torch.randn(1, 1, 64)
+    made = plan(model, SVD(), ratio=2, example_input=x)
+    twist = DeepTwist(model, made, interval=1, example_input=x)
+    twist.step()
+    small = twist.finish().eval()
+    loaded = load(save(small, tmp_path / "small"), make)
+    assert torch.equal(loaded(x), small(x))
+    assert {"2", "4"} <= {layer.name for layer in made.compressed}
+    assert not any("parametrizations" in name for name in small.state_dict())
+    written = export_onnx(loaded, tmp_path / "small.onnx", x, dynamic_size=True)
+    assert written.sizes
+    assert written.worst_difference is not None
+    assert written.worst_difference < 1e-5
+
+
+class Block(nn.Module):
+    """Convolution, batch norm and SiLU, as YOLO's `Conv`."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(outputs)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Split(nn.Module):
+    """Two ways, one of them through a bottleneck, as YOLO's `C2f`."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.cv1, self.cv2 = Block(channels, channels), Block(channels * 3 // 2, channels)
+        self.m = nn.ModuleList([Block(channels // 2, channels // 2, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        ways = [*self.cv1(x).chunk(2, 1)]
+        ways += [layer(ways[-1]) for layer in self.m]
+        return self.cv2(torch.cat(ways, 1))
+
+
+class Yolo(nn.Module):
+    """Layers that name where their inputs come from, as ultralytics' parsed models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleList(
+            [
+                Block(3, 16, 3, 2),
+                Split(16),
+                Block(16, 32, 3, 2),
+                Split(32),
+                nn.Upsample(scale_factor=2),
+                Block(48, 16),
+                nn.Conv2d(16, 8, 1),
+            ]
+        )
+        self.sources: list[tuple[int, ...]] = [(-1,)] * 5 + [(-1, 1), (-1,)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: list[Tensor] = []
+        for layer, sources in zip(self.model, self.sources, strict=True):
+            inputs = [outputs[i] for i in sources] if outputs else [x]
+            outputs.append(layer(torch.cat(inputs, 1)))
+        return outputs[-1]
+
+
+def fused(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    return model
+
+
+def test_a_yolo_fused_before(tmp_path: Path) -> None:
+    made, _ = whole_way(
+        lambda: fused(Yolo().eval()), torch.randn(1, 3, 32, 32), tmp_path, dynamic_size=True
+    )
+    assert compressed_share(made) > 0.98
+
+
+@pytest.mark.slow
+def test_an_efficientnet_with_same_padding(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    made, _ = whole_way(
+        lambda: timm.create_model("tf_efficientnet_b0"),
+        torch.randn(1, 3, 33, 33),  # odd: the margins differ
+        tmp_path,
+        include=("conv_stem", "blocks.[0-2].*"),
+    )
+    kinds = {layer.name: layer.kind for layer in made.compressed}
+    assert kinds["conv_stem"] == "Conv2dSame"
+
+
+def test_the_vision_tower_of_clip(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(
+        **sizes, num_hidden_layers=2, image_size=32, patch_size=8
+    )
+    made, _ = whole_way(
+        lambda: transformers.CLIPVisionModel(config), torch.randn(1, 3, 32, 32), tmp_path
+    )
+    assert compressed_share(made) > 0.97
+    assert all("Embedding" in layer.reason for layer in made.kept)
