@@ -324,7 +324,9 @@ def table(records: dict[str, dict[str, Any]]) -> Iterator[str]:
         f"{statistics.median(ratios):.2f}× fewer; {sum(s < 0.5 for s in shares)} below 50 %; "
         f"largest difference of outputs {max(r['output_difference'] for r in good):.1e}; "
         f"{sum(r['loads_equal'] for r in good)} load bit for bit; "
-        f"{sum(r['onnx'] == 'free batch' for r in good)} leave as ONNX with a free batch."
+        f"{sum(r['onnx'] == 'free batch' for r in good)} of the "
+        f"{sum(r['onnx'] != 'untried' for r in good)} that were exported leave as ONNX with a free "
+        "batch."
     )
     yield ""
     yield "| network | parameters | compressed share | MACs, whole network | kept, and why |"
