@@ -173,12 +173,12 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
     compression = recipe.compression
-    sizes = ("ratio", "macs", "rank", "fraction", "plan")
+    sizes = ("ratio", "macs", "latency", "rank", "fraction", "plan")
     given = [name for name in sizes if getattr(compression, name) is not None]
     if options.goal is None:
         if not given and not compression.override:
             raise DeepTwistError(
-                "say how small: --ratio 4, --macs 3, or --goal 'accuracy>=dense-0.01'"
+                "say how small: --ratio 4, --macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
             )
         return None
     if given:
