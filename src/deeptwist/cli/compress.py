@@ -32,7 +32,12 @@ from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report
 from deeptwist.serialization import WEIGHTS, load, write_text
-from deeptwist.training.evaluation import evaluate, test_inputs, training_inputs
+from deeptwist.training.evaluation import (
+    batch_size_for,
+    evaluate,
+    test_inputs,
+    training_inputs,
+)
 from deeptwist.training.metrics import ARTEFACT, PLAN, Evaluation, Run, Summary, Variant, read_run
 from deeptwist.training.post_training import recalibrate_batch_norm
 from deeptwist.training.recipe import Recipe
@@ -210,7 +215,8 @@ def _load(recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: b
 
 
 def _evaluate(job: Job, network: nn.Module) -> dict[str, Any]:
-    with progress_bar("evaluate", -(-len(job.data.test.labels) // 500)) as advance:
+    total = -(-len(job.data.test.labels) // batch_size_for(job.data))
+    with progress_bar("evaluate", total) as advance:
         return asdict(evaluate(network, job.data.test, job.data, on_batch=advance))
 
 
