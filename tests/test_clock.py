@@ -90,3 +90,16 @@ def test_layers_are_timed_in_pytorch_by_themselves() -> None:
         dt.plan(model, dt.SpatialSVD(), latency=1e6, **options)
     with pytest.raises(dt.DeepTwistError, match="latency_batch"):
         dt.plan(model, dt.SpatialSVD(), latency=2, example_input=x, latency_batch=0)
+
+
+def test_an_example_without_a_batch_is_one() -> None:
+    model, counts = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), set()
+
+    def prepare(module: nn.Module, x: Tensor) -> Callable[[], object]:
+        counts.add(len(x))
+        return lambda: module(x)
+
+    image = torch.randn(96, 24, 24)
+    options = {"example_input": image, "latency_batch": 2, "prepare": prepare}
+    dt.plan(model, dt.SpatialSVD(), latency=1.2, **options)
+    assert counts == {2}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deeptwist.benchmark.comparison import Comparison
-from deeptwist.plan.autotune import call_at_batch, time_layers
+from deeptwist.plan.autotune import most_expensive_call, time_layers
 from deeptwist.plan.plan import Plan
 
 
@@ -47,7 +47,7 @@ def compare_layers(
     times = time_layers(plan, reference, batch=batch, rounds=rounds, on_layer=on_layer)
     comparisons = []
     for layer in plan.compressed:
-        size = call_at_batch(layer, plan.examples, batch).size
+        size = most_expensive_call(layer).size
         macs_ratio = layer.convolution.macs(size) / layer.decomposition.macs(
             layer.convolution, size
         )

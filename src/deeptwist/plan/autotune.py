@@ -95,7 +95,7 @@ def time_layers(
     measured: dict[object, tuple[Samples, Samples]] = {}
     times = {}
     for layer in plan.compressed:
-        call = call_at_batch(layer, plan.examples, batch)
+        call = at_batch(most_expensive_call(layer), plan.examples, batch)
         key = layer.convolution, layer.decomposition, layer.implementation, call
         if key not in measured:
             x = random_input(layer.convolution, call, reference)
@@ -136,9 +136,8 @@ def most_expensive_call(layer: CompressedLayer) -> LayerCall:
     return max(layer.calls, key=lambda call: call.count * layer.convolution.macs(call.size))
 
 
-def call_at_batch(layer: CompressedLayer, examples: int, batch: int) -> LayerCall:
-    """Return the most expensive call, of a batch in place of the example input's."""
-    call = most_expensive_call(layer)
+def at_batch(call: LayerCall, examples: int, batch: int) -> LayerCall:
+    """Return a call recorded on so many examples as a batch makes it."""
     return LayerCall(max(1, call.count * batch // examples), call.size)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeptwist.decompositions import Decomposition
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.plan.autotune import random_dense, random_factored, random_input
+from deeptwist.plan.autotune import at_batch, random_dense, random_factored, random_input
 from deeptwist.plan.timing import Samples, time_interleaved
 
 _TIMED = 6  # ranks of each method
@@ -77,8 +77,8 @@ class LayerClock:
     def _time(
         self, convolution: ConvGeometry, call: LayerCall, forms: Sequence[Decomposition]
     ) -> tuple[float, list[float]]:
-        count = max(1, call.count * self._batch // self._examples)
-        x = random_input(convolution, LayerCall(count, call.size), self._reference)
+        timed_call = at_batch(call, self._examples, self._batch)
+        x = random_input(convolution, timed_call, self._reference)
         macs = [form.macs(convolution, call.size) for form in forms]
         methods = [
             [*group] for _, group in groupby(range(len(forms)), lambda i: forms[i].without_rank())

@@ -133,7 +133,7 @@ class Planner:
         """Return what times the model's layers; see `deeptwist.plan`."""
         check_int("latency_batch", batch)
         reference = next(self._model.parameters())
-        examples = self._inputs[0].shape[0]
+        examples = _count_examples(self._inputs, self._inspection.layers)
         return LayerClock(reference, examples=examples, batch=batch, prepare=prepare)
 
     def plan(
@@ -273,6 +273,14 @@ def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
     return min(convolutions, key=lambda layer: layer.call_order, default=None)
 
 
+def _count_examples(inputs: tuple[Tensor, ...], layers: Sequence[Layer]) -> int:
+    """Return how many examples the inputs hold: one where they have no batch in front."""
+    first = _first_convolution(layers)
+    # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
+    batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
+    return inputs[0].shape[0] if batched else 1
+
+
 def _assemble(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -282,13 +290,10 @@ def _assemble(
     layers = inspection.layers
     counted = sum(layer.weight_numel for layer in layers)
     total = sum(p.numel() for p in model.parameters())
-    first = _first_convolution(layers)
-    # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
-    batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
     empty = Plan(
         compressed=(),
         other_parameters=total - counted,
-        examples=inputs[0].shape[0] if batched else 1,
+        examples=_count_examples(inputs, layers),
         inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
         network_macs=inspection.macs,
     )
