@@ -10,6 +10,7 @@ report on the others, `--test first:3000` takes the first of a fixed shuffle, `r
 import argparse
 import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +32,12 @@ def main() -> None:
     parser.add_argument("--weights", help="in place of the recipes' own")
     parser.add_argument("--test", default="rest:0", help="test images: first:N or rest:N")
     options = parser.parse_args()
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        jobs = ((path, options) for path in options.recipes)
-        for line in pool.imap_unordered(_train, jobs):
-            print(line, flush=True)
+    # An executor's processes, unlike a pool's, may have children: those that decode images.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as executor:
+        jobs = [executor.submit(_train, (path, options)) for path in options.recipes]
+        for job in as_completed(jobs):
+            print(job.result(), flush=True)
 
 
 def _train(job: tuple[Path, argparse.Namespace]) -> str:
