@@ -19,7 +19,7 @@ import deeptwist as dt
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.networks import measure, measure_memory, settings_of
-from deeptwist.benchmark.runtimes import Runtime
+from deeptwist.export.runtimes import Runtime
 from deeptwist.models import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}

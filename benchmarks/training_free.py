@@ -1,13 +1,19 @@
 """Accuracy of networks decomposed without training: what calibration and budgets buy.
 
-python benchmarks/training_free.py --data DIR --weights resnet32-cifar10.safetensors
-python benchmarks/training_free.py --data imagenette224 --weights efficientnet-lite0.safetensors \
-    --model timm/tf_efficientnet_lite0 --ratios 1.2 1.5 2 --methods list
+Every row is appended to a file, and those that are there are not computed again.
+
+python benchmarks/training_free.py --data cifar10-jpeg --weights resnet32-cifar10.safetensors \
+    --out results/training-free/resnet32.jsonl
+python benchmarks/training_free.py --model timm/tf_efficientnet_lite0 --data imagenette224 \
+    --weights efficientnet-lite0-imagenet.safetensors --methods svd --ratios 1.2 1.5 2 \
+    --out results/training-free/efficientnet-lite0.jsonl
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from itertools import islice
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,7 @@ from torchvision.transforms.v2 import functional as transforms
 import deeptwist as dt
 from deeptwist.data import batches, load_data
 from deeptwist.models import build_model, load_weights
-from deeptwist.training.evaluation import evaluate, preprocess
+from deeptwist.training.evaluation import preprocess
 
 METHODS: dict[str, dt.Decomposition | list[dt.Decomposition]] = {
     "spatial_svd": dt.SpatialSVD(),
@@ -38,8 +44,10 @@ WAYS: dict[str, tuple[bool, Sequence[str]]] = {  # calibrated, and the budgets; 
     "both budgets, calibrated": (True, ["ratio", "macs"]),
 }
 IMAGENETTE = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # its folders' classes of ImageNet
+_BATCH = 50
+COLUMNS = "ratio", "method", "way", "weights", "macs", "accuracy", "batch_norm_anew", "images"
 
-Accuracy = Callable[[nn.Module], float]
+Images = tuple[Tensor, Tensor]  # normalised, and their labels
 
 
 def main() -> None:
@@ -48,42 +56,67 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="the trained network's")
     parser.add_argument("--model", default="resnet32", help="one of timm/ is measured on ImageNet")
     parser.add_argument("--methods", default=["spatial_svd"], choices=METHODS, nargs="+")
-    parser.add_argument("--ways", default=[*WAYS], nargs="+", help="the rows, by their first words")
+    parser.add_argument("--ways", default=[*WAYS], choices=WAYS, nargs="+", help="the rows")
     parser.add_argument("--ratios", default=[1.5, 2, 3, 4], type=float, nargs="+")
+    parser.add_argument("--image-size", type=int, help="of the folder's images, by default theirs")
     parser.add_argument("--images", type=int, help="of the test split; all of them by default")
-    parser.add_argument("--save", help="file to keep the calibration in")
-    parser.add_argument("--load", help="such a file, instead of calibrating")
+    parser.add_argument("--calibration", type=Path, help="file to keep it in; read if it is there")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, a row each")
     options = parser.parse_args()
     prepare = _imagenet if options.model.startswith("timm/") else _classes
-    model, images, accuracy = prepare(options)
-    calibration = (
-        dt.calibrate(model, images) if options.load is None else dt.Calibration.load(options.load)
-    )
-    if options.save is not None:
-        calibration.save(options.save)
-    first = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
-    print(f"dense: {accuracy(model):.1f} %\n", flush=True)
-    print("| budget | decomposition | way | weights ÷ | MACs ÷ | accuracy | batch norm anew |")
-    print("| --- " * 7 + "|")
-    for ratio in options.ratios:
-        for method in options.methods:
-            for way in options.ways:
-                if method != "list" or WAYS[way][1]:  # one ratio takes one decomposition
-                    row = _row(model, images, calibration, accuracy, method, way, ratio, first)
-                    print(f"| {ratio:g}× | {method} | {way} | {' | '.join(row)} |", flush=True)
+    model, calibration_images, test = prepare(options)
+    moments = _moments(model, calibration_images, options.calibration)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = _rows(options.out)
+    wanted = [(1.0, "dense", "")]
+    for ratio, method, way in product(options.ratios, options.methods, options.ways):
+        if method != "list" or WAYS[way][1]:  # one ratio takes one decomposition
+            wanted.append((ratio, method, way))
+    for ratio, method, way in wanted:
+        key = ratio, method, way, len(test[1])
+        if key not in rows:
+            costs, networks = (1.0, 1.0), [model, model]
+            if method != "dense":
+                costs, networks = _decomposed(model, calibration_images, moments, *key[:3])
+            accuracies = [_accuracy(network, test) for network in networks]
+            values = ratio, method, way, *costs, *accuracies, len(test[1])
+            rows[key] = dict(zip(COLUMNS, values, strict=True))
+            with options.out.open("a") as file:
+                file.write(json.dumps(rows[key]) + "\n")
+    print("| " + " | ".join(COLUMNS[:-1]) + " |\n" + "| --- " * 7 + "|")
+    for row in rows.values():
+        print("| " + " | ".join(_format(row[column]) for column in COLUMNS[:-1]) + " |")
 
 
-def _row(
+def _rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the rows that are there, by what they are of."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["ratio"], row["method"], row["way"], row["images"]): row for row in rows}
+
+
+def _format(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _moments(model: nn.Module, images: list[Tensor], path: Path | None) -> dt.Calibration:
+    if path is not None and path.exists():
+        return dt.Calibration.load(path)
+    moments = dt.calibrate(model, images)
+    if path is not None:
+        moments.save(path)
+    return moments
+
+
+def _decomposed(
     model: nn.Module,
     images: list[Tensor],
     calibration: dt.Calibration,
-    accuracy: Accuracy,
+    ratio: float,
     method: str,
     way: str,
-    ratio: float,
-    first: str,
-) -> list[str]:
-    """Return the weights' and the MACs' ratios, of all convolutions but the first; accuracies."""
+) -> tuple[tuple[float, float], list[nn.Module]]:
+    """Return how many times fewer weights and MACs, of all convolutions but the first; networks."""
     calibrated, budgets = WAYS[way]
     moments = calibration if calibrated else None
     budget: dict[str, Any] = dict.fromkeys(budgets or ["ratio"], ratio)
@@ -98,43 +131,45 @@ def _row(
         **budget,
     )
     small = dt.decompose(model, plan, calibration=moments)
-    again = dt.recalibrate_batch_norm(small, images)
+    first = next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
     layers = [x for x in plan.layers if x.name != first and x.kind != "Linear"]
     weights = sum(x.weight_numel for x in layers) / sum(x.compressed_numel for x in layers)
     dense, factored = (
         sum(plan.layer_macs(x, factored=factored) for x in layers) for factored in (False, True)
     )
-    accuracies = [f"{accuracy(network):.1f}" for network in (small, again)]
-    return [f"{weights:.2f}", f"{dense / factored:.2f}", *accuracies]
+    return (weights, dense / factored), [small, dt.recalibrate_batch_norm(small, images)]
 
 
-def _classes(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Accuracy]:
-    """Return a network trained on the folder's classes, images to calibrate on, its accuracy."""
-    data = load_data(options.data)
+@torch.inference_mode()
+def _accuracy(network: nn.Module, test: Images) -> float:
+    """Return the percentage of images whose class comes first."""
+    with suppress(dt.DeepTwistError):  # torch.fx cannot trace all of them
+        network = dt.fuse(network)
+    network = network.eval().to(memory_format=torch.channels_last)
+    guesses = torch.cat([network(x).argmax(1) for x in test[0].split(_BATCH)])
+    return 100 * float((guesses == test[1]).float().mean())
+
+
+def _classes(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Images]:
+    """Return a network trained on the folder's classes, images to calibrate on and to test on."""
+    data = load_data(options.data, preset="cifar", image_size=options.image_size)
     model = build_model(options.model, num_classes=len(data.classes))
     load_weights(model, options.weights)
     test = data.test if options.images is None else data.test.evenly_spaced(options.images)
     shuffle = torch.Generator().manual_seed(0)
     shuffled = islice(batches(data.train, 128, generator=shuffle), 16)
     images = [preprocess(x, model, data) for x, _ in shuffled]
-    return model.eval(), images, lambda network: 100 * evaluate(network, test, data).accuracy
+    tested = [preprocess(x, model, data) for x, _ in batches(test, 500, generator=None)]
+    return model.eval(), images, (torch.cat(tested), test.labels)
 
 
-def _imagenet(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Accuracy]:
+def _imagenet(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Images]:
     """Return a network of ImageNet's 1,000 classes, measured on imagenette's ten among them all."""
     model = build_model(options.model, num_classes=1000)
     load_weights(model, options.weights)
-    model = model.eval().to(memory_format=torch.channels_last)
-    per_class = (options.images or 200) // len(IMAGENETTE)
-    images, labels = _images(Path(options.data) / "val", per_class)
+    test = _images(Path(options.data) / "val", (options.images or 3850) // len(IMAGENETTE))
     calibration, _ = _images(Path(options.data) / "train", 26)
-
-    @torch.no_grad()
-    def accuracy(network: nn.Module) -> float:
-        guesses = torch.cat([network(x).argmax(1) for x in images.split(50)])
-        return 100 * float((guesses == labels).float().mean())
-
-    return model, [*calibration.split(32)], accuracy
+    return model.eval(), [*calibration.split(32)], test
 
 
 def _images(folder: Path, per_class: int) -> tuple[Tensor, Tensor]:

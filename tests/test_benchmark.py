@@ -19,7 +19,7 @@ from deeptwist.benchmark.comparison import compare
 from deeptwist.benchmark.layers import compare_layers
 from deeptwist.benchmark.memory import peak_memory
 from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
-from deeptwist.benchmark.runtimes import prepare
+from deeptwist.export.runtimes import prepare
 from deeptwist.models import build_model
 from deeptwist.plan.autotune import keep_slow_layers
 from deeptwist.plan.timing import median_ratio, summarize, time_interleaved

@@ -12,9 +12,9 @@ from tests.test_cli import refused, run
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.benchmark.runtimes import OnnxNetwork
 from deeptwist.compress import RATIOS, largest_ratio
 from deeptwist.data import batches, load_digits, normalize
+from deeptwist.export.runtimes import OnnxNetwork
 from deeptwist.models import build_model
 from deeptwist.training.evaluation import evaluate
 from deeptwist.training.metrics import read_run

@@ -14,7 +14,7 @@ from deeptwist._version import __version__
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.cli.options import Several
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.serialization import write_text
+from deeptwist.files import write_text
 from deeptwist.training.metrics import DENSE_WEIGHTS, SUMMARY, Run
 from deeptwist.training.recipe import Recipe
 

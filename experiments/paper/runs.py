@@ -14,7 +14,7 @@ from typing import Any
 
 from deeptwist.data import load_data
 from deeptwist.errors import DeepTwistError
-from deeptwist.serialization import write_text
+from deeptwist.files import write_text
 from deeptwist.training.metrics import METRICS, RECIPE, SUMMARY, Run, read_run
 from deeptwist.training.recipe import Recipe, read_recipe
 from deeptwist.training.run import build_run, train

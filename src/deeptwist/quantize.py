@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deeptwist.errors import DeepTwistError, first_line, require_extra
 from deeptwist.export import quiet
-from deeptwist.serialization import atomic_write
+from deeptwist.files import atomic_write
 
 
 def quantize_onnx(source: Path, path: Path, batches: Iterable[Tensor]) -> Path:

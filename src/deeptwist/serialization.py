@@ -4,13 +4,10 @@ Nothing is pickled. Loading replays the layer swaps on a model that the caller m
 loads strictly; nothing in the folder names code to run.
 """
 
-import errno
 import hashlib
 import json
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,9 @@ from deeptwist._version import __version__
 from deeptwist.decompose import get_planned_module, replace_layers
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.files import atomic_write
 from deeptwist.inspect.swap import stored_modules
+from deeptwist.inspect.weights import distinct
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -31,43 +30,6 @@ from deeptwist.plan.planned_layer import CompressedLayer
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LARGEST_CONFIG = 16 * 2**20  # bytes; a network of ten thousand layers takes a fifth
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed to it once it is written in full.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    if not path.name:  # "." and "/": no neighbour can be named after them
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, replacing an old one only when it is complete."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that survives a loss of power, replacing an old one only then."""
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync(path: Path) -> None:
-    """Flush a file's content to the disk, so that it survives a loss of power."""
-    with path.open("ab") as file:
-        os.fsync(file.fileno())
 
 
 def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:
@@ -291,25 +253,6 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], config: Mapping[s
         }
     versioned._metadata = metadata  # type: ignore[attr-defined]
     model.load_state_dict(versioned, strict=True)
-
-
-def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state's tensors, each once, and the other names of those that are shared."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
-    taken: set[int] = set()  # memory that a tensor before holds: safetensors refuses to share it
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        owner = first.setdefault(id(tensor), name)
-        if owner != name:
-            aliases[name] = owner
-            continue
-        own = tensor.detach().cpu().contiguous()
-        memory = own.untyped_storage()
-        is_whole = memory.nbytes() == own.numel() * own.element_size()
-        tensors[name] = own if is_whole and memory.data_ptr() not in taken else own.clone()
-        taken.add(memory.data_ptr())
-    return tensors, aliases
 
 
 def _sha256(path: Path) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from deeptwist.benchmark.comparison import Comparison, compare_functions
 from deeptwist.benchmark.memory import peak_memory
-from deeptwist.benchmark.runtimes import DType, Runtime, prepare
 from deeptwist.errors import DeepTwistError
+from deeptwist.export.runtimes import DType, Runtime, prepare
 from deeptwist.inspect.modes import eval_mode
 
 

@@ -18,7 +18,6 @@ from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare_functions
 from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.networks import Setting
-from deeptwist.benchmark.runtimes import OnnxNetwork, prepare
 from deeptwist.cli.console import progress_bar
 from deeptwist.cli.options import CompressOptions
 from deeptwist.cli.stages import Stages
@@ -27,11 +26,13 @@ from deeptwist.data import ImageData, Split, load_data
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.export import export_onnx
+from deeptwist.export.runtimes import OnnxNetwork, prepare
+from deeptwist.files import write_text
 from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report
-from deeptwist.serialization import WEIGHTS, load, write_text
+from deeptwist.serialization import WEIGHTS, load
 from deeptwist.training.evaluation import (
     batch_size_for,
     evaluate,

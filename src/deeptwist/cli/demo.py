@@ -13,7 +13,7 @@ from deeptwist.cli.console import progress_bar
 from deeptwist.cli.options import CompressOptions
 from deeptwist.data import load_digits
 from deeptwist.errors import DeepTwistError
-from deeptwist.serialization import write_text
+from deeptwist.files import write_text
 from deeptwist.training.metrics import DENSE_WEIGHTS
 from deeptwist.training.recipe import make_recipe
 from deeptwist.training.run import build_run, train

@@ -49,7 +49,7 @@ def plan(
     Args:
         out: Write the plan as JSON to this file.
     """
-    from deeptwist.serialization import write_text
+    from deeptwist.files import write_text
 
     dense, example = network.build(model), network.example_input(model)
     moments = calibration.moments(dense, calibration.inputs(dense, example))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.serialization import write_text
+from deeptwist.files import write_text
 
 
 class Stages:

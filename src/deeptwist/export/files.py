@@ -19,9 +19,10 @@ from deeptwist.errors import DeepTwistError, check_int, first_line, require_extr
 from deeptwist.export.convert import check_free_axes, convert, quiet, trace
 from deeptwist.export.signature import Inputs, make_signature
 from deeptwist.export.verify import onnxruntime_session, verify
+from deeptwist.files import atomic_write
 from deeptwist.inspect.modes import output_tensors
 from deeptwist.inspect.swap import stored_modules, swap
-from deeptwist.serialization import atomic_write, distinct
+from deeptwist.inspect.weights import distinct
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 

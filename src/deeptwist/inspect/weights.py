@@ -347,3 +347,22 @@ def _hooked_weight(module: nn.Module, hook: Any) -> Tensor:
     if hasattr(module, "weight_g"):
         return cast(Tensor, hook.compute_weight(module)).detach()
     return cast(Tensor, hook.compute_weight(module, do_power_iteration=False)).detach()
+
+
+def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state's tensors, each once, and the other names of those that are shared."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    taken: set[int] = set()  # memory that a tensor before holds: safetensors refuses to share it
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = first.setdefault(id(tensor), name)
+        if owner != name:
+            aliases[name] = owner
+            continue
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage()
+        is_whole = memory.nbytes() == own.numel() * own.element_size()
+        tensors[name] = own if is_whole and memory.data_ptr() not in taken else own.clone()
+        taken.add(memory.data_ptr())
+    return tensors, aliases

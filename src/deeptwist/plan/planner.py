@@ -79,7 +79,7 @@ def plan(
             in every layer that it holds. Give it to `deeptwist.decompose` too.
         latency_batch: examples in the batch that `latency` is measured at.
         prepare: returns a call of a module on an input, for `latency` in another runtime; see
-            `deeptwist.benchmark.runtimes.prepare`.
+            `deeptwist.export.runtimes.prepare`.
 
     Returns:
         The plan; every layer that is not compressed is in it with its reason.

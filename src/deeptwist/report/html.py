@@ -7,12 +7,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
 from deeptwist.report.charts import detail_charts, gain_charts
 from deeptwist.report.comparison import RunGroup, group_runs, summary_sentence
 from deeptwist.report.config_table import config_table
 from deeptwist.report.plotting import render
 from deeptwist.report.tables import layer_tables, results_table, training_table
-from deeptwist.serialization import write_text
 from deeptwist.training.metrics import Run
 
 

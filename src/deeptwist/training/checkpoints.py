@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.serialization import write_bytes
+from deeptwist.files import write_bytes
 
 logger = logging.getLogger("deeptwist")
 

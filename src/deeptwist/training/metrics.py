@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 
 from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
 from deeptwist.plan.plan import Plan
-from deeptwist.serialization import write_text
 from deeptwist.training.modes import mode_name
 from deeptwist.twist.distortion import Distortion
 

@@ -20,11 +20,12 @@ from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import ImageData, Split
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
+from deeptwist.files import atomic_write, write_text
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
-from deeptwist.serialization import WEIGHTS, atomic_write, save, write_text
+from deeptwist.serialization import WEIGHTS, save
 from deeptwist.training.evaluation import evaluate, test_inputs, training_inputs
 from deeptwist.training.loop import Trainer, steps_per_epoch
 from deeptwist.training.metrics import (

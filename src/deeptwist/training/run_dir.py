@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.serialization import fsync, write_text
+from deeptwist.files import fsync, write_text
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.metrics import METRICS, RECIPE, SUMMARY, Epoch, Record, append_record

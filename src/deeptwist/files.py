@@ -1,0 +1,44 @@
+"""Files that are complete or not there: written beside their place and renamed."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed to it once it is written in full.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if not path.name:  # "." and "/": no neighbour can be named after them
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, replacing an old one only when it is complete."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that survives a loss of power, replacing an old one only then."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's content to the disk, so that it survives a loss of power."""
+    with path.open("ab") as file:
+        os.fsync(file.fileno())
