@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.models import build_model
 from deeptwist.plan.budget import Budgets
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.layer_filter import LayerFilter
 from deeptwist.plan.planner import Planner
 from deeptwist.plan.timing import median_ratio, time_interleaved

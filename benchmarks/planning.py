@@ -15,10 +15,10 @@ from tensorly.tenalg import multi_mode_dot
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.models import build_model
+from deeptwist.plan.environment import describe_machine
 
 METHODS = dt.SVD(), dt.SpatialSVD(), dt.TiledSVD(), dt.Tucker(), dt.CP()
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.autotune import random_dense, random_input
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.timing import median_ratio, time_interleaved
 
 FORMS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import deeptwist as dt
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.autotune import random_dense, random_factored
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.timing import time_interleaved
 
 RATIO = 4

@@ -17,9 +17,9 @@ import torch
 from lightning.fabric import Fabric
 from torch.nn import functional
 
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import ImageData, Split, augment, normalize
 from deeptwist.models import build_model
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.timing import median_ratio
 from deeptwist.training.evaluation import evaluate
 from deeptwist.training.loop import Callbacks, Trainer

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import ImageData, load_data
 from deeptwist.models import build_model, load_weights
+from deeptwist.plan.environment import describe_machine
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.recipe import make_recipe
 from deeptwist.twist.distortion import Distortion

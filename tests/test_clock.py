@@ -1,6 +1,8 @@
 """Budgets of milliseconds: what the clock interpolates, and what a plan makes of it."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +15,19 @@ from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.budget import Budgets
 from deeptwist.plan.clock import LayerClock
+from deeptwist.plan.latency import Latency, LatencyCache, LatencySetting
 from deeptwist.plan.layer_filter import LayerFilter
+from deeptwist.plan.network_clock import meet_milliseconds
 from deeptwist.plan.planned_layer import CompressedLayer
 from deeptwist.plan.planner import Planner
 
 X = torch.randn(2, 16, 12, 12)
 OVERHEAD = 7.0
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def by_macs(module: nn.Module, x: Tensor) -> Callable[[], float]:
@@ -35,7 +44,7 @@ def clock_of_macs(examples: int = 2, batch: int = 2) -> LayerClock:
     return LayerClock(
         X,
         examples=examples,
-        batch=batch,
+        setting=LatencySetting(batch),
         prepare=by_macs,
         measure=lambda runs: [[run()] for run in runs],  # type: ignore[list-item]
     )
@@ -93,13 +102,82 @@ def test_layers_are_timed_in_pytorch_by_themselves() -> None:
 
 
 def test_an_example_without_a_batch_is_one() -> None:
-    model, counts = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), set()
+    model, image = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), torch.randn(96, 24, 24)
+    plan = dt.plan(model, dt.SpatialSVD(), latency=1.2, example_input=image, latency_batch=2)
+    assert plan.examples == 1
+    assert plan.latency is None  # a batch of such images is none that the network takes
 
-    def prepare(module: nn.Module, x: Tensor) -> Callable[[], object]:
-        counts.add(len(x))
-        return lambda: module(x)
 
-    image = torch.randn(96, 24, 24)
-    options = {"example_input": image, "latency_batch": 2, "prepare": prepare}
-    dt.plan(model, dt.SpatialSVD(), latency=1.2, **options)
-    assert counts == {2}
+def test_what_was_timed_is_kept_in_a_file_that_names_the_machine() -> None:
+    x, setting = torch.randn(1, 96, 24, 24), LatencySetting(1)
+    model = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval()
+    convolution, forms = ConvGeometry.from_module(model[0]), [dt.SVD(rank=8), dt.SVD(rank=32)]
+    planner = Planner(model, x, [dt.SVD()], LayerFilter())
+    times = planner.clock(setting).times(convolution, (LayerCall(1, (24, 24)),), forms)
+    path = LatencyCache("eager").path
+    kept = json.loads(path.read_text())
+    assert str(torch.__version__) in kept["machine"]
+    assert "eager" in kept["machine"]
+    assert [times[0], *times[1]] in kept["times"].values()
+    assert planner.clock(setting).times(convolution, (LayerCall(1, (24, 24)),), forms) == times
+    path.write_text("[]")
+    assert LatencyCache("eager").read() == {}
+
+
+@pytest.mark.parametrize("width", [1, 8, 16])
+def test_ranks_are_multiples_of_what_vectors_hold(width: int) -> None:
+    def stairs(module: nn.Module, x: Tensor) -> Callable[[], float]:
+        decomposition = getattr(module, "decomposition", dt.SVD(rank=100))
+        return lambda: 10.0 + -(-decomposition.rank // width) * width
+
+    clock = LayerClock(
+        X,
+        examples=1,
+        setting=LatencySetting(1),
+        prepare=stairs,
+        measure=lambda runs: [[run()] for run in runs],  # type: ignore[list-item]
+    )
+    convolution = ConvGeometry.from_module(nn.Conv2d(64, 64, 3, padding=1))
+    assert clock.rank_multiple(convolution, LayerCall(1, (8, 8)), dt.SVD()) == width
+    narrow = ConvGeometry.from_module(nn.Conv2d(40, 40, 3, padding=1))
+    assert clock.rank_multiple(narrow, LayerCall(1, (8, 8)), dt.SVD()) == 1
+
+
+@pytest.mark.parametrize("limit", [7.0, 6.0, 4.8])
+def test_the_whole_network_takes_no_longer_than_asked(limit: float) -> None:
+    def attempt(factor: float) -> dt.Plan:  # layers of 8 ms save seven tenths of it in the network
+        return dt.Plan(
+            (), other_parameters=1, latency=Latency(10.0, 10 - 0.7 * 8 * (1 - 1 / factor), "")
+        )
+
+    plan = meet_milliseconds(limit, attempt)
+    assert plan.latency is not None
+    assert 0.95 * limit <= plan.latency.planned <= limit
+    assert dt.Plan.from_json(plan.to_json()) == plan
+    assert str(plan.latency) in str(plan)
+
+
+def test_milliseconds_that_cannot_be_met_are_refused(error_of: Callable[..., str]) -> None:
+    def attempt(factor: float) -> dt.Plan:
+        return dt.Plan(compressed=(), latency=Latency(10.0, 10 - 4 * (1 - 1 / factor), ""))
+
+    assert "10.00 ms as it is" in error_of(meet_milliseconds, 11.0, attempt)
+    assert "the fastest tried takes 6.13" in error_of(meet_milliseconds, 5.0, attempt)
+    options = {"example_input": X, "latency_batch": 2}
+    both = {**options, "latency": 2, "latency_ms": 2}
+    assert "are one budget" in error_of(dt.plan, network(), dt.SVD(), **both)
+    misspelt = {**options, "latency": 2, "latency_runtime": "onxruntime"}
+    assert "onnxruntime" in error_of(dt.plan, network(), dt.SVD(), **misspelt)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_a_plan_promises_milliseconds_of_the_network(runtime: str) -> None:
+    model = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1), nn.BatchNorm2d(96), nn.ReLU()).eval()
+    x = torch.randn(2, 96, 24, 24)
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    options = {"example_input": x, "latency_batch": 4, "latency_threads": 1}
+    plan = dt.plan(model, dt.SpatialSVD(), latency=1.3, latency_runtime=runtime, **options)
+    assert plan.latency is not None
+    assert plan.latency.planned > 0
+    assert f"{runtime}, batch 4, " in plan.latency.where

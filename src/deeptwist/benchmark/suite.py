@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.layers import LayerComparison, compare_layers
 from deeptwist.benchmark.networks import (
     Measurement,
@@ -16,6 +15,7 @@ from deeptwist.benchmark.networks import (
     measure,
     measure_memory,
 )
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.plan import Plan
 
 

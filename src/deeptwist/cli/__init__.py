@@ -20,7 +20,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
     if {"--version", "--verbose"} <= set(sys.argv[1:] if words is None else words):
-        from deeptwist.benchmark.environment import describe_environment
+        from deeptwist.plan.environment import describe_environment
 
         print(describe_environment())
     else:

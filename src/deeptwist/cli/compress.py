@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare_functions
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.benchmark.networks import Setting
 from deeptwist.cli.console import progress_bar
 from deeptwist.cli.options import CompressOptions
@@ -29,6 +28,7 @@ from deeptwist.export import export_onnx
 from deeptwist.export.runtimes import OnnxNetwork, prepare
 from deeptwist.files import write_text
 from deeptwist.plan.calibration import Calibration, calibrate
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.quantize import quantize_onnx
 from deeptwist.report import write_report

@@ -37,7 +37,9 @@ def prepare(
             raise DeepTwistError(f"onnxruntime is measured on processors in float32, not {dtype}")
         return _in_onnxruntime(model, x, threads)
     x = x.to(getattr(torch, dtype))
-    ready = deepcopy(model).to(x.dtype).eval().to(memory_format=torch.channels_last)
+    ready = deepcopy(model).to(x.dtype).eval()
+    if x.dim() == 4:
+        ready = ready.to(memory_format=torch.channels_last)
     if runtime == "compile":
         return _compiled(ready, x)
 

@@ -3,15 +3,17 @@
 How long a layer takes does not depend on its numbers, so layers of random ones are timed.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions import Decomposition
+from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan
@@ -19,6 +21,8 @@ from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
 from deeptwist.plan.timing import Samples, median_ratio, time_interleaved
 
 _ROUNDS = 9
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def choose_by_clock(
@@ -159,15 +163,19 @@ def random_factored(
     decomposition: Decomposition,
     reference: Tensor,
     implementation: str | None,
-) -> nn.Module:
+) -> FactoredLayer:
     """Return the factored layer in one of its forms with random weights, ready to be timed."""
     parts = [part for level in decomposition.convolutions(convolution) for part in level]
-    kernels = [torch.randn(part.kernel_shape).to(reference) for part in parts]
+    # Scaled so that a whole network of such layers neither overflows nor vanishes.
+    kernels = [
+        (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
+        for part in parts
+    ]
     bias = reference.new_zeros(convolution.out_channels)
     layer = decomposition.make_layer(convolution, kernels, bias, implementation)
     return _for_inference(layer, convolution)
 
 
-def _for_inference(layer: nn.Module, convolution: ConvGeometry) -> nn.Module:
+def _for_inference(layer: Layer, convolution: ConvGeometry) -> Layer:
     layer = layer.eval().requires_grad_(False)
     return layer.to(memory_format=torch.channels_last) if convolution.dims == 2 else layer

@@ -25,7 +25,10 @@ class CompressionConfig:
         ratio: Dense ÷ factored weights that every compressed layer keeps at least.
         macs: Dense ÷ factored MACs that the layers to compress keep together: a budget.
         latency: Dense ÷ factored milliseconds, measured here, that these layers keep together.
-        latency_batch: Examples in the batch that latency is measured at.
+        latency_ms: Milliseconds that the whole network takes at most, measured here.
+        latency_batch: Examples in the batch that milliseconds are measured at.
+        latency_runtime: What runs the network when it is measured.
+        latency_threads: Processor threads; torch's choice if not given.
         allocation: uniform: the ratio for every layer; budget: ranks that lose least together.
         rank: An explicit rank instead; two numbers for Tucker.
         fraction: For Tucker, the paper's fraction of the channels instead.
@@ -33,7 +36,7 @@ class CompressionConfig:
         skip_first_conv: Keep the convolution that runs first.
         min_in_channels: Keep layers with fewer input channels.
         linear: Whether linear layers are compressed too.
-        rank_multiple: Round ranks that the ratio sets down to a multiple of this.
+        rank_multiple: Round ranks down to a multiple of this; with milliseconds, by the clock.
         include: Compress only layers of these names, globs, or expressions after re:.
         exclude: Keep layers of these names, globs, or expressions after re:.
         min_speedup: Keep layers that are not this many times as fast factored, timed here.
@@ -46,7 +49,10 @@ class CompressionConfig:
     ratio: float | None = None
     macs: float | None = None
     latency: float | None = None
+    latency_ms: float | None = None
     latency_batch: int = 16
+    latency_runtime: Literal["eager", "compile", "onnxruntime"] = "eager"
+    latency_threads: int | None = None
     allocation: Literal["uniform", "budget"] | None = None
     rank: int | tuple[int, int] | None = None
     fraction: float | None = None
@@ -54,7 +60,7 @@ class CompressionConfig:
     skip_first_conv: bool = False
     min_in_channels: int = 1
     linear: bool = True
-    rank_multiple: int = 1
+    rank_multiple: int | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     min_speedup: float | None = None
@@ -64,8 +70,9 @@ class CompressionConfig:
         if isinstance(self.decomposition, str):  # one name, as in most recipes
             object.__setattr__(self, "decomposition", (self.decomposition,))
         check_int("min_in_channels", self.min_in_channels)
-        check_int("rank_multiple", self.rank_multiple)
-        check_int("latency_batch", self.latency_batch)
+        for name in ("rank_multiple", "latency_batch", "latency_threads"):
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value)
         if self.min_speedup is not None and not self.min_speedup > 0:
             raise DeepTwistError(f"min_speedup {self.min_speedup} is not above 0")
 
@@ -119,7 +126,10 @@ class CompressionConfig:
             ratio=self.ratio,
             macs=self.macs,
             latency=self.latency,
+            latency_ms=self.latency_ms,
             latency_batch=self.latency_batch,
+            latency_runtime=self.latency_runtime,
+            latency_threads=self.latency_threads,
             allocation=self.allocation,
             skip_first_conv=self.skip_first_conv,
             min_in_channels=self.min_in_channels,

@@ -1,8 +1,9 @@
 """A plan: which layer is held by which decomposition, and why the others are kept."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.layers import cost
 from deeptwist.layers.tiled import IM2COL
+from deeptwist.plan.latency import Latency
 from deeptwist.plan.planned_layer import (
     CompressedLayer,
     KeptLayer,
@@ -35,6 +37,7 @@ class Plan:
         inputs: the shape and type of each of the example input's tensors.
         network_macs: MACs of all examples through the whole dense network, attention and other
             products of matrices included; `None` where torch could not count them.
+        latency: what a budget of milliseconds promises of the whole network.
     """
 
     compressed: tuple[CompressedLayer, ...]
@@ -44,6 +47,7 @@ class Plan:
     examples: int = 1
     inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
     network_macs: int | None = None
+    latency: Latency | None = None
 
     @property
     def layers(self) -> tuple[PlannedLayer, ...]:
@@ -122,6 +126,7 @@ class Plan:
                 "examples": self.examples,
                 "inputs": self.inputs,
                 "network_macs": self.network_macs,
+                "latency": None if self.latency is None else asdict(self.latency),
                 "layers": [layer.to_dict() for layer in self.layers],
             },
             indent=1,
@@ -146,6 +151,7 @@ class Plan:
             network_macs = values.get("network_macs")  # not in format 1
             if network_macs is not None:
                 check_int("network_macs", network_macs, 0)
+            latency = values.get("latency")
             for shape, dtype in values["inputs"]:
                 for side in shape:
                     check_int("a side of an input", side, 0)
@@ -159,6 +165,7 @@ class Plan:
                 other_parameters=values["other_parameters"],
                 examples=values["examples"],
                 network_macs=network_macs,
+                latency=None if latency is None else _read_latency(latency),
                 inputs=tuple((tuple(shape), str(dtype)) for shape, dtype in values["inputs"]),
             )
             return plan.with_layers(layer_from_dict(layer) for layer in layers)
@@ -178,7 +185,10 @@ class Plan:
         ]
         parameters = self.dense_parameters, self.parameters
         total = total_row(parameters, (self.dense_macs, self.macs), self.network_speedup())
-        return format_table(rows, total, kept_lines(self.kept, parameters[0]))
+        notes = kept_lines(self.kept, parameters[0])
+        if self.latency is not None:
+            notes.append(f"the whole network: {self.latency}")
+        return format_table(rows, total, notes)
 
     def network_speedup(self) -> float | None:
         """Return dense ÷ decomposed MACs of the whole network; `None` if they are not counted."""
@@ -198,6 +208,13 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DeepTwistError(f"cannot read plan {path}: {error}") from error
+
+
+def _read_latency(values: Mapping[str, Any]) -> Latency:
+    dense, planned = float(values["dense"]), float(values["planned"])
+    if not (0 < dense < math.inf and 0 < planned < math.inf):
+        raise ValueError(f"latencies {dense} and {planned}")
+    return Latency(dense, planned, str(values["where"]))
 
 
 def _upgrade_format_1(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Decide for every layer of a model how it is held."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.export.runtimes import Runtime
 from deeptwist.inspect.layers import Inspection, Layer, inspect_model
 from deeptwist.inspect.modes import as_tuple
 from deeptwist.layers.cost import LayerCall
@@ -15,9 +17,11 @@ from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.autotune import choose_by_clock
 from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
 from deeptwist.plan.calibration import Calibration
-from deeptwist.plan.clock import LayerClock, Prepare
+from deeptwist.plan.clock import LayerClock
+from deeptwist.plan.latency import LatencyCache, LatencySetting
 from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layer_filter import LayerFilter, Override
+from deeptwist.plan.network_clock import meet_milliseconds, time_network
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
@@ -32,11 +36,12 @@ def plan(
     ratio: float | None = None,
     macs: float | None = None,
     latency: float | None = None,
+    latency_ms: float | None = None,
     allocation: Allocation | None = None,
     skip_first_conv: bool = False,
     min_in_channels: int = 1,
     linear: bool = True,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
@@ -44,7 +49,8 @@ def plan(
     tune: bool = False,
     calibration: Calibration | None = None,
     latency_batch: int = 16,
-    prepare: Prepare | None = None,
+    latency_runtime: Runtime = "eager",
+    latency_threads: int | None = None,
 ) -> Plan:
     """Decide for every layer how it is held; the model itself is not touched.
 
@@ -60,15 +66,17 @@ def plan(
             budget, that the layers to compress keep together.
         macs: dense ÷ factored MACs that the layers to compress keep together: a budget.
         latency: dense ÷ factored milliseconds, measured here, that the layers to compress keep
-            together: a budget. PyTorch's threads are those that are set.
+            together: a budget.
+        latency_ms: milliseconds that the whole network takes at most, measured here: a budget.
         allocation: ``"uniform"``: `ratio` for every layer, the paper's rule and the default
             beside a ratio and one decomposition alone; ``"budget"``: the ranks that lose least,
             by the sum of the layers' relative squared errors, under all budgets given.
         skip_first_conv: keep the convolution that runs first, as the paper does.
         min_in_channels: keep layers with fewer input channels S (the paper: S ≥ 128).
         linear: whether linear layers are compressed too.
-        rank_multiple: ranks that a ratio sets are rounded down to a multiple of this, where they
-            are that large: 16 suits AVX-512 processors (``docs/speed.md``).
+        rank_multiple: ranks that a ratio or a budget sets are rounded down to a multiple of this,
+            where they are that large; by default 1, or with a budget of milliseconds the width of
+            the processor's vectors, where the clock shows it.
         include: pattern or patterns of the layers to compress.
         exclude: pattern or patterns of the layers to keep.
         overrides: pattern → another decomposition, another ratio, or `None` to keep the layer;
@@ -77,9 +85,9 @@ def plan(
         tune: whether the exact forms of every layer are timed and the fastest is taken.
         calibration: what `deeptwist.calibrate` returned; `relative_error` is then the outputs',
             in every layer that it holds. Give it to `deeptwist.decompose` too.
-        latency_batch: examples in the batch that `latency` is measured at.
-        prepare: returns a call of a module on an input, for `latency` in another runtime; see
-            `deeptwist.export.runtimes.prepare`.
+        latency_batch: examples in the batch that milliseconds are measured at.
+        latency_runtime: what runs the network then: eager, compile or onnxruntime.
+        latency_threads: of the processor; those that PyTorch has without it.
 
     Returns:
         The plan; every layer that is not compressed is in it with its reason.
@@ -98,9 +106,23 @@ def plan(
     )
     methods = (decomposition,) if isinstance(decomposition, Decomposition) else (*decomposition,)
     planner = Planner(model, example_input, methods, rules, rank_multiple, calibration)
-    clock = planner.clock(latency_batch, prepare) if latency is not None else None
-    made = planner.plan(Budgets(ratio, macs, latency), allocation, clock)
-    return choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
+    clock = None
+    if latency is not None or latency_ms is not None:
+        clock = planner.clock(LatencySetting(latency_batch, latency_runtime, latency_threads))
+
+    def attempt(latency: float | None) -> Plan:
+        made = planner.plan(Budgets(ratio, macs, latency), allocation, clock)
+        made = choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
+        if clock is None:
+            return made
+        promise = time_network(model, as_tuple(example_input), made, clock.setting)
+        return replace(made, latency=promise)
+
+    if latency_ms is None:
+        return attempt(latency)
+    if latency is not None:
+        raise DeepTwistError("latency and latency_ms are one budget: leave one of them out")
+    return meet_milliseconds(latency_ms, attempt)
 
 
 class Planner:
@@ -112,13 +134,14 @@ class Planner:
         example_input: Tensor | tuple[Tensor, ...],
         decompositions: Sequence[Decomposition],
         rules: LayerFilter,
-        rank_multiple: int = 1,
+        rank_multiple: int | None = None,
         calibration: Calibration | None = None,
     ) -> None:
         """Inspect the model; see `plan` for the arguments."""
         if not decompositions:
             raise DeepTwistError("there is no decomposition to plan with: give at least one")
-        check_int("rank_multiple", rank_multiple)
+        if rank_multiple is not None:
+            check_int("rank_multiple", rank_multiple)
         self._model, self._inputs = model, as_tuple(example_input)
         self._inspection = inspect_model(model, self._inputs)
         layers = self._inspection.layers
@@ -129,12 +152,16 @@ class Planner:
         moments = calibration.moments if calibration else {}
         self._errors = [LayerErrors(layer, moments.get(layer.names[0])) for layer in layers]
 
-    def clock(self, batch: int, prepare: Prepare | None = None) -> LayerClock:
-        """Return what times the model's layers; see `deeptwist.plan`."""
-        check_int("latency_batch", batch)
-        reference = next(self._model.parameters())
-        examples = _count_examples(self._inputs, self._inspection.layers)
-        return LayerClock(reference, examples=examples, batch=batch, prepare=prepare)
+    def clock(self, setting: LatencySetting) -> LayerClock:
+        """Return what times the model's layers, and remembers what was timed before."""
+        with setting.applied():
+            cache = LatencyCache(setting.runtime)
+        return LayerClock(
+            next(self._model.parameters()),
+            examples=_count_examples(self._inputs, self._inspection.layers),
+            setting=setting,
+            cache=cache,
+        )
 
     def plan(
         self,
@@ -153,7 +180,8 @@ class Planner:
         for choice in (*(() if shares else self._decompositions), *self._rules.overrides.values()):
             if isinstance(choice, Decomposition) and choice.needs_ratio and budgets.ratio is None:
                 raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
-        ways = [self._ways(errors, clock) if shares else [] for errors in self._errors]
+        multiple = self._rank_multiple or (1 if clock is None else self._timed_multiple(clock))
+        ways = [self._ways(errors, multiple, clock) if shares else [] for errors in self._errors]
         shared = iter(share_budgets(filter(None, ways), budgets) if shares else ())
         planned = [
             _plan_shared(errors.layer, next(shared))
@@ -188,15 +216,26 @@ class Planner:
         is_first = layer is self._first
         return self._rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
 
-    def _ways(self, errors: LayerErrors, clock: LayerClock | None) -> list[Way]:
-        """Return the ways to hold a layer that takes part in a budget; none for another."""
-        layer = errors.layer
+    def _shares(self, layer: Layer) -> bool:
+        """Return whether a layer takes part in a budget."""
         is_bound = self._rules.override(layer.names) or self._skip_reason(layer)
-        if is_bound or layer.convolution is None:
+        return not is_bound and layer.convolution is not None
+
+    def _timed_multiple(self, clock: LayerClock) -> int:
+        """Return the multiple of ranks that the clock shows, at the layer with most work."""
+        layers = [errors.layer for errors in self._errors if self._shares(errors.layer)]
+        uses = [(x.convolution, call) for x in layers if x.convolution for call in x.calls]
+        if not uses:
+            return 1
+        convolution, call = max(uses, key=lambda use: use[1].count * use[0].macs(use[1].size))
+        return clock.rank_multiple(convolution, call, self._decompositions[0])
+
+    def _ways(self, errors: LayerErrors, multiple: int, clock: LayerClock | None) -> list[Way]:
+        """Return the ways to hold a layer that takes part in a budget; none for another."""
+        convolution = errors.layer.convolution
+        if convolution is None or not self._shares(errors.layer):
             return []
-        return layer_ways(
-            errors, layer.convolution, self._decompositions, self._rank_multiple, clock
-        )
+        return layer_ways(errors, convolution, self._decompositions, multiple, clock)
 
     def _plan_layer(self, errors: LayerErrors, ratio: float | None) -> PlannedLayer:
         """Plan a layer by itself: at a ratio, or as an override says."""
@@ -213,7 +252,7 @@ class Planner:
             try:
                 resolved = decomposition.resolve(layer.convolution, ratio)
                 if decomposition.needs_ratio:
-                    resolved = resolved.round_ranks(self._rank_multiple)
+                    resolved = resolved.round_ranks(self._rank_multiple or 1)
                 _check_is_smaller(layer.convolution, layer.calls, resolved)
                 error = errors.error(layer.convolution, resolved)
                 return _compress(layer, layer.convolution, resolved, error=error)

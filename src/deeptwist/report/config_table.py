@@ -49,6 +49,7 @@ _NEUTRAL = {
     "include": ["*"],
     "tune": False,
     "latency_batch": 16,
+    "latency_runtime": "eager",
 }
 
 

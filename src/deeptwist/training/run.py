@@ -16,13 +16,13 @@ from torch import nn
 
 from deeptwist._version import __version__
 from deeptwist.benchmark.comparison import Comparison, compare
-from deeptwist.benchmark.environment import describe_machine
 from deeptwist.data import ImageData, Split
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import atomic_write, write_text
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.calibration import Calibration, calibrate
+from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, save
