@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
 # The same with everything that changes on the way.
 SCHEDULED: dict[str, Any] = {
     **RECIPE,
-    "twist": {"ramp": 0.6, "lr_power": 0.5, "momentum": "project"},
+    "twist": {"ramp": 0.6, "choose_ranks": 0.5, "lr_power": 0.5, "momentum": "project"},
     "interval": 3,
     "calibration_images": 100,
     "compression": {

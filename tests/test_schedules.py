@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, SpatialSVD, TiledSVD, Tucker, plan
 from deeptwist.decompositions import Factors
-from deeptwist.layers.geometry import weight_to_kernel
+from deeptwist.layers.geometry import kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.config import TwistConfig
+from deeptwist.twist.rank_choice import choose_ranks_anew
 from deeptwist.twist.schedules import between, check_interval, follow_learning_rate, is_due
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -156,11 +157,71 @@ def test_a_start_of_higher_rank_changes_the_error_by_little(
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_resuming_within_a_ramp_is_as_if_nothing_had_happened(method: Decomposition) -> None:
+def test_ranks_chosen_anew_go_where_they_are_needed(method: Decomposition) -> None:
+    torch.manual_seed(0)
+    model = network()
+    made = planned(model, method)
+    convolution = made.compressed[0].convolution
+    kernel = weight_to_kernel(model[0].weight.detach(), convolution)
+    simple = at(method, convolution, 0.0).decompose(kernel).reconstruct()
+    model[0].weight.data.copy_(kernel_to_weight(simple, convolution))
+    chosen = choose_ranks_anew(model, made)
+    assert chosen.parameters <= made.parameters
+    assert chosen.macs <= made.macs
+    if made.compressed[0].decomposition != at(method, convolution, 0.0):  # there is what to give
+        assert chosen.compressed[0].compressed_numel < made.compressed[0].compressed_numel
+        assert sum(layer.compressed_numel for layer in chosen.compressed[1:]) > sum(
+            layer.compressed_numel for layer in made.compressed[1:]
+        )
+    # In the errors of today's weights, which are what a new plan with the old ranks would show.
+    old = plan(
+        model,
+        method,
+        ratio=1.6,
+        example_input=X,
+        overrides={layer.name: layer.decomposition for layer in made.compressed},
+    )
+    total, before = (
+        sum((layer.relative_error or 0) ** 2 for layer in p.compressed) for p in (chosen, old)
+    )
+    assert total <= before
+
+
+def test_ranks_are_chosen_up_to_a_step_and_carried_out() -> None:
+    torch.manual_seed(0)
+    model = network()
+    made = planned(model, SVD())
+    twist = DeepTwist(model, made, 2, choose_ranks_steps=5)
+    seen = []
+    for _ in range(4):
+        for weight in (model[0].weight, model[2].weight):
+            weight.data = torch.randn_like(weight) * torch.rand(len(weight), 1, 1, 1) ** 4
+        twist.step()
+        twist.step()
+        seen.append(twist.plan)
+        assert ranks(twist) == {x.name: x.decomposition.rank for x in twist.plan.compressed}
+    assert seen[0] != made
+    assert seen[0] != seen[1]
+    assert seen[1] == seen[2] == seen[3]
+    assert seen[3].parameters <= made.parameters
+    small = twist.finish()
+    assert sum(p.numel() for p in small.parameters()) == seen[3].parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        *((method, "ramp_steps") for method in METHODS.values()),
+        *((METHODS[name], "choose_ranks_steps") for name in ("spatial", "tucker")),
+    ],
+)
+def test_resuming_within_a_schedule_is_as_if_nothing_had_happened(
+    method: Decomposition, option: str
+) -> None:
     torch.manual_seed(1)
     model = network()
     made = planned(model, method)
-    options: dict[str, Any] = {"ramp_steps": 12}
+    options: dict[str, Any] = {option: 12}
     if method.has_tangent_space:
         options["momentum"] = "project"
     optimizer = sgd(model)
@@ -180,6 +241,9 @@ def test_resuming_within_a_ramp_is_as_if_nothing_had_happened(method: Decomposit
     for mine, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(mine, other)
     assert twist.history == again.history
+    assert [layer.decomposition for layer in twist.plan.compressed] == [
+        layer.decomposition for layer in again.plan.compressed
+    ]
 
 
 # --- momentum
@@ -263,7 +327,9 @@ def test_what_cannot_be_projected_is_refused_before_training() -> None:
     assert "computes its weight" in refused(made, sgd(model), "project")
 
 
-@pytest.mark.parametrize("values", [{"ramp": 1.5}, {"lr_power": -1.0}, {"momentum": "none"}])
+@pytest.mark.parametrize(
+    "values", [{"ramp": 1.5}, {"choose_ranks": -0.1}, {"lr_power": -1.0}, {"momentum": "none"}]
+)
 def test_options_out_of_range_are_named(values: dict[str, Any]) -> None:
     (name,) = values
     assert name in error_of(TwistConfig, **values)

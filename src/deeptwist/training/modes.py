@@ -137,6 +137,7 @@ class _DistortingMode(TrainingMode):
             plan,
             interval,
             ramp_steps=round(self.twist.ramp * steps),
+            choose_ranks_steps=round(self.twist.choose_ranks * steps),
             momentum=self.twist.momentum,
             optimizer=optimizer,
             example_input=example_input,

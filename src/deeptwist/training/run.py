@@ -178,6 +178,10 @@ def _train(
     run_dir = RunDir(folder, fabric)
     callbacks = run_dir.train(trainer, on_record, on_step)
     finished = trainer.finish(callbacks)
+    if twist is not None and twist.plan != plan:  # ranks were chosen anew
+        run = replace(run, plan=twist.plan)
+        if fabric.is_global_zero:
+            write_text(folder / PLAN, run.plan.to_json())
     final = _recalibrated(run, finished)
     after = evaluate(final, data.test, data)
     weights = _write_network(fabric, final, folder / _file(run, ""), recipe.model)

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,11 +40,13 @@ from deeptwist.twist.distributed import (
     world_size,
 )
 from deeptwist.twist.momentum import change_momentum, check_momentum
+from deeptwist.twist.rank_choice import choose_ranks_anew, with_decompositions
 from deeptwist.twist.schedules import Interval, between, check_interval, is_due, largest_useful
 
 logger = logging.getLogger("deeptwist")
 
 _OLD_KEYS = {"iterations", "fallbacks"}  # of a record, in version 0.1
+_NO_STATE = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 Loss = Callable[[], Tensor | float]
 Perturb = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -76,6 +79,7 @@ class DeepTwist:
     >>> small = twist.finish()  # doctest: +SKIP
 
     Attributes:
+        plan: what `finish` carries out.
         steps: optimizer steps so far.
         history: the record of every distortion so far.
         output_difference: ‖y − y′‖ / ‖y‖ of the deployed network, once `finish` measured it.
@@ -88,6 +92,7 @@ class DeepTwist:
         interval: Interval,
         *,
         ramp_steps: int = 0,
+        choose_ranks_steps: int = 0,
         momentum: Momentum = "keep",
         optimizer: torch.optim.Optimizer | None = None,
         example_input: Tensor | tuple[Tensor, ...] | None = None,
@@ -95,8 +100,7 @@ class DeepTwist:
     ):
         """Attach to a model; nothing is changed until the first distortion.
 
-        The first distortion and the last are exact; those between begin with the factors of the
-        one before, at a fraction of the time (``docs/distortion.md``).
+        The first distortion and the last are exact; those between refine the last one's factors.
 
         Args:
             model: the network that was planned, unwrapped (not inside DDP or a compiled one). In a
@@ -108,6 +112,8 @@ class DeepTwist:
             ramp_steps: optimizer steps over which ranks fall, by a cubic, from the largest that
                 are of use to the planned ones, as half of the training's steps; 0 for the planned
                 ones from the start, as in the paper. The last distortion is always at these.
+            choose_ranks_steps: optimizer steps up to which every distortion chooses the ranks
+                anew, for no more weights and MACs together than planned; `plan` then has them.
             momentum: what a distortion does to the optimizer's momentum of the weights:
                 ``"keep"``, as in the paper; ``"reset"`` to zero; ``"project"`` on the tangent space
                 of the low-rank weights, along which training moves a factored layer.
@@ -123,6 +129,7 @@ class DeepTwist:
                 for another model, or momentum cannot be changed as asked.
         """
         check_int("ramp_steps", ramp_steps, 0)
+        check_int("choose_ranks_steps", choose_ranks_steps, 0)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         check_plan(model, plan)
@@ -136,7 +143,7 @@ class DeepTwist:
         self.steps = 0
         self.history: list[Distortion] = []
         self.output_difference: float | None = None
-        self._ramp_steps = ramp_steps
+        self._ramp_steps, self._choose_ranks_steps = ramp_steps, choose_ranks_steps
         self._largest = [largest_useful(layer) for layer in plan.compressed] if ramp_steps else []
         self._momentum, self._optimizer = momentum, optimizer
         self._example_input = example_input
@@ -193,7 +200,10 @@ class DeepTwist:
         }
         if not last:
             self._warn_of_untrained(weights)
-        layers = self._layers(self.steps, last)
+            if self.steps <= self._choose_ranks_steps:
+                choose = partial(choose_ranks_anew, self.model, self.plan)
+                self.plan = run_on_all_ranks(choose, lambda _: None)[0]
+        layers = self._layers(self.plan, self.steps, last)
         (share, _), summaries = run_on_all_ranks(
             lambda: self._approximate(layers, weights, last), lambda result: result[1]
         )
@@ -223,10 +233,10 @@ class DeepTwist:
                 ", ".join(map(repr, still)),
             )
 
-    def _layers(self, step: int, last: bool = False) -> tuple[CompressedLayer, ...]:
+    def _layers(self, plan: Plan, step: int, last: bool = False) -> tuple[CompressedLayer, ...]:
         """Return the compressed layers at the ranks of a step."""
         if last or step >= self._ramp_steps:
-            return self.plan.compressed
+            return plan.compressed
         progress = step / self._ramp_steps
         return tuple(
             replace(
@@ -234,7 +244,7 @@ class DeepTwist:
                 decomposition=between(largest, layer.decomposition, progress),
                 implementation=None,
             )
-            for layer, largest in zip(self.plan.compressed, self._largest, strict=True)
+            for layer, largest in zip(plan.compressed, self._largest, strict=True)
         )
 
     @torch.no_grad()
@@ -380,6 +390,7 @@ class DeepTwist:
                 name: [tensor.clone() for tensor in factors.tensors]
                 for name, factors in self._factors.items()
             },
+            "ranks": {layer.name: layer.decomposition.to_dict() for layer in self.plan.compressed},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -395,20 +406,15 @@ class DeepTwist:
                 Distortion(**{k: copy.deepcopy(v) for k, v in record.items() if k not in _OLD_KEYS})
                 for record in records
             ]
-            factors = {}
+            plan, factors = self.plan, {}
+            if self._choose_ranks_steps:
+                plan = with_decompositions(plan, state["ranks"])
             if state.get("factors"):
-                for layer in self._layers(history[-1].step):
+                for layer in self._layers(plan, history[-1].step):
                     factors[layer.name] = _checked_factors(layer, state["factors"][layer.name])
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _NO_STATE as error:
             raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from error
-        self.steps, self.history, self._factors = steps, history, factors
+        self.plan, self.steps, self.history, self._factors = plan, steps, history, factors
 
 
 @dataclass(frozen=True)
