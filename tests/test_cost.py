@@ -11,7 +11,7 @@ from deeptwist.decompose import with_implementation
 from deeptwist.layers.cost import MEGA, macs, paper_flops
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import IM2COL
-from deeptwist.models.vgg_cifar import vgg19
+from deeptwist.models import build_model
 
 IMAGE = (1, 3, 32, 32)
 
@@ -19,7 +19,7 @@ IMAGE = (1, 3, 32, 32)
 @pytest.fixture(scope="module")
 def meta_vgg19() -> nn.Module:
     with torch.device("meta"):
-        return vgg19()
+        return build_model("vgg19")
 
 
 def table2(model: nn.Module, decomposition: Decomposition) -> Plan:

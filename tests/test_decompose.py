@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, decompose, fuse, plan
 from deeptwist.decompose import factorize
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.models.resnet_cifar import resnet20
+from deeptwist.models import build_model
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -314,7 +314,7 @@ def test_the_decomposed_model_prints_copies_and_pickles_as_any_other() -> None:
 
 def test_a_decomposed_network_can_be_exported() -> None:
     with torch.no_grad():
-        model = resnet20().eval()
+        model = build_model("resnet20").eval()
     x = torch.randn(2, 3, 32, 32)
     for method in (TiledSVD(tile=(16, 40)), CP(rank=2)):
         made = plan(model, method, ratio=3, example_input=x, include=["layer3.*"])

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, decompose, plan, save
 from deeptwist.export import BATCHES, Exported, export_onnx, export_program, export_state_dict
-from deeptwist.models.resnet_cifar import resnet32
+from deeptwist.models import build_model
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -96,7 +96,7 @@ def test_every_decomposition_leaves_as_onnx(method: Decomposition, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [SpatialSVD(), TiledSVD(tile=(64, 64))], ids=str)
 def test_resnet32_leaves_as_onnx(method: Decomposition, tmp_path: Path) -> None:
-    model, x = resnet32(), torch.randn(3, 3, 32, 32)
+    model, x = build_model("resnet32"), torch.randn(3, 3, 32, 32)
     small = decompose(model, plan(model, method, ratio=4, example_input=x, skip_first_conv=True))
     written = export_onnx(small, tmp_path / "small.onnx", x)
     check_graph(written)
@@ -416,7 +416,7 @@ def test_int8_stays_near(
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
-    model, x = resnet32(), images("test", 20)
+    model, x = build_model("resnet32"), images("test", 20)
     model.load_state_dict(resnet32_weights)
     made = plan(model, method, ratio=1.5, example_input=x[:2], skip_first_conv=True, linear=False)
     dense = tmp_path / "small.onnx"

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from deeptwist.data import load_data, normalize
 from deeptwist.models import MODELS, build_model, load_weights
-from deeptwist.models.resnet_cifar import PadShortcut, resnet20
-from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
+from deeptwist.models.resnet_cifar import PadShortcut
 
 ErrorOf = Callable[..., str]
 RESNET32 = SHARED / "weights" / "resnet32-cifar10.safetensors"
@@ -76,13 +75,13 @@ def test_depth_and_size(name: str, convolutions: int, parameters: int) -> None:
 
 
 def test_vgg19_has_the_convolutions_that_the_paper_counts() -> None:
-    model = vgg19()
+    model = build_model("vgg19")
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert sum(w.numel() for w in weights if w.shape[1] >= 128) == 19_906_560
     linear = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
     assert linear == [(512, 512), (512, 512), (512, 10)]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in vgg19_bn().modules()) == 16
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in build_model("vgg19_bn").modules()) == 16
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,12 +94,12 @@ def test_class_and_channel_counts_are_the_callers(name: str) -> None:
 @given(height=st.integers(8, 37), width=st.integers(8, 37))
 @settings(max_examples=20, deadline=None)
 def test_resnet_takes_any_size(height: int, width: int) -> None:
-    assert resnet20().eval()(torch.rand(1, 3, height, width)).shape == (1, 10)
+    assert build_model("resnet20").eval()(torch.rand(1, 3, height, width)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("size", [32, 40, 65])
 def test_vgg_takes_larger_images(size: int) -> None:
-    assert vgg19().eval()(torch.rand(1, 3, size, size)).shape == (1, 10)
+    assert build_model("vgg19").eval()(torch.rand(1, 3, size, size)).shape == (1, 10)
 
 
 def test_option_a_shortcut_against_its_definition() -> None:
@@ -113,9 +112,9 @@ def test_option_a_shortcut_against_its_definition() -> None:
     assert torch.equal(PadShortcut(4, 9, stride=2)(x), expected)
 
 
-@pytest.mark.parametrize("factory", [resnet20, vgg19])
-def test_networks_copy_export_and_trace_whole(factory: Any) -> None:
-    model = factory().eval()
+@pytest.mark.parametrize("name", ["resnet20", "vgg19"])
+def test_networks_copy_export_and_trace_whole(name: str) -> None:
+    model = build_model(name).eval()
     images = torch.rand(2, 3, 32, 32)
     expected = model(images)
     exported = torch.export.export(model, (images,)).module()

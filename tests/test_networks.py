@@ -11,8 +11,7 @@ from cases import difference
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan
-from deeptwist.models.resnet_cifar import resnet32
-from deeptwist.models.vgg_cifar import vgg19
+from deeptwist.models import MODELS, build_model
 
 METHODS: dict[str, tuple[Decomposition, float | None]] = {
     "svd": (SVD(), 4),
@@ -47,8 +46,8 @@ def from_torchvision(name: str) -> Callable[[], nn.Module]:
 
 
 NETWORKS = {
-    "resnet32": Network(resnet32, 16),
-    "vgg19": Network(vgg19, 32, ("features.19", "features.2*", "features.3*")),
+    "resnet32": Network(MODELS["resnet32"], 16),
+    "vgg19": Network(MODELS["vgg19"], 32, ("features.19", "features.2*", "features.3*")),
     "resnet34": Network(from_torchvision("resnet34"), 64, ("layer3.[1-5].*", "layer4.*")),
     "mobilenet_v2": Network(from_torchvision("mobilenet_v2"), 64),
     "resnext50_32x4d": Network(
@@ -108,7 +107,7 @@ def test_the_decomposed_network_computes_what_the_distorted_one_does(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trained_resnet32(method: str, resnet32_weights: dict[str, Tensor]) -> None:
-    model, x = resnet32().requires_grad_(False), torch.randn(4, 3, 32, 32)
+    model, x = build_model("resnet32").requires_grad_(False), torch.randn(4, 3, 32, 32)
     model.load_state_dict(resnet32_weights, strict=True)
     twist = DeepTwist(model.eval(), planned("resnet32", method), interval=1, example_input=x)
     small = twist.finish()
@@ -122,7 +121,7 @@ def test_the_trained_resnet32(method: str, resnet32_weights: dict[str, Tensor]) 
 def test_a_narrow_type_is_no_obstacle(
     dtype: torch.dtype, method: str, resnet32_weights: dict[str, Tensor]
 ) -> None:
-    model, x = resnet32(), torch.randn(4, 3, 32, 32).to(dtype)
+    model, x = build_model("resnet32"), torch.randn(4, 3, 32, 32).to(dtype)
     model.load_state_dict(resnet32_weights)
     model.to(dtype).eval()
     twist = DeepTwist(model, planned("resnet32", method), interval=1, example_input=x)

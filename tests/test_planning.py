@@ -25,7 +25,7 @@ from deeptwist import (
 )
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.models.resnet_cifar import resnet20
+from deeptwist.models import build_model
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
 
 
@@ -351,7 +351,7 @@ def test_planning_is_repeatable_and_touches_nothing() -> None:
 
 def test_a_model_on_meta_can_be_planned() -> None:
     with torch.device("meta"):
-        model, x = resnet20(), torch.empty(1, 3, 32, 32)
+        model, x = build_model("resnet20"), torch.empty(1, 3, 32, 32)
     made = plan(model, SpatialSVD(), ratio=4, example_input=x, skip_first_conv=True)
     assert len(made.compressed) > 15
     assert all(layer.relative_error is None for layer in made.compressed)
@@ -359,10 +359,9 @@ def test_a_model_on_meta_can_be_planned() -> None:
 
 def test_the_paper_s_layers_of_resnet32() -> None:
     """Nine convolutions of 64 × 64 channels (Table 1), halved exactly by a 64 × 64 tile."""
-    from deeptwist.models.resnet_cifar import resnet32
 
     with torch.device("meta"):
-        model, x = resnet32(), torch.empty(1, 3, 32, 32)
+        model, x = build_model("resnet32"), torch.empty(1, 3, 32, 32)
     made = plan(
         model,
         TiledSVD(tile=(64, 64)),

@@ -209,7 +209,8 @@ def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -
     kernels = {}
     for layer in plan.compressed:
         device = read_weight(get_planned_module(model, layer)).device
-        kernels[layer.name] = [random_kernel(part, device) for part in layer_parts(layer)]
+        parts = layer.decomposition.parts(layer.convolution)
+        kernels[layer.name] = [random_kernel(part, device) for part in parts]
     small = replace_layers(model, plan, kernels)
     inputs = example_inputs(model, plan, example_input)
     dense = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
@@ -222,12 +223,6 @@ def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -
         raise DeepTwistError(
             f"{type(model).__name__} cannot run with factored layers: {first_line(error)}: {advice}"
         ) from error
-
-
-def layer_parts(layer: CompressedLayer) -> list[ConvGeometry]:
-    """Return the convolutions that a planned layer becomes, in the order of their kernels."""
-    levels = layer.decomposition.convolutions(layer.convolution)
-    return [part for level in levels for part in level]
 
 
 def example_inputs(
@@ -331,17 +326,14 @@ def _factored(module: Dense, layer: CompressedLayer, kernels: list[Tensor]) -> F
     padding = input_padding(module)
     if padding is not None:
         factored.pad_input(padding)
-    if weight.dim() == 4 and _is_channels_last(weight):
+    is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+    if weight.dim() == 4 and is_channels_last and not weight.is_contiguous():
         factored = factored.to(memory_format=torch.channels_last)
     factored.train(module.training)
     is_trained = any(parameter.requires_grad for parameter in weight_parameters(module))
     factored.requires_grad_(is_trained)
     if bias is not None:
-        biases = [p for n, p in factored.named_parameters() if n.endswith("bias")]
-        for parameter in biases:
-            parameter.requires_grad_(bias.requires_grad)
+        for name, parameter in factored.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(bias.requires_grad)
     return factored
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

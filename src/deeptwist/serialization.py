@@ -194,8 +194,8 @@ def _planned(name: str, values: Any) -> CompressedLayer:
 
 
 def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
-    levels = layer.decomposition.convolutions(layer.convolution)
-    return [torch.empty(part.kernel_shape, device=device) for level in levels for part in level]
+    parts = layer.decomposition.parts(layer.convolution)
+    return [torch.empty(part.kernel_shape, device=device) for part in parts]
 
 
 def _module_versions(model: nn.Module) -> dict[str, int]:

@@ -139,6 +139,10 @@ class Decomposition(ABC):
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
         """Return the kernel of each convolution in `convolutions`, in order, from factors."""
 
+    def parts(self, convolution: ConvGeometry) -> list[ConvGeometry]:
+        """Return all of `convolutions`, in the order of their kernels."""
+        return [part for stage in self.convolutions(convolution) for part in stage]
+
     def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors | None:
         """Return the leading part of factors of higher rank, to start from at this one.
 
@@ -247,7 +251,7 @@ class Decomposition(ABC):
 
     def weight_numel(self, convolution: ConvGeometry) -> int:
         """Return how many numbers the factors hold, the bias not counted."""
-        return sum(part.weight_numel for stage in self.convolutions(convolution) for part in stage)
+        return sum(part.weight_numel for part in self.parts(convolution))
 
     def workload(
         self,
@@ -311,7 +315,7 @@ class Decomposition(ABC):
         implementation: str,
     ) -> list[nn.Module]:
         """Return the modules of `make_layer`, in order."""
-        parts = [part for stage in self.convolutions(convolution) for part in stage]
+        parts = self.parts(convolution)
         biases = [None] * (len(parts) - 1) + [bias]
         return [part.make_module(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
 

@@ -23,9 +23,9 @@ class MatrixDecomposition(SingleRankDecomposition):
 
     has_tangent_space: ClassVar[bool] = True
 
-    @abstractmethod
-    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:
-        """Return the matrix that one group's kernel is lowered to."""
+    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
+        _, out, into, *_ = convolution.kernel_shape
+        return out, into * convolution.kernel_numel
 
     @abstractmethod
     def partition(self, kernel: Tensor) -> list[Tensor]:

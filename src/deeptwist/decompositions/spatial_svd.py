@@ -53,14 +53,12 @@ class SpatialSVD(MatrixDecomposition):
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
         left, right = tensors  # (g, o·kh, r) and (g, r, i·Πkw)
         groups, out, into, *size = shape
-        rank = left.shape[-1]
-        if len(size) < 2:
-            ones = [1] * len(size)
-            return [
-                right.reshape(groups, rank, into, *size),
-                left.reshape(groups, out, rank, *ones),
-            ]
-        first, *rest = size
-        row = right.reshape(groups, rank, into, 1, *rest)
+        rank, first = left.shape[-1], left.shape[1] // out
+        if len(size) > 1:
+            size[0] = 1
         column = left.reshape(groups, out, first, rank).transpose(2, 3)
-        return [row, column.reshape(groups, out, rank, first, *[1] * len(rest))]
+        ones = [first, *[1] * (len(size) - 1)] if size else []
+        return [
+            right.reshape(groups, rank, into, *size),
+            column.reshape(groups, out, rank, *ones),
+        ]

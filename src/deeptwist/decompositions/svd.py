@@ -26,10 +26,6 @@ class SVD(MatrixDecomposition):
 
     method: ClassVar[str] = "svd"
 
-    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
-        _, out, into, *_ = convolution.kernel_shape
-        return out, into * convolution.kernel_numel
-
     def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
         groups, hidden = convolution.groups, convolution.groups * self.resolved_rank
         axes = range(convolution.dims)

@@ -51,10 +51,6 @@ class TiledSVD(MatrixDecomposition):
             for length in self.tile:
                 check_int("TiledSVD tile side", length)
 
-    def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
-        _, out, into, *_ = convolution.kernel_shape
-        return out, into * convolution.kernel_numel
-
     def grid(self, shape: Sequence[int]) -> Grid:
         """Return the tiles over the lowered kernel of a kernel of this shape (g, o, i, *k)."""
         lowered = shape[1], math.prod(shape[2:])

@@ -5,7 +5,7 @@ linear layers are counted, per example; biases, normalisation and activations ar
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deeptwist.layers.geometry import ConvGeometry
@@ -40,9 +40,7 @@ def paper_flops(work: Workload) -> int:
     Table 2 prints these, and weight counts, in units of `MEGA`.
     """
     return sum(
-        2 * convolution.macs(size) - _outputs(convolution, size) for convolution, size in work
+        2 * convolution.macs(size)
+        - convolution.out_channels * math.prod(convolution.output_size(size))
+        for convolution, size in work
     )
-
-
-def _outputs(convolution: ConvGeometry, input_size: Sequence[int]) -> int:
-    return convolution.out_channels * math.prod(convolution.output_size(input_size))

@@ -59,11 +59,6 @@ class SecondMoment:
         """The moment (g, i, i) of the input channels."""
         return self.over(0)
 
-    def reduced(self, axes: int) -> "SecondMoment":
-        """Return the moment that resolves no more than the last `axes` kernel axes."""
-        axes = min(axes, self.axes)
-        return SecondMoment(self.over(axes), self.kernel_size, axes)
-
     def over(self, axes: int) -> Tensor:
         """Return the moment (g, n, n) over input channels and the last `axes` kernel axes.
 

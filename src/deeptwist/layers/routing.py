@@ -1,7 +1,7 @@
 """Modules without weights that bring channels to where tiled layers need them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +62,15 @@ class Unfold(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, s, *size) → (…, s·Πk, *output size), ordered as the lowered kernel's columns."""
         conv, dims = self.convolution, self.convolution.dims
-        windows = functional.pad(x, self._margins(), self._mode())
-        for axis in range(dims):
-            place = axis - dims  # from the end, whether there is a batch in front or not
-            spacing, reach = conv.dilation[axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-            length = windows.shape[place] - reach
-            taps = [
-                _every(windows.narrow(place, tap * spacing, length), place, conv.stride[axis])
-                for tap in range(conv.kernel_size[axis])
-            ]
-            # Taps of this axis become a new one behind those of the axes before it.
-            windows = torch.stack(taps, dim=-dims - 1)
-        return windows.flatten(-2 * dims - 1, -dims - 1)
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        windows = functional.pad(x, self._margins(), mode).contiguous()
+        for kernel, stride, spacing in zip(
+            conv.kernel_size, conv.stride, conv.dilation, strict=True
+        ):
+            # Each axis leaves its taps at the end, and the next one where it was itself.
+            windows = windows.unfold(-dims, spacing * (kernel - 1) + 1, stride)[..., ::spacing]
+        sizes, taps = range(-2 * dims, -dims), range(-dims, 0)
+        return windows.movedim([*taps], [*sizes]).flatten(-2 * dims - 1, -dims - 1)
 
     def _margins(self) -> list[int]:
         """Padding before and after each axis, the last axis first, as `F.pad` takes it."""
@@ -85,16 +82,6 @@ class Unfold(nn.Module):
             else:
                 margins += [conv.padding[axis]] * 2
         return margins
-
-    def _mode(self) -> str:
-        mode = self.convolution.padding_mode
-        return "constant" if mode == "zeros" else mode
-
-
-def _every(x: Tensor, axis: int, step: int) -> Tensor:
-    """Every `step`-th entry along an axis, counted from the end."""
-    index: tuple[Any, ...] = (..., slice(None, None, step), *[slice(None)] * (-axis - 1))
-    return x[index]
 
 
 class PointwiseOnLastDim(nn.Sequential):

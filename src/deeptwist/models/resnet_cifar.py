@@ -58,7 +58,7 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
     """
 
-    def __init__(self, blocks: int, num_classes: int, in_channels: int) -> None:
+    def __init__(self, blocks: int, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -81,28 +81,3 @@ class ResNet(nn.Module):
 def _stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     first = Block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
-
-
-def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """Build ResNet-20: 0.27 million parameters."""
-    return ResNet(3, num_classes, in_channels)
-
-
-def resnet32(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """Build ResNet-32, the paper's: 0.46 million parameters."""
-    return ResNet(5, num_classes, in_channels)
-
-
-def resnet44(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """Build ResNet-44: 0.66 million parameters."""
-    return ResNet(7, num_classes, in_channels)
-
-
-def resnet56(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """Build ResNet-56: 0.85 million parameters."""
-    return ResNet(9, num_classes, in_channels)
-
-
-def resnet110(num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """Build ResNet-110: 1.7 million parameters."""
-    return ResNet(18, num_classes, in_channels)

@@ -19,7 +19,9 @@ class VGG19(nn.Module):
         batch_norm: whether batch norm follows each convolution.
     """
 
-    def __init__(self, num_classes: int, in_channels: int, batch_norm: bool) -> None:
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 3, *, batch_norm: bool = False
+    ) -> None:
         super().__init__()
         self.features = _features(in_channels, batch_norm)
         self.classifier = nn.Sequential(
@@ -53,13 +55,3 @@ def _features(in_channels: int, batch_norm: bool) -> nn.Sequential:
             in_channels = channels
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
-
-
-def vgg19(num_classes: int = 10, in_channels: int = 3) -> VGG19:
-    """Build VGG-19 without batch norm, the paper's: 20.6 million parameters."""
-    return VGG19(num_classes, in_channels, batch_norm=False)
-
-
-def vgg19_bn(num_classes: int = 10, in_channels: int = 3) -> VGG19:
-    """Build VGG-19 with batch norm: 20.6 million parameters."""
-    return VGG19(num_classes, in_channels, batch_norm=True)

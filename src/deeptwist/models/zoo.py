@@ -4,24 +4,20 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 from torch import nn
 
 from deeptwist.errors import DeepTwistError, require_extra, unknown_name_error
-from deeptwist.models.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
-from deeptwist.models.vgg_cifar import vgg19, vgg19_bn
+from deeptwist.models.resnet_cifar import ResNet
+from deeptwist.models.vgg_cifar import VGG19
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet20": resnet20,
-    "resnet32": resnet32,
-    "resnet44": resnet44,
-    "resnet56": resnet56,
-    "resnet110": resnet110,
-    "vgg19": vgg19,
-    "vgg19_bn": vgg19_bn,
+    **{f"resnet{6 * blocks + 2}": partial(ResNet, blocks) for blocks in (3, 5, 7, 9, 18)},
+    "vgg19": VGG19,
+    "vgg19_bn": partial(VGG19, batch_norm=True),
 }
 
 
@@ -117,23 +113,16 @@ def _matching_kwargs(
 def _import_user_module(module: str) -> ModuleType:
     if not module or module.startswith("."):
         raise DeepTwistError(f"module {module!r} has no full name: write 'package.module:factory'")
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
     try:
-        with _current_directory_importable():
-            return importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         # A module that is there but lacks one of its own imports keeps its traceback.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise DeepTwistError(
-            f"no module {error.name!r} in {os.getcwd()} or among the installed packages"
+            f"no module {error.name!r} in {directory} or among the installed packages"
         ) from error
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
-    try:
-        yield
     finally:
         sys.path.remove(directory)

@@ -165,11 +165,10 @@ def random_factored(
     implementation: str | None,
 ) -> FactoredLayer:
     """Return the factored layer in one of its forms with random weights, ready to be timed."""
-    parts = [part for level in decomposition.convolutions(convolution) for part in level]
     # Scaled so that a whole network of such layers neither overflows nor vanishes.
     kernels = [
         (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
-        for part in parts
+        for part in decomposition.parts(convolution)
     ]
     bias = reference.new_zeros(convolution.out_channels)
     layer = decomposition.make_layer(convolution, kernels, bias, implementation)

@@ -439,8 +439,7 @@ def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Facto
         RuntimeError, TypeError, ValueError: if they are no factors.
     """
     factors = _factors(layer, tensors)
-    stages = factors.decomposition.convolutions(layer.convolution)
-    expected = [part.kernel_shape for stage in stages for part in stage]
+    expected = [part.kernel_shape for part in layer.decomposition.parts(layer.convolution)]
     if [tuple(kernel.shape) for kernel in factors.kernels()] != expected:
         raise DeepTwistError(f"the factors of layer {layer.name!r} are for another plan")
     return factors
