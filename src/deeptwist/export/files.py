@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
 from deeptwist.export.convert import check_free_axes, convert, quiet, trace
 from deeptwist.export.signature import Inputs, make_signature
-from deeptwist.export.verify import onnxruntime_session, verify
+from deeptwist.export.verify import run_in_onnxruntime, verify
 from deeptwist.files import atomic_write
 from deeptwist.inspect.modes import output_tensors
 from deeptwist.inspect.swap import stored_modules, swap
@@ -106,7 +106,7 @@ def export_onnx(
             )
         check_free_axes(proto, signature)
         temporary.write_bytes(proto.SerializeToString())
-        sizes, worst = verify(plain, signature, onnxruntime_session(temporary), tolerance)
+        sizes, worst = verify(plain, signature, run_in_onnxruntime(temporary), tolerance)
         bytes_ = temporary.stat().st_size
     return Exported(Path(path), bytes_, version, signature.batches, sizes, worst)
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, first_line, require_extra
+from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export import export_onnx
+from deeptwist.export.verify import onnxruntime_session
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -35,7 +36,10 @@ def prepare(
     if runtime == "onnxruntime":
         if dtype != "float32" or x.is_cuda:
             raise DeepTwistError(f"onnxruntime is measured on processors in float32, not {dtype}")
-        return _in_onnxruntime(model, x, threads)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            export_onnx(model, path, x)
+            return OnnxNetwork(path, threads).prepare(x)
     x = x.to(getattr(torch, dtype))
     ready = deepcopy(model).to(x.dtype).eval()
     if x.dim() == 4:
@@ -71,14 +75,6 @@ def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return run
 
 
-def _in_onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Callable[[], object]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(model, path, x)
-        network = OnnxNetwork(path, threads)
-    return network.prepare(x)
-
-
 class OnnxNetwork(nn.Module):
     """An exported network as a module: onnxruntime computes, on the processor."""
 
@@ -90,17 +86,8 @@ class OnnxNetwork(nn.Module):
             threads: processor threads.
         """
         super().__init__()
-        with require_extra("onnx"):
-            import onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        self.register_parameter(
-            "reference", nn.Parameter(torch.zeros(()))
-        )  # fp32, on the processor
+        self._session = onnxruntime_session(path, threads)
+        self.reference = nn.Parameter(torch.zeros(()))  # fp32, on the processor
 
     def prepare(self, x: Tensor) -> Callable[[], list[Any]]:
         """Return a function that runs the network once on the input."""

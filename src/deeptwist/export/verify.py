@@ -6,12 +6,13 @@ At several batch sizes, and at several image sizes where these are free: torch's
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.errors import DeepTwistError, first_line, require_extra
 from deeptwist.export.signature import Inputs, Signature, run_model
 
 Run = Callable[[Inputs], list[Tensor]]
@@ -75,17 +76,27 @@ def _tolerance(y: Tensor) -> float:
     return torch.finfo(y.dtype).eps ** 0.5 if y.is_floating_point() else 0.0
 
 
-def onnxruntime_session(path: Path) -> Run:
-    """Return a call that runs the file in onnxruntime."""
-    import onnxruntime
+def onnxruntime_session(path: Path, threads: int) -> Any:
+    """Open an ONNX file in onnxruntime, on the processor.
+
+    Raises:
+        DeepTwistError: if onnxruntime is missing, or cannot load the graph.
+    """
+    with require_extra("onnx"):
+        import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what goes wrong is raised too
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its types are not public
         raise DeepTwistError(f"onnxruntime cannot load the graph: {first_line(error)}") from error
+
+
+def run_in_onnxruntime(path: Path) -> Run:
+    """Return a call that runs the file in onnxruntime."""
+    session = onnxruntime_session(path, torch.get_num_threads())
     names = [value.name for value in session.get_inputs()]
 
     def run(inputs: Inputs) -> list[Tensor]:

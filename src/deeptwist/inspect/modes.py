@@ -2,8 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,10 @@ def undisturbed(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Iterator[N
     # hooks that it registers on its first run, in dictionaries of its own.
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     dictionaries = [
-        (value, dict(value)) for _, own in attributes for value in own.values() if _is_dict(value)
+        (value, dict(value))
+        for _, own in attributes
+        for value in own.values()
+        if type(value) in (dict, OrderedDict)
     ]
     # An expanded buffer cannot be written to.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if 0 not in buffer.stride()]
@@ -100,20 +104,8 @@ def undisturbed(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Iterator[N
                 dictionary.update(entries)
 
 
-def _is_dict(value: object) -> bool:
-    return type(value) in (dict, OrderedDict)
-
-
-def _uncompiled() -> "ExitStack | nullcontext[None]":
+def _uncompiled() -> AbstractContextManager[None]:
     """Have compiled functions run as they were written: hooks then see every call."""
     if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
         return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.compiler.set_stance("force_eager"))
-    return stack
-
-
-def run_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return all tensors in the model's output; see `undisturbed`."""
-    with undisturbed(model, inputs):
-        return output_tensors(model(*inputs))
+    return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))
