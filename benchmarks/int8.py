@@ -13,9 +13,9 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 
-from deeptwist.benchmark.runtimes import OnnxNetwork
 from deeptwist.data import ImageData, Split, load_data, normalize
 from deeptwist.decompositions.linalg import relative_error
+from deeptwist.export.runtimes import OnnxNetwork
 from deeptwist.quantize import quantize_onnx
 
 

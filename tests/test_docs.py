@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cyclopts import MissingArgumentError
@@ -125,7 +124,7 @@ def loops(folder: Path) -> dict[str, Any]:
 
 def exports(folder: Path) -> dict[str, Any]:
     small = network()
-    return {"small": small, "batches": [np.random.randn(2, 3, 8, 8).astype("float32")]}
+    return {"small": small, "batches": [torch.randn(2, 3, 8, 8)]}
 
 
 @pytest.mark.parametrize(

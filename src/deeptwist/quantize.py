@@ -11,7 +11,7 @@ from deeptwist.export import quiet
 from deeptwist.files import atomic_write
 
 
-def quantize_onnx(source: Path, path: Path, batches: Iterable[Tensor]) -> Path:
+def quantize_onnx(source: str | Path, path: str | Path, batches: Iterable[Tensor]) -> Path:
     """Write an ONNX file in int8, weights by channel and activations by the range they take.
 
     Args:
@@ -37,6 +37,7 @@ def quantize_onnx(source: Path, path: Path, batches: Iterable[Tensor]) -> Path:
             batch = next(self._batches, None)
             return None if batch is None else {"input": batch.cpu().contiguous().numpy()}
 
+    path = Path(path)
     prepared = path.with_suffix(".prepared.onnx")
     try:
         with atomic_write(path) as temporary, quiet():
