@@ -13,12 +13,14 @@ from cyclopts import Parameter
 from deeptwist.cli.console import progress_bar, writing
 from deeptwist.cli.options import (
     NO_CALIBRATION,
+    NO_SWEEP,
     AsJson,
     BenchmarkOptions,
     CalibrationOptions,
     Model,
     NetworkOptions,
     PlanOptions,
+    SweepOptions,
     small_network,
 )
 from deeptwist.cli.tables import print_layers, print_networks
@@ -35,6 +37,7 @@ def plan(
     options: PlanOptions = None,
     calibration: CalibrationOptions = NO_CALIBRATION,
     out: Path | None = None,
+    sweep: SweepOptions = NO_SWEEP,
     as_json: AsJson = False,
 ) -> None:
     """Show which layers would be compressed, how, at what cost; change nothing.
@@ -51,9 +54,15 @@ def plan(
     """
     from deeptwist.files import write_text
 
+    recipe = options or CompressionRecipe()
+    if sweep.sweep:
+        from deeptwist.cli.sweep import run_sweep
+
+        run_sweep(model, network, recipe, calibration, sweep, as_json=as_json)
+        return
     dense, example = network.build(model), network.example_input(model)
     moments = calibration.moments(dense, calibration.inputs(dense, example))
-    planned = (options or CompressionRecipe()).make_plan(dense, example, calibration=moments)
+    planned = recipe.make_plan(dense, example, calibration=moments)
     if out is not None:
         with writing(out):
             write_text(out, planned.to_json())

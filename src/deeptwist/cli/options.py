@@ -60,12 +60,15 @@ class NetworkOptions:
             load_weights(network, self.weights)
         return network.eval()
 
+    def size(self, model: str) -> tuple[int, ...]:
+        """Return the network's input size without the batch."""
+        return _parse_size(self.input or ("3x224x224" if "/" in model else "3x32x32"))
+
     def example_input(self, model: str, batch: int = 2) -> "Tensor":
         """Return standard normal numbers of the network's input size."""
         import torch
 
-        usual = "3x224x224" if "/" in model else "3x32x32"
-        shape = _parse_size(self.input or usual)
+        shape = self.size(model)
         try:
             return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
         except (RuntimeError, TypeError) as error:  # more than memory, or an integer, holds
@@ -107,6 +110,33 @@ class CalibrationOptions:
 
 
 NO_CALIBRATION = CalibrationOptions()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """A plan at ratios from 1.5 to 8 instead of one.
+
+    Attributes:
+        sweep: Plan at many ratios, and mark where the loss begins to run away.
+        data: Data set for a sweep: calibrates on its training images, and tells accuracy without
+            training on its test images.
+        test_images: How many of those, at most.
+        page: Draw the sweep on this HTML page.
+    """
+
+    sweep: Annotated[bool, Parameter(negative=())] = False
+    data: str | None = None
+    test_images: int = 1000
+    page: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_int("test_images", self.test_images)
+        if not self.sweep and (self.data is not None or self.page is not None):
+            raise DeepTwistError("--data and --page are a sweep's: add --sweep")
+
+
+NO_SWEEP = SweepOptions()
 
 
 def small_network(

@@ -34,14 +34,9 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
         raise DeepTwistError("there is no run to report on")
     groups = group_runs(runs)
     ordered = [run for group in groups for run in group.runs]
-    environment = Environment(
-        loader=PackageLoader("deeptwist", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("template.html.j2").render(
+    write_page(
+        "template.html.j2",
+        path,
         title=title,
         parts=[_part(group, f"group {number}") for number, group in enumerate(groups)],
         layers=layer_tables(ordered),
@@ -49,11 +44,6 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str) -> Path:
         modes={run.summary.mode for run in runs},
         variants={variant.name for run in runs for variant in run.summary.variants},
     )
-    try:
-        # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
-        write_text(path, page.encode(errors="replace").decode())
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
@@ -68,3 +58,24 @@ def _part(group: RunGroup, prefix: str) -> dict[str, Any]:
         "gains": [(chart, render(chart, name=f"{prefix}-{chart.title}")) for chart in gains],
         "plots": [(chart, render(chart, name=f"{prefix}-{chart.title}")) for chart in details],
     }
+
+
+def write_page(template: str, path: Path, **values: Any) -> None:
+    """Lay values out by a template, and write the page.
+
+    Raises:
+        DeepTwistError: if the file cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("deeptwist", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(**values)
+    try:
+        # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
+        write_text(path, page.encode(errors="replace").decode())
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,80 @@
+"""Which ratio can I afford: a network planned at several, and where the loss begins to run away."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from deeptwist.plan.plan import Plan
+
+RATIOS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A network planned at one ratio.
+
+    Attributes:
+        ratio: asked for.
+        error: the root mean square of the relative errors of all layers that some plan of the
+            sweep compresses.
+        weights: dense ÷ decomposed parameters of the whole network.
+        macs: dense ÷ decomposed MACs of the layers.
+        accuracy: of the network decomposed so, without training; `None` where it is not measured.
+    """
+
+    ratio: float
+    error: float
+    weights: float
+    macs: float
+    accuracy: float | None = None
+
+
+def sweep(
+    make_plan: Callable[[float], Plan],
+    ratios: Iterable[float] = RATIOS,
+    accuracy: Callable[[Plan], float] | None = None,
+) -> list[SweepPoint]:
+    """Return a network's points at several ratios.
+
+    Args:
+        make_plan: a ratio → the plan.
+        ratios: see `make_plan`.
+        accuracy: a plan → the accuracy of the network that it makes.
+    """
+    plans = {ratio: make_plan(ratio) for ratio in ratios}
+    names = {layer.name for plan in plans.values() for layer in plan.compressed}
+    points = []
+    for ratio, plan in plans.items():
+        squares = sum((layer.relative_error or 0.0) ** 2 for layer in plan.compressed)
+        points.append(
+            SweepPoint(
+                ratio=ratio,
+                error=math.sqrt(squares / max(1, len(names))),
+                weights=plan.compression_ratio,
+                macs=plan.dense_macs / max(1, plan.macs),
+                accuracy=None if accuracy is None else accuracy(plan),
+            )
+        )
+    return points
+
+
+def find_knee(points: Sequence[SweepPoint], dense_accuracy: float | None = None) -> int:
+    """Return the index of the last point before the loss runs away.
+
+    It lies farthest below the straight line from the first to the last point, over the logarithm
+    of the ratio, each axis scaled to its range (Satopaa et al., 2011).
+
+    Args:
+        points: of rising ratios; their loss is that of accuracy, or else the predicted error.
+        dense_accuracy: of the dense network, where the points have accuracies.
+    """
+    x = [math.log(point.ratio) for point in points]
+    if dense_accuracy is None:
+        losses = [point.error for point in points]
+    else:
+        losses = [dense_accuracy - (point.accuracy or 0.0) for point in points]
+    width, height = x[-1] - x[0], losses[-1] - losses[0]
+    if width <= 0 or height <= 0:
+        return len(points) - 1
+    below = [(a - x[0]) / width - (b - losses[0]) / height for a, b in zip(x, losses, strict=True)]
+    return max(range(len(points)), key=below.__getitem__)
