@@ -1,18 +1,23 @@
-"""Optimizers, their parameter groups, schedules, clipping and accumulation, against torch's own."""
+"""Steps against torch's own: optimizers, schedules, clipping, fp16, compiled, frozen."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from deeptwist.data import ImageData, Split, load_digits
 from deeptwist.errors import DeepTwistError
+from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.optimizers import lr_factor, make_optimizer
 from deeptwist.training.recipe import OptimizerRecipe, ScheduleRecipe, make_recipe
 from deeptwist.training.run import build_run, train
+from deeptwist.twist.distortion import DeepTwist
 
 
 def network() -> nn.Module:
@@ -28,8 +33,10 @@ def one_batch() -> ImageData:
     return ImageData("few", images, data.test, data.classes, data.mean, data.std, 0, False)
 
 
-def trained(data: ImageData, folder: Path, **values: Any) -> nn.Module:
-    model = network()
+def trained(
+    data: ImageData, folder: Path, model: nn.Module | None = None, **values: Any
+) -> nn.Module:
+    model = network() if model is None else model
     recipe = make_recipe({"model": "own", "mode": "dense", "schedule": {"epochs": 1}, **values})
     train(build_run(recipe, data, name="run", model=model), folder)
     return model
@@ -100,3 +107,108 @@ def test_the_warm_up_rises_and_the_rest_falls_to_zero() -> None:
     assert [lr_factor(poly, step, 40, 10) for step in (0, 20, 40)] == [1, 0.25, 0]
     step = ScheduleRecipe(epochs=4, kind="step", milestones=(2,), warmup_epochs=0.5)
     assert [lr_factor(step, n, 40, 10) for n in (4, 5, 19, 20)] == pytest.approx([5 / 6, 1, 1, 0.1])
+
+
+# --- fp16
+
+
+def in_fp16(data: ImageData, scale: float) -> tuple[Trainer, DeepTwist, list[float]]:
+    """A training of two epochs whose loss is scaled by so much at first; its rates by step."""
+    torch.manual_seed(0)
+    recipe = make_recipe(
+        {
+            "model": "own",
+            "precision": "16-mixed",
+            "batch_size": 32,
+            "schedule": {"epochs": 2},
+            "compression": {"decomposition": "svd", "ratio": 2},
+            "records": {"images": 0},
+        }
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
+    model = network()
+    made = recipe.compression.make_plan(model, torch.zeros(2, 1, 8, 8))
+    twist = DeepTwist(model, made, 3)
+    trainer = Trainer(fabric, model, data, recipe, twist=twist)
+    rates: list[float] = []
+    trainer.fit(Callbacks(on_step=lambda: rates.append(trainer.learning_rate)))
+    return trainer, twist, rates
+
+
+def test_steps_that_fp16_skips_are_not_counted(one_batch: ImageData) -> None:
+    """From a scale that overflows, training is that from the scale at which nothing does."""
+    trainer, twist, rates = in_fp16(one_batch, 2.0**60)
+    settled = trainer.state_dict()["scaler"]["scale"]
+    assert 1 < settled < 2.0**40
+    sound, other, expected = in_fp16(one_batch, settled)
+    assert sound.state_dict()["scaler"]["scale"] == settled
+    assert trainer.step == sound.step == 8
+    assert [record.step for record in twist.history] == [3, 6]
+    assert [record.step for record in other.history] == [3, 6]
+    assert rates == expected
+    assert difference(twist.model, other.model) == 0
+
+
+def test_gradients_that_no_scale_helps_end_the_run(one_batch: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(DeepTwistError, match="at step 1, its gradients are not finite in fp16"):
+        trained(one_batch, tmp_path, precision="16-mixed", label_smoothing=0.1, model=Overflowing())
+
+
+class Overflowing(nn.Module):
+    """Has gradients beyond fp16's range whatever its loss is scaled by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.body(x)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * float("inf"))
+        return logits
+
+
+# --- compiled, in less memory, in part
+
+
+def test_a_compiled_step_is_the_same(one_batch: ImageData, tmp_path: Path) -> None:
+    plain = trained(one_batch, tmp_path / "plain")
+    compiled = trained(one_batch, tmp_path / "compiled", compile="aot_eager")
+    assert difference(plain, compiled) < 1e-6
+    with pytest.raises(DeepTwistError, match="did you mean 'inductor'"):
+        trained(one_batch, tmp_path / "unknown", compile="inducter")
+
+
+def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    digits = load_digits()
+    few = Split(digits.train.images[:16], digits.train.labels[:16])
+    data = replace(digits, train=few, test=few)
+    models = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "test_convnext", num_classes=10, in_chans=1, patch_size=1, drop_path_rate=0.1
+        )
+        options = {"checkpoint_gradients": checkpoint, "batch_size": 16}
+        models.append(trained(data, tmp_path / str(checkpoint), model=model, **options))
+    assert difference(*models) == 0
+    with pytest.raises(DeepTwistError, match="Sequential offers no gradient checkpointing"):
+        trained(data, tmp_path / "none", checkpoint_gradients=True, batch_size=16)
+
+
+def test_frozen_layers_stay_as_they_are(one_batch: ImageData, tmp_path: Path) -> None:
+    def normed() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), network())
+
+    before, after = normed(), normed()
+    after.load_state_dict(before.state_dict())
+    trained(one_batch, tmp_path / "run", model=after, optimizer={"freeze": ["0", "re:1", "2.0"]})
+    state = before.state_dict()
+    same = {name for name, tensor in after.state_dict().items() if torch.equal(tensor, state[name])}
+    assert same == {name for name in state if name.split(".")[0] in "01" or "2.0" in name}
+    for freeze, answer in ((["2.o"], "unknown module '2.o'"), (["*"], "nothing to train")):
+        with pytest.raises(DeepTwistError, match=answer):
+            trained(one_batch, tmp_path / answer, model=normed(), optimizer={"freeze": freeze})

@@ -22,10 +22,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from deeptwist.data import ImageData, Split, train_batches
 from deeptwist.data.loading import named_worker_failures
 from deeptwist.decompose import numbers
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
 from deeptwist.training.metrics import DistortionRecord, Epoch, Evaluation, Record
-from deeptwist.training.optimizers import lr_factor, make_optimizer
+from deeptwist.training.optimizers import frozen_modules, lr_factor, make_optimizer
 from deeptwist.training.recipe import Recipe
 from deeptwist.twist.distortion import DeepTwist
 
@@ -86,8 +86,8 @@ class Trainer:
                 epoch where there are none.
 
         Raises:
-            DeepTwistError: if the training split does not fill one batch, or a batch cannot be
-                shared evenly among the processes.
+            DeepTwistError: if the training split does not fill one batch, a batch cannot be shared
+                evenly among the processes, or the model does not offer what the recipe asks for.
         """
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
         self._twist, self._teacher, self._validation = twist, teacher, validation
@@ -103,12 +103,18 @@ class Trainer:
         self.steps = recipe.schedule.epochs * self._steps_per_epoch
         self.best: tuple[float, dict[str, Tensor]] | None = None
         model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
+        if recipe.checkpoint_gradients:
+            _checkpoint_gradients(model)
         self.average = None if recipe.ema is None else copy.deepcopy(model)
         self._wrapped, self._optimizer = fabric.setup(
             model, optimizer or make_optimizer(model, recipe.optimizer)
         )
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
         self._network: nn.Module = self._wrapped  # what a training step calls
+        self._scaler: torch.amp.GradScaler | None
+        self._scaler = getattr(fabric.strategy.precision, "scaler", None)
+        if recipe.compile is not None:
+            self._network = _compiled(self._wrapped, recipe.compile)
         if recipe.cuda_graphs and fabric.device.type == "cuda":
             if fabric.world_size > 1:
                 raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
@@ -132,21 +138,13 @@ class Trainer:
             DeepTwistError: if the loss is not finite, naming the step.
         """
         every = self._recipe.records.checkpoint_every
-        clip_norm = self._recipe.optimizer.clip_norm
         self._model.train()
+        for module in frozen_modules(self._model, self._recipe.optimizer):
+            module.eval()
         started = time.perf_counter()
         for x, labels in self._batches():
-            self._unchecked.append(self._mean_over_processes(self._backward(x, labels)))
+            self._unchecked.append(self._update(x, labels))
             self._epoch_loss += self._unchecked[-1]
-            if clip_norm is not None:
-                self._fabric.clip_gradients(
-                    self._wrapped,
-                    self._optimizer,
-                    max_norm=clip_norm,
-                    error_if_nonfinite=False,
-                )
-            self._optimizer.step()
-            self._optimizer.zero_grad()
             self._lr_scheduler.step()
             self._update_average()
             self.step += 1
@@ -216,6 +214,7 @@ class Trainer:
             "lr_scheduler": self._lr_scheduler,
             "twist": self._twist,
             "average": self.average,
+            "scaler": self._scaler,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -231,6 +230,30 @@ class Trainer:
         )
         for images, labels in remaining:
             yield preprocess(images, self._model, self._data), labels
+
+    def _update(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Take an optimizer step; return its loss.
+
+        One that fp16 skips, as gradients overflowed, is no step: it is taken again on the same
+        images, at the smaller scale that followed.
+        """
+        clip_norm, scaler = self._recipe.optimizer.clip_norm, self._scaler
+        while True:
+            loss = self._mean_over_processes(self._backward(x, labels))
+            if clip_norm is not None:
+                self._fabric.clip_gradients(
+                    self._wrapped, self._optimizer, max_norm=clip_norm, error_if_nonfinite=False
+                )
+            scale = 0.0 if scaler is None else scaler.get_scale()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            if scaler is None or scaler.get_scale() >= scale:
+                return loss
+            if scale <= 1:  # no overflow of the scaled loss
+                raise DeepTwistError(
+                    f"the loss is {loss:g} at step {self.step + 1}, its gradients are not finite "
+                    f"in fp16: lower optimizer.lr={self._recipe.optimizer.lr}, or choose bf16-mixed"
+                )
 
     def _backward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Add the gradients of this process's share of a batch; return its loss, detached."""
@@ -322,7 +345,7 @@ class Trainer:
         if len(twist.history) == known:
             return result, None
         train, test = zip(*evaluations, strict=True) if evaluations else ((), ())
-        return result, DistortionRecord(twist.history[-1], self._lr, seconds, train, test)
+        return result, DistortionRecord(twist.history[-1], self.learning_rate, seconds, train, test)
 
     def _end_epoch(self, callbacks: Callbacks) -> None:
         self._broadcast_buffers()
@@ -335,7 +358,7 @@ class Trainer:
                 step=self.step,
                 train_loss=float(self._epoch_loss) / self._steps_per_epoch,
                 test=self._evaluate(self._data.test),
-                lr=self._lr,
+                lr=self.learning_rate,
                 seconds=self._epoch_seconds,
                 images_per_second=images / self._epoch_seconds,
             )
@@ -362,7 +385,8 @@ class Trainer:
                 torch.distributed.broadcast(buffer, 0)
 
     @property
-    def _lr(self) -> float:
+    def learning_rate(self) -> float:
+        """Return the rate that the next step has."""
         return float(self._lr_scheduler.get_last_lr()[0])
 
     def _lr_factor(self, step: int) -> float:
@@ -390,6 +414,23 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Ten
     return temperature**2 * functional.kl_div(
         student, teacher, reduction="batchmean", log_target=True
     )
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise DeepTwistError(
+            f"{type(model).__name__} offers no gradient checkpointing: leave out "
+            "checkpoint_gradients, or choose one of timm's networks that does"
+        )
+    switch()
+
+
+def _compiled(model: nn.Module, backend: str) -> nn.Module:
+    """Return a module that runs as torch.compile makes it; it shares the model's weights."""
+    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise unknown_name_error("backend of torch.compile", backend, known)
+    return cast(nn.Module, torch.compile(model, backend=backend))
 
 
 def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:

@@ -7,12 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.plan.layer_filter import matches
 from deeptwist.training.optimizer_names import TORCH_OPTIMIZERS
 from deeptwist.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 
 def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Optimizer:
-    """Return the optimizer of a model's parameters that are trained."""
+    """Return the optimizer of a model's parameters that are trained; the frozen ones are marked.
+
+    Raises:
+        DeepTwistError: if a pattern to freeze matches no module, or nothing is left to train.
+    """
+    for module in frozen_modules(model, options):
+        module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise DeepTwistError("optimizer.freeze leaves nothing to train: freeze fewer layers")
     groups = _parameter_groups(model, decay_all=options.decay_all)
     values: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.betas is not None:
@@ -32,6 +42,19 @@ def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Op
         "nesterov": options.nesterov and options.momentum > 0,
     }
     return kind(groups, **values, **{n: v for n, v in own.items() if n in accepted})
+
+
+def frozen_modules(model: nn.Module, options: OptimizerRecipe) -> list[nn.Module]:
+    """Return the modules that are not trained.
+
+    Raises:
+        DeepTwistError: if a pattern matches none, naming the nearest.
+    """
+    modules = dict(model.named_modules())
+    for pattern in options.freeze:
+        if not any(matches(pattern, name) for name in modules):
+            raise unknown_name_error("module", pattern, modules)
+    return [m for name, m in modules.items() if any(matches(p, name) for p in options.freeze)]
 
 
 def lr_factor(schedule: ScheduleRecipe, step: int, steps: int, steps_per_epoch: int) -> float:

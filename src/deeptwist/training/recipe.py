@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the command line's help must not wait for torch
     from deeptwist.plan.plan import Plan
 
 Mode = Literal["dense", "deeptwist", "finetune", "projected", "random_noise", "decompose_at_end"]
-Precision = Literal["32-true", "bf16-mixed", "64-true"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -94,6 +94,8 @@ class OptimizerRecipe:
         clip_norm: The largest norm of the gradient of all parameters; unlimited without it.
         accumulate: Parts that a step's batch goes through the network in, to save memory; batch
             norm sees each by itself.
+        freeze: Modules of these names, globs, or expressions after re:, are left as they are, batch
+            norm's statistics too.
     """
 
     name: str = "sgd"
@@ -105,6 +107,7 @@ class OptimizerRecipe:
     decay_all: Annotated[bool, Parameter(negative="--no-decay-all")] = True
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     accumulate: PositiveInt = 1
+    freeze: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -275,9 +278,13 @@ class Recipe:
         twist: How ranks, interval and momentum change on the way; the paper's without it.
         batch_size: Images in a step, of all processes together.
         seed: Of initial weights, of the order of the images and their augmentation.
-        precision: Lightning Fabric's name for it; bf16-mixed is bf16 autocast.
+        precision: Lightning Fabric's name for it: bf16-mixed is bf16 autocast, 16-mixed fp16's with
+            a scaled loss; a step that overflows is taken again, at half the scale.
         cuda_graphs: Replay a step's forward and backward passes as CUDA graphs, several times as
             fast for small networks on a GPU; elsewhere it changes nothing.
+        compile: torch.compile's backend for a step's passes, inductor say; none without it.
+        checkpoint_gradients: Compute activations again in the backward pass, to save memory; for
+            timm's networks that offer it.
         data: The images.
         optimizer: How weights are updated.
         schedule: Epochs and learning rate.
@@ -309,6 +316,8 @@ class Recipe:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Precision = "32-true"
     cuda_graphs: bool = False
+    compile: str | None = None
+    checkpoint_gradients: bool = False
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -251,12 +252,17 @@ def make_fabric(recipe: Recipe) -> Fabric:
     # Fabric logs its precision, through whichever of the two was imported last.
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Fabric turns fp16 on a processor to bf16, which torch has not needed since 2.3.
+    fp16_on_cpu = recipe.precision == "16-mixed" and not (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    )
     fabric = Fabric(
         accelerator="auto",
         devices=local,
         num_nodes=processes // local,
         strategy="ddp" if processes > 1 else "auto",
-        precision=recipe.precision,
+        precision=None if fp16_on_cpu else recipe.precision,
+        plugins=[MixedPrecision("16-mixed", "cpu")] if fp16_on_cpu else None,
     )
     fabric.launch()
     return fabric
@@ -280,10 +286,13 @@ def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
     distillation = recipe.distillation
     if distillation is None or distillation.model is None:
         return None
-    teacher = _build_for(data, distillation.model, distillation.weights)
-    if recipe.precision == "64-true":
-        teacher.double()
-    evaluate(teacher, data.test.evenly_spaced(8), data)
+    try:
+        teacher = _build_for(data, distillation.model, distillation.weights)
+        if recipe.precision == "64-true":
+            teacher.double()
+        evaluate(teacher, data.test.evenly_spaced(8), data)
+    except DeepTwistError as error:
+        raise DeepTwistError(f"teacher {distillation.model}: {error}") from error
     return teacher
 
 
