@@ -5,6 +5,8 @@ number of workers or processes, and where a training was cut, change nothing.
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,20 +94,6 @@ def train_batches(
         return _in_memory(data, epochs, seed, device)
     keys = ([(epoch, row) for row in rows.tolist()] for epoch, rows in epochs)
     return _read(_Items(split, data.transform, seed, data.mix), keys, data.workers, device)
-
-
-@contextmanager
-def named_worker_failures() -> Iterator[None]:
-    """Turn the death of a worker process, which may surface anywhere, into an error of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DeepTwistError(
-            f"a process that reads images has died ({first_line(error).rstrip('. ')}), for want "
-            "of memory perhaps: go on with --resume, or --data.workers 0 to do without"
-        ) from error
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -220,7 +208,23 @@ def _read(
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # else it draws from the numbers that dropout draws from
     )
-    for batch in loader:
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if workers and threading.current_thread() is threading.main_thread():
+        # Torch's handler would raise the death of a worker anywhere; waiting for a batch finds it.
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not workers or "Caught" in str(error):  # of a transform
+                raise
+            raise DeepTwistError(
+                f"a process that reads images has died ({first_line(error).rstrip('. ')}), for "
+                "want of memory perhaps: go on with --resume, or --data.workers 0 to do without"
+            ) from error
+        if batch is None:
+            return
         if isinstance(batch, DeepTwistError):
             raise batch
         images, labels = batch

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deeptwist.data import ImageData, Split, batches, normalize
-from deeptwist.data.loading import named_worker_failures
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspect.modes import FORWARD_ERRORS, eval_mode
 from deeptwist.training.metrics import Evaluation
@@ -72,7 +71,6 @@ def logits_of(output: object) -> Tensor:
     return first
 
 
-@named_worker_failures()
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

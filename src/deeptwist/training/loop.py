@@ -17,10 +17,9 @@ import torch.distributed
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist.data import ImageData, Split, train_batches
-from deeptwist.data.loading import named_worker_failures
 from deeptwist.decompose import numbers
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
@@ -105,7 +104,10 @@ class Trainer:
         model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
         if recipe.checkpoint_gradients:
             _checkpoint_gradients(model)
-        self.average = None if recipe.ema is None else copy.deepcopy(model)
+        self.average: AveragedModel | None = None
+        if recipe.ema is not None:
+            ema = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
         self._wrapped, self._optimizer = fabric.setup(
             model, optimizer or make_optimizer(model, recipe.optimizer)
         )
@@ -130,7 +132,6 @@ class Trainer:
         self._unchecked: list[Tensor] = []  # losses that were not looked at so far
         torch.manual_seed(recipe.seed)  # dropout
 
-    @named_worker_failures()
     def fit(self, callbacks: Callbacks) -> None:
         """Train to the end, from the step reached so far.
 
@@ -146,7 +147,8 @@ class Trainer:
             self._unchecked.append(self._update(x, labels))
             self._epoch_loss += self._unchecked[-1]
             self._lr_scheduler.step()
-            self._update_average()
+            if self.average is not None:
+                self.average.update_parameters(self._model)
             self.step += 1
             ends = self.step % self._steps_per_epoch == 0
             saves = self.step % every == 0 or self.step == self.steps
@@ -299,18 +301,6 @@ class Trainer:
                     f"lower optimizer.lr={self._recipe.optimizer.lr}"
                 )
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        if self.average is None or self._recipe.ema is None:
-            return
-        update = get_ema_multi_avg_fn(self._recipe.ema)
-        pairs = list(zip(_tensors(self.average), _tensors(self._model), strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        update(*zip(*floats, strict=True), self.step)
-        for average, current in pairs:
-            if not average.is_floating_point():  # a count of batches
-                average.copy_(current)
-
     def _distort(self, twist: DeepTwist, callbacks: Callbacks) -> None:
         try:
             _, record = self._recorded(twist, twist.step)
@@ -447,7 +437,3 @@ def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
     torch.cuda.make_graphed_callables(replayed, (x,), allow_unused_input=True)
     model.load_state_dict(state)
     return replayed
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]

@@ -355,7 +355,7 @@ def _post_training_variants(
     if run.recipe.recalibration:
         yield "not recalibrated", finished
     if trainer.average is not None:
-        yield "moving average", _recalibrated(run, mode.deploy(trainer.average, run.plan))
+        yield "moving average", _recalibrated(run, mode.deploy(trainer.average.module, run.plan))
     if trainer.best is not None:
         yield "best on validation", _recalibrated(run, mode.deploy(trainer.best_model(), run.plan))
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -156,13 +157,21 @@ def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
         raise DeepTwistError(
             f"{path} holds a run: go on with it (--resume), choose another folder or remove it"
         )
-    before = read_recipe(known).to_dict()
-    changed = [key for key, value in recipe.to_dict().items() if before[key] != value]
+    before, now = (_comparable(each) for each in (read_recipe(known), recipe))
+    changed = [key for key, value in now.items() if before[key] != value]
     if changed:
         raise DeepTwistError(
             f"{path} holds a run of another recipe ({', '.join(changed)} differ): "
             "choose another folder"
         )
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's values but for those that a run may go on with others of."""
+    values = recipe.to_dict()
+    for key in ("workers", "skip_unreadable"):
+        del values["data"][key]
+    return values
 
 
 def _scalars(record: Record) -> dict[str, float]:
