@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,9 @@ def worker(number: int, count: int, folder: Path) -> None:
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What every scene came to, in each of so many processes."""
     folder = tmp_path_factory.mktemp("job")
-    mp.spawn(worker, (request.param, folder), nprocs=request.param)
+    # Forked from one that has imported torch and this file.
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(worker, (request.param, folder), request.param, start_method="forkserver")
     return [torch.load(folder / f"{n}.pt", weights_only=False) for n in range(request.param)]
 
 
