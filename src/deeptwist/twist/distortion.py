@@ -200,7 +200,7 @@ class DeepTwist:
         }
         if not last:
             self._warn_of_untrained(weights)
-            if self.steps <= self._choose_ranks_steps:
+            if self._choose_ranks_steps and self.steps <= self._choose_ranks_steps:
                 choose = partial(choose_ranks_anew, self.model, self.plan)
                 self.plan = run_on_all_ranks(choose, lambda _: None)[0]
         layers = self._layers(self.plan, self.steps, last)
