@@ -108,10 +108,10 @@ def test_memory_of_both_networks() -> None:
     assert found.decomposed <= 1.2 * found.dense
 
 
-@pytest.mark.slow
-def test_decomposing_a_resnet34_takes_less_than_one_and_a_half_times_its_size() -> None:
-    model = pytest.importorskip("torchvision").models.resnet34(weights=None).eval()
-    planned = plan(model, SpatialSVD(), ratio=4, example_input=torch.zeros(2, 3, 64, 64))
+def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
+    """Its largest layers hold a tenth of it, as those of ResNet-34 do."""
+    model = nn.Sequential(*(nn.Conv2d(192, 192, 3, padding=1) for _ in range(10)))
+    planned = plan(model, SpatialSVD(), ratio=4, example_input=torch.zeros(1, 192, 4, 4))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert peak_memory(lambda: decompose(model, planned)) < 1.5 * size
 
