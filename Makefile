@@ -9,7 +9,7 @@ bench:
 	$(PYTHON) benchmarks/layers.py
 	$(PYTHON) benchmarks/rates.py
 	$(PYTHON) benchmarks/networks.py
-	$(PYTHON) benchmarks/distortion.py --weights-dir $(WEIGHTS)
+	$(PYTHON) benchmarks/distortion.py --step --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) benchmarks/training.py
 
 # These train, for an hour or more.

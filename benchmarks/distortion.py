@@ -5,12 +5,18 @@ Weights are the network's own after a distortion, moved by 2 % of their norm, wh
 back and measures the shift; the SVD has them cut and stacked for it.
 
     python benchmarks/distortion.py
+    python benchmarks/distortion.py --trajectory runs/trajectories/resnet32
+
+With a trajectory, it distorts along real weights (see trajectories.py), each time from the factors
+of the time before, and says how far each distortion is above the least squared error.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import deeptwist as dt
@@ -27,8 +33,12 @@ def main() -> None:
     parser.add_argument("--weights", help="of the ResNet-32")
     parser.add_argument("--step", action="store_true", help="time a training step too")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trajectory", type=Path)
     options = parser.parse_args()
     torch.set_default_device(options.device)
+    if options.trajectory:
+        follow(options.trajectory)
+        return
     print("| network | tiles | SVD alone, ms | first, ms | later, ms | × | excess error | share |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, channels in (("resnet32", 64), ("vgg19_bn", 128)):
@@ -49,15 +59,10 @@ def measure(name: str, model: nn.Module, channels: int, with_step: bool) -> str:
     state = twist.state_dict()
     weights = [model.get_submodule(layer.name).weight for layer in plan.compressed]
     moved = [moved_by(MOVE, weight) for weight in weights]
-    batches: dict[tuple[int, ...], list[Tensor]] = {}
-    for layer, weight in zip(plan.compressed, moved, strict=True):
-        for tiles in layer.decomposition.partition(weight_to_kernel(weight, layer.convolution)):
-            batches.setdefault(tuple(tiles.shape[1:]), []).append(tiles)
-    stacks = [torch.cat(tiles) for tiles in batches.values()]
+    stacks = stacks_of(plan, moved)
     svd = min(
         seconds(lambda: [torch.linalg.svd(x, full_matrices=False) for x in stacks]) for _ in "12"
     )
-    best = sum(float(torch.linalg.svdvals(x.double())[:, 8:].square().sum()) for x in stacks)
     times = []
     for _ in range(ROUNDS):
         twist.load_state_dict(state)
@@ -65,12 +70,47 @@ def measure(name: str, model: nn.Module, channels: int, with_step: bool) -> str:
             weight.copy_(new)
         times.append(seconds(twist.distort))
     later = min(times)
-    lost = sum(float((a - b).double().square().sum()) for a, b in zip(weights, moved, strict=True))
+    excess = excess_error(stacks, weights, moved)
     share = f"{later / (INTERVAL * step_seconds(model)):.3%}" if with_step else ""
     return (
         f"| {name} | {sum(map(len, stacks)):,} | {1e3 * svd:,.0f} | {1e3 * first:,.0f} "
-        f"| {1e3 * later:,.1f} | {svd / later:.1f} | {lost / best - 1:.4%} | {share} |"
+        f"| {1e3 * later:,.1f} | {svd / later:.1f} | {excess:.4%} | {share} |"
     )
+
+
+@torch.no_grad()
+def follow(folder: Path) -> None:
+    """Print a row for each snapshot of a trajectory."""
+    plan = dt.Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    model = build_model(folder.name)
+    twist = dt.DeepTwist(model, plan, INTERVAL)
+    weights = [model.get_submodule(layer.name).weight for layer in plan.compressed]
+    print("| snapshot | moved by | excess error |\n| --- | ---: | ---: |")
+    for path in sorted(folder.glob("step-*.safetensors")):
+        snapshot = load_file(path)
+        new = [snapshot[layer.name] for layer in plan.compressed]
+        away = [(a - b).norm() / a.norm() for a, b in zip(weights, new, strict=True)]
+        for weight, values in zip(weights, new, strict=True):
+            weight.copy_(values)
+        twist.distort()
+        excess = excess_error(stacks_of(plan, new), weights, new)
+        print(f"| {path.stem} | {torch.stack(away).median():.1%} | {excess:.4%} |")
+
+
+def stacks_of(plan: dt.Plan, weights: list[Tensor]) -> list[Tensor]:
+    """Return all tiles of weights, those of one size together."""
+    batches: dict[tuple[int, ...], list[Tensor]] = {}
+    for layer, weight in zip(plan.compressed, weights, strict=True):
+        for tiles in layer.decomposition.partition(weight_to_kernel(weight, layer.convolution)):
+            batches.setdefault(tuple(tiles.shape[1:]), []).append(tiles)
+    return [torch.cat(tiles) for tiles in batches.values()]
+
+
+def excess_error(stacks: list[Tensor], weights: list[Tensor], exact: list[Tensor]) -> float:
+    """Return how far approximations are above the least squared error, relative to it."""
+    best = sum(float(torch.linalg.svdvals(x.double())[:, 8:].square().sum()) for x in stacks)
+    lost = sum(float((a - b).double().square().sum()) for a, b in zip(weights, exact, strict=True))
+    return lost / best - 1
 
 
 def moved_by(share: float, weight: Tensor) -> Tensor:

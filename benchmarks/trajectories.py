@@ -83,9 +83,7 @@ class Snapshots(dt.DeepTwist):
 
 def train(name: str, data: ImageData, weights: str | None, folder: Path, count: int) -> None:
     """Trains one network until `count` snapshots are in `folder`."""
-    recipe = make_recipe(
-        {"model": name, "schedule": {"epochs": 4}, "precision": "bf16-mixed", "interval": 200}
-    )
+    recipe = make_recipe({"model": name, "schedule": {"epochs": 4}, "interval": 200})
     torch.manual_seed(0)
     model = build_model(name)
     if weights is not None:
@@ -112,11 +110,12 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10 as load_data takes it")
     parser.add_argument("--weights", required=True, help="the trained ResNet-32")
     parser.add_argument("--out", default="runs/trajectories", type=Path)
+    parser.add_argument("--image-size", type=int, help="16 for a quarter of the time")
     parser.add_argument("--snapshots", default=5, type=int, help="of each network")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     options = parser.parse_args()
 
-    data = load_data(options.data)
+    data = load_data(options.data, image_size=options.image_size)
     # The test split is looked at after each epoch: a corner of it is enough.
     data = replace(
         data,
