@@ -31,6 +31,7 @@ from deeptwist.decompositions import from_dict
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SHARES = (0.0, 0.3, 0.6, 1.0)  # of the full rank
 
 
@@ -42,7 +43,7 @@ def test_every_registered_method_is_in_the_table() -> None:
     assert {method.method for method in METHODS.values()} == set(REGISTERED)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@EACH_METHOD
 def test_a_decomposition_is_a_frozen_value(method: Decomposition) -> None:
     twin = copy.deepcopy(method)
     assert twin == method
@@ -51,19 +52,17 @@ def test_a_decomposition_is_a_frozen_value(method: Decomposition) -> None:
         method.rank = 1  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("method", "geometry"), pairs())
-def test_json_round_trip(method: Decomposition, geometry: str) -> None:
-    resolved = at(method, read(build(geometry)[0])[0], 0.5)
-    assert from_dict(resolved.to_dict()) == resolved
+@EACH_METHOD
+def test_a_resolved_decomposition_resolves_to_itself_and_survives_json(
+    method: Decomposition,
+) -> None:
     assert from_dict(method.to_dict()) == method
-
-
-@pytest.mark.parametrize(("method", "geometry"), pairs())
-def test_a_resolved_decomposition_resolves_to_itself(method: Decomposition, geometry: str) -> None:
-    convolution, _ = read(build(geometry)[0])
-    resolved = at(method, convolution, 0.5)
-    assert resolved.resolve(convolution, None) == resolved
-    assert not resolved.needs_ratio
+    for geometry in GEOMETRIES:
+        convolution, _ = read(build(geometry)[0])
+        resolved = at(method, convolution, 0.5)
+        assert resolved.resolve(convolution, None) == resolved, geometry
+        assert not resolved.needs_ratio
+        assert from_dict(resolved.to_dict()) == resolved, geometry
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -227,29 +226,25 @@ def test_the_layer_takes_whatever_leads(method: Decomposition, geometry: str) ->
     assert small(x[:0]).shape == twin(x[:0]).shape
 
 
-@pytest.mark.parametrize(("method", "geometry"), pairs())
-def test_the_layer_keeps_its_geometry_readable(method: Decomposition, geometry: str) -> None:
-    layer, _ = build(geometry)
-    _, small = factored(layer, at(method, read(layer)[0], 0.5))
-    linear = isinstance(layer, nn.Linear)
-    names = ("in_features", "out_features") if linear else ("in_channels", "out_channels")
-    for name in (*names, *(() if linear else ("kernel_size", "stride", "dilation", "groups"))):
-        assert getattr(small, name) == getattr(layer, name)
-
-
-@pytest.mark.parametrize(("method", "geometry"), pairs())
-def test_a_bias_appears_only_where_the_layer_had_one(method: Decomposition, geometry: str) -> None:
-    layer, _ = build(geometry)
-    _, small = factored(layer, at(method, read(layer)[0], 0.5))
-    biases = [value for name, value in small.named_parameters() if name.endswith("bias")]
-    if layer.bias is None:
-        assert not biases
-    else:
-        assert torch.equal(torch.cat(biases).sort().values, layer.bias.sort().values)
+@EACH_METHOD
+def test_the_layer_keeps_its_geometry_and_its_bias_readable(method: Decomposition) -> None:
+    for geometry in GEOMETRIES:
+        layer, _ = build(geometry)
+        _, small = factored(layer, at(method, read(layer)[0], 0.5))
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"]
+        if isinstance(layer, nn.Linear):
+            names = ["in_features", "out_features"]
+        for name in names:
+            assert getattr(small, name) == getattr(layer, name), geometry
+        biases = [value for name, value in small.named_parameters() if name.endswith("bias")]
+        if layer.bias is None:
+            assert not biases, geometry
+        else:
+            assert torch.equal(torch.cat(biases).sort().values, layer.bias.sort().values), geometry
 
 
 @pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@EACH_METHOD
 def test_gradients_reach_every_factor(method: Decomposition, geometry: str) -> None:
     layer, x = build(geometry)
     _, small = factored(layer, at(method, read(layer)[0], 0.5))
@@ -343,7 +338,7 @@ def test_full_rank_is_the_identity_for_every_combination(
         assert difference(layer(x), small(x)) < TOLERANCE[dtype], layer
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@EACH_METHOD
 def test_a_weight_goes_to_a_kernel_and_back(method: Decomposition) -> None:
     """What a distortion writes has the weight's own layout, transposed or not."""
     for geometry in GEOMETRIES:
