@@ -64,8 +64,8 @@ def main() -> None:
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6 * len(panels), 4.8), squeeze=False, layout="constrained"
     )
-    for place, (title, (found, size, batch)) in zip(axes[0], panels.items(), strict=True):
-        dense, points = measure(found, size, batch, options.rounds)
+    for place, (title, (weights, size, batch)) in zip(axes[0], panels.items(), strict=True):
+        dense, points = measure(weights, size, batch, options.rounds)
         print(f"\n{title}: dense {dense:.2f} ms\n\n| tile | relative squared error | ms |")
         print("| --- | --- | --- |")
         for point in points:
@@ -92,8 +92,8 @@ def tiles(channels: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def measure(found: list[Tensor], size: int, batch: int, rounds: int) -> tuple[float, list[Point]]:
-    channels = found[0].shape[1]
+def measure(weights: list[Tensor], size: int, batch: int, rounds: int) -> tuple[float, list[Point]]:
+    channels = weights[0].shape[1]
     ones = (1, 1)
     convolution = ConvGeometry(channels, channels, (3, 3), ones, ones, ones, output_padding=(0, 0))
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ def measure(found: list[Tensor], size: int, batch: int, rounds: int) -> tuple[fl
         decomposition = chosen[rows, cols]
         errors = [
             relative_error(kernel, decomposition.decompose(kernel).reconstruct()) ** 2
-            for kernel in found
+            for kernel in weights
         ]
         aligned = cols % 9 == 0
         width = f"{cols // 9} channels" if aligned else str(cols)

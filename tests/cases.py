@@ -173,13 +173,13 @@ def with_kernel(layer: nn.Module, kernel: Tensor) -> nn.Module:
     return twin
 
 
-def difference(expected: Tensor, found: Tensor) -> float:
+def difference(expected: Tensor, actual: Tensor) -> float:
     """‖y − y′‖ / ‖y‖, of tensors of one shape and type."""
-    assert found.shape == expected.shape
-    expected, found = expected.detach().double(), found.detach().double()
+    assert actual.shape == expected.shape
+    expected, actual = expected.detach().double(), actual.detach().double()
     scale = expected.abs().max().clamp_min(1e-300)
     norm = torch.linalg.vector_norm(expected / scale)
-    away = torch.linalg.vector_norm((expected - found) / scale)
+    away = torch.linalg.vector_norm((expected - actual) / scale)
     return float(away / norm) if norm > 0 else float(away)
 
 

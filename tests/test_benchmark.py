@@ -45,9 +45,9 @@ def made(model: nn.Module) -> Plan:
 
 @given(MILLISECONDS)
 def test_a_timing_is_the_median_between_the_quartiles(samples: list[float]) -> None:
-    found = summarize(samples)
-    assert found.median == pytest.approx(statistics.median(samples))
-    assert found.lower <= found.median <= found.upper
+    actual = summarize(samples)
+    assert actual.median == pytest.approx(statistics.median(samples))
+    assert actual.lower <= actual.median <= actual.upper
 
 
 @given(MILLISECONDS, st.floats(0.1, 10))
@@ -65,8 +65,8 @@ def test_functions_are_timed_in_turn() -> None:
     )
     assert [len(own) for own in samples] == [5, 5]
     rounds = "".join(order).split("|")[1:-1]
-    assert all(one.strip("a").strip("b") == "" and one[0] == "a" for one in rounds)
-    assert all("a" in one and "b" in one for one in rounds)
+    assert all(turn.strip("a").strip("b") == "" and turn[0] == "a" for turn in rounds)
+    assert all("a" in turn and "b" in turn for turn in rounds)
 
 
 def test_twice_the_work_takes_about_twice_as_long() -> None:
@@ -76,16 +76,16 @@ def test_twice_the_work_takes_about_twice_as_long() -> None:
         for _ in range(times):
             a @ a
 
-    one, two = time_interleaved([lambda: product(8), lambda: product(16)], rounds=9)
-    assert 1.4 < median_ratio(two, one) < 2.8
+    single, double = time_interleaved([lambda: product(8), lambda: product(16)], rounds=9)
+    assert 1.4 < median_ratio(double, single) < 2.8
 
 
 def test_comparing_leaves_the_models_as_they_were() -> None:
     model = network().train()
-    found = compare(model, decompose(model, made(model)), X, rounds=2)
+    actual = compare(model, decompose(model, made(model)), X, rounds=2)
     assert model.training
-    assert found.speedup > 0
-    assert found.dense.lower <= found.dense.median <= found.dense.upper
+    assert actual.speedup > 0
+    assert actual.dense.lower <= actual.dense.median <= actual.dense.upper
 
 
 def test_peak_memory_of_a_known_function() -> None:
@@ -102,10 +102,10 @@ def test_peak_memory_of_a_known_function() -> None:
 
 def test_memory_of_both_networks() -> None:
     model = network()
-    found = measure_memory(model, decompose(model, made(model)), X)
+    actual = measure_memory(model, decompose(model, made(model)), X)
     # A convolution's input and output are held at once: 32 channels each.
-    assert found.dense >= 2 * 4 * 32 * 12 * 12 * 4
-    assert found.decomposed <= 1.2 * found.dense
+    assert actual.dense >= 2 * 4 * 32 * 12 * 12 * 4
+    assert actual.decomposed <= 1.2 * actual.dense
 
 
 def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
@@ -119,7 +119,7 @@ def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
 def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
     planned = made(network())
     measured = compare_layers(planned, X, batch=8, rounds=2)
-    assert [one.name for one in measured] == [layer.name for layer in planned.compressed]
+    assert [layer.name for layer in measured] == [layer.name for layer in planned.compressed]
     assert measured[1].times == measured[2].times
     assert measured[0].times != measured[1].times
     layer = planned.compressed[1]
@@ -142,18 +142,18 @@ def test_slow_layers_are_kept_with_the_measured_reason() -> None:
 
 
 def test_settings_are_all_combinations() -> None:
-    found = settings_of([1, 16], [1, 2], ["float32"], ["eager", "onnxruntime"])
-    assert len(found) == len(set(found)) == 8
-    assert found[:2] == [Setting(1, 1), Setting(16, 1)]
+    actual = settings_of([1, 16], [1, 2], ["float32"], ["eager", "onnxruntime"])
+    assert len(actual) == len(set(actual)) == 8
+    assert actual[:2] == [Setting(1, 1), Setting(16, 1)]
 
 
 def test_a_setting_that_is_not_to_be_had_says_why() -> None:
     model, threads = network().eval(), torch.get_num_threads()
     small = decompose(model, made(model))
     settings = settings_of([2], [1], ["float32", "bfloat16"], ["eager", "onnxruntime"])
-    found = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
-    assert [one.times is None for one in found] == [False, False, False, True]
-    assert "bfloat16" in (found[3].reason or "")
+    actual = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
+    assert [each.times is None for each in actual] == [False, False, False, True]
+    assert "bfloat16" in (actual[3].reason or "")
     assert torch.get_num_threads() == threads
     assert next(model.parameters()).dtype == torch.float32
 
@@ -163,8 +163,8 @@ def test_a_setting_that_is_not_to_be_had_says_why() -> None:
 )
 def test_a_prepared_network_computes_what_the_network_does(runtime: str) -> None:
     model = network().eval()
-    found = prepare(model, X, runtime=runtime, threads=1)()  # type: ignore[arg-type]
-    y = found if isinstance(found, Tensor) else torch.as_tensor(found[0])  # type: ignore[index]
+    actual = prepare(model, X, runtime=runtime, threads=1)()  # type: ignore[arg-type]
+    y = actual if isinstance(actual, Tensor) else torch.as_tensor(actual[0])  # type: ignore[index]
     assert torch.allclose(y, model(X), atol=1e-5)
 
 
@@ -184,10 +184,10 @@ def test_a_compiler_that_is_missing_leaves_the_other_settings(
     small = decompose(model, made(model))
     settings = settings_of([2], [1], ["float32"], ["eager", "compile"])
     with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        found = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
-    assert [one.times is None for one in found] == [False, True]
-    assert (found[1].reason or "").startswith("torch.compile fails (")
-    assert "\n" not in (found[1].reason or "")
+        actual = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
+    assert [each.times is None for each in actual] == [False, True]
+    assert (actual[1].reason or "").startswith("torch.compile fails (")
+    assert "\n" not in (actual[1].reason or "")
 
 
 def test_the_picture_of_tiles_is_drawn_of_both_networks() -> None:

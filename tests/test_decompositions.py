@@ -43,8 +43,8 @@ def tail(matrix: Tensor, rank: int) -> float:
     return float(torch.linalg.svdvals(matrix)[rank:].square().sum())
 
 
-def close(found: float, expected: float, kernel: Tensor) -> bool:
-    return abs(found - expected) <= 1e-10 * float(kernel.square().sum())
+def close(actual: float, expected: float, kernel: Tensor) -> bool:
+    return abs(actual - expected) <= 1e-10 * float(kernel.square().sum())
 
 
 # --- SVD
@@ -194,8 +194,8 @@ def test_cp_finds_a_sum_of_few_outer_products(seed: int, rank: int) -> None:
         for n in (7, 6, 3, 3)
     ]
     kernel = torch.einsum("or,ir,hr,wr->oihw", *bases)[None]
-    found = CP(rank=rank).decompose(kernel).reconstruct()
-    assert difference(kernel, found) < 1e-2
+    actual = CP(rank=rank).decompose(kernel).reconstruct()
+    assert difference(kernel, actual) < 1e-2
 
 
 @given(KERNELS, st.integers(1, 3), st.integers(1, 3))
@@ -255,8 +255,8 @@ def test_a_rank_deficient_kernel_is_met_exactly(
         rank = getattr(method, "rank", 1)
         if isinstance(rank, int) and rank > method.full_rank(convolution):
             continue
-        found = method.decompose(kernel).reconstruct()
-        assert difference(kernel, found) < limit, method
+        actual = method.decompose(kernel).reconstruct()
+        assert difference(kernel, actual) < limit, method
 
 
 # --- real weights
@@ -279,11 +279,13 @@ def test_no_worse_than_tensorly_on_real_weights(
     for divisor in (4, 2):
         rank = (out // divisor, into // divisor)
         (core, bases), _ = partial_tucker(weight, rank=list(rank), modes=[0, 1], tol=1e-8)
-        theirs = (weight - tensorly.tenalg.multi_mode_dot(core, bases, modes=[0, 1])).square().sum()
-        assert squared_error(weight[None], Tucker(rank=rank)) <= 1.01 * float(theirs)
+        reference = (
+            (weight - tensorly.tenalg.multi_mode_dot(core, bases, modes=[0, 1])).square().sum()
+        )
+        assert squared_error(weight[None], Tucker(rank=rank)) <= 1.01 * float(reference)
         cp = parafac(weight, rank=out // divisor, n_iter_max=100, init="svd", random_state=0)
-        theirs = (weight - tensorly.cp_to_tensor(cp)).square().sum()
-        assert squared_error(weight[None], CP(rank=out // divisor)) <= 1.01 * float(theirs)
+        reference = (weight - tensorly.cp_to_tensor(cp)).square().sum()
+        assert squared_error(weight[None], CP(rank=out // divisor)) <= 1.01 * float(reference)
 
 
 @pytest.mark.parametrize(

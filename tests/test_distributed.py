@@ -110,7 +110,7 @@ def one_layer() -> dict[str, Any]:
 
 def not_a_number() -> dict[str, Any]:
     """In the last process alone, in each layer: whoever would have factored it."""
-    found = {}
+    outcome = {}
     for name in LAYERS:
         for call in (DeepTwist.step, DeepTwist.distort, DeepTwist.finish):
             twist = steps(twisted(SVD()))
@@ -121,8 +121,8 @@ def not_a_number() -> dict[str, Any]:
             error = failure(lambda call=call, twist=twist: call(twist))
             if call is DeepTwist.step:
                 before["twist"]["steps"] += 1
-            found[name, call.__name__] = (*error, alike(before, state(twist)))
-    return found
+            outcome[name, call.__name__] = (*error, alike(before, state(twist)))
+    return outcome
 
 
 def kept_not_a_number() -> tuple[str, str, bool]:
@@ -187,9 +187,9 @@ def resumed() -> dict[str, Any]:
     again = twisted(TiledSVD(tile=(3, 7)))
     again.model.load_state_dict(saved[0]["model"])
     again.load_state_dict(saved[0]["twist"])
-    for some in (twist, again):
-        nudge(some.model, 9)
-        some.step()
+    for each in (twist, again):
+        nudge(each.model, 9)
+        each.step()
     return {"through": state(twist), "resumed": state(again)}
 
 
@@ -217,7 +217,7 @@ def train(place: int, count: int) -> dict[str, Any]:
 
 def sent() -> list[Tensor]:
     """Tensors of several types, layouts and sizes, from each."""
-    found = []
+    outcome = []
     for source in range(world_size()):
         torch.manual_seed(process_rank())
         tensors = [
@@ -230,8 +230,8 @@ def sent() -> list[Tensor]:
             torch.randn(8, 6)[::2, ::3],
         ]
         broadcast(tensors, source)
-        found += [tensor if tensor.numel() < 100 else tensor[-3:].clone() for tensor in tensors]
-    return found
+        outcome += [tensor if tensor.numel() < 100 else tensor[-3:].clone() for tensor in tensors]
+    return outcome
 
 
 def said() -> tuple[int, list[str]]:
@@ -254,8 +254,8 @@ def worker(number: int, count: int, folder: Path) -> None:
         world_size=count,
         timeout=datetime.timedelta(seconds=120),
     )
-    found = {scene.__name__: scene() for scene in SCENES}
-    torch.save(found, folder / f"{number}.pt")
+    outcome = {scene.__name__: scene() for scene in SCENES}
+    torch.save(outcome, folder / f"{number}.pt")
     dist.destroy_process_group()
 
 
@@ -281,8 +281,8 @@ def alike(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def weights(found: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: found["model"][f"{name}.weight"] for name in LAYERS}
+def weights(outcome: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: outcome["model"][f"{name}.weight"] for name in LAYERS}
 
 
 # --- the result
@@ -306,10 +306,12 @@ def test_exact_distortions_are_those_of_one_process_to_the_bit(job: list[Any]) -
 
 @pytest.mark.parametrize("name", METHODS)
 def test_followed_distortions_are_those_of_one_process(job: list[Any], name: str) -> None:
-    found, alone = job[0]["every_method"][name], state(steps(twisted(METHODS[name]), 2))
+    outcome, alone = job[0]["every_method"][name], state(steps(twisted(METHODS[name]), 2))
     for layer, weight in weights(alone).items():
-        assert difference(weight, weights(found)[layer]) < 0.03
-    for record, expected in zip(found["twist"]["history"], alone["twist"]["history"], strict=True):
+        assert difference(weight, weights(outcome)[layer]) < 0.03
+    for record, expected in zip(
+        outcome["twist"]["history"], alone["twist"]["history"], strict=True
+    ):
         assert record["weight_shift"] == pytest.approx(expected["weight_shift"], rel=0.01)
         assert list(record["layer_shifts"]) == LAYERS
 
@@ -318,32 +320,32 @@ def test_followed_distortions_are_those_of_one_process(job: list[Any], name: str
 def test_types_layouts_and_processes_with_nothing_to_do(
     job: list[Any], scene: Callable[[], Any]
 ) -> None:
-    found, alone = job[0][scene.__name__], scene()
+    outcome, alone = job[0][scene.__name__], scene()
     for layer, weight in weights(alone).items():
-        assert difference(weight, weights(found)[layer]) < 0.03
+        assert difference(weight, weights(outcome)[layer]) < 0.03
 
 
 def test_finish_gives_all_the_network_that_one_process_would(job: list[Any]) -> None:
     alone = finished()
-    for found in (job[0]["finished"], job[-1]["finished"]):
-        assert found["small"].keys() == alone["small"].keys()
-        assert difference(alone["y"], found["y"]) < 0.03
+    for outcome in (job[0]["finished"], job[-1]["finished"]):
+        assert outcome["small"].keys() == alone["small"].keys()
+        assert difference(alone["y"], outcome["y"]) < 0.03
 
 
 def test_training_is_that_of_one_process_on_the_same_global_batch(job: list[Any]) -> None:
     alone = train(0, 1)
-    for found in job:
-        found = found["trained"]
-        assert alike(found["small"], job[0]["trained"]["small"])
-        assert alike(found["model"], job[0]["trained"]["model"])
-        assert [r["step"] for r in found["twist"]["history"]] == [3, 6, 9, 10]
+    for outcome in job:
+        outcome = outcome["trained"]
+        assert alike(outcome["small"], job[0]["trained"]["small"])
+        assert alike(outcome["model"], job[0]["trained"]["model"])
+        assert [r["step"] for r in outcome["twist"]["history"]] == [3, 6, 9, 10]
         for name, weight in weights(alone).items():
-            assert difference(weight, weights(found)[name]) < 1e-2
+            assert difference(weight, weights(outcome)[name]) < 1e-2
 
 
 def test_every_process_can_resume(job: list[Any]) -> None:
-    for found in job:
-        assert alike(found["resumed"]["through"], found["resumed"]["resumed"])
+    for outcome in job:
+        assert alike(outcome["resumed"]["through"], outcome["resumed"]["resumed"])
 
 
 def test_the_state_of_a_job_serves_one_process(job: list[Any]) -> None:
@@ -357,24 +359,24 @@ def test_the_state_of_a_job_serves_one_process(job: list[Any]) -> None:
 
 
 def test_the_loss_is_that_of_all_examples(job: list[Any]) -> None:
-    before, after = (sum(found["losses"][0][n] for found in job) / len(job) for n in (0, 1))
-    for found in job:
-        assert found["losses"][1] == [pytest.approx((after - before) / before)]
-        assert found["losses"][1] == job[0]["losses"][1]
+    before, after = (sum(outcome["losses"][0][n] for outcome in job) / len(job) for n in (0, 1))
+    for outcome in job:
+        assert outcome["losses"][1] == [pytest.approx((after - before) / before)]
+        assert outcome["losses"][1] == job[0]["losses"][1]
 
 
 # --- nothing at all, where something is wrong
 
 
 def test_what_is_not_finite_in_one_process_stops_all_and_changes_nothing(job: list[Any]) -> None:
-    for found in job:
-        assert len(found["not_a_number"]) == 3 * len(LAYERS)
-        for (name, _), (kind, message, unchanged) in found["not_a_number"].items():
+    for outcome in job:
+        assert len(outcome["not_a_number"]) == 3 * len(LAYERS)
+        for (name, _), (kind, message, unchanged) in outcome["not_a_number"].items():
             assert kind == "DeepTwistError"
             assert f"'{name}'" in message
             assert f"process {len(job) - 1} of {len(job)}" in message
             assert unchanged
-        kind, message, unchanged = found["kept_not_a_number"]
+        kind, message, unchanged = outcome["kept_not_a_number"]
         assert (kind, unchanged) == ("DeepTwistError", True)
         assert "'5'" in message
         assert "process 1" in message
@@ -383,8 +385,8 @@ def test_what_is_not_finite_in_one_process_stops_all_and_changes_nothing(job: li
 def test_another_kind_of_failure_is_raised_where_it_happened_and_told_to_the_rest(
     job: list[Any],
 ) -> None:
-    for number, found in enumerate(job):
-        kind, message, unchanged = found["loss_that_fails"]
+    for number, outcome in enumerate(job):
+        kind, message, unchanged = outcome["loss_that_fails"]
         assert unchanged
         assert kind == ("ZeroDivisionError" if number == 1 else "DeepTwistError")
         assert "nothing" in message
@@ -399,8 +401,8 @@ def test_another_kind_of_failure_is_raised_where_it_happened_and_told_to_the_res
 def test_processes_that_train_different_networks_are_refused(
     job: list[Any], scene: Callable[[], Any], word: str
 ) -> None:
-    for found in job:
-        kind, message, *unchanged = found[scene.__name__]
+    for outcome in job:
+        kind, message, *unchanged = outcome[scene.__name__]
         assert kind == "DeepTwistError"
         assert word in message
         assert "process 1" in message
@@ -411,8 +413,8 @@ def test_processes_that_train_different_networks_are_refused(
 
 
 def test_what_processes_tell_each_other(job: list[Any]) -> None:
-    for number, found in enumerate(job):
-        assert found["said"] == (10 * number, [f"process {n}" for n in range(len(job))])
+    for number, outcome in enumerate(job):
+        assert outcome["said"] == (10 * number, [f"process {n}" for n in range(len(job))])
 
 
 def test_one_process_is_a_job_of_one() -> None:

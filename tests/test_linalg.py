@@ -71,8 +71,8 @@ def test_the_strongest_direction_comes_first() -> None:
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1, 1e30, 1e300])
 def test_relative_error_at_any_scale(scale: float) -> None:
     exact = torch.tensor([3.0, 4.0]).double() * scale
-    found = torch.tensor([3.0, 3.0]).double() * scale
-    assert relative_error(exact, found) == pytest.approx(0.2)
+    actual = torch.tensor([3.0, 3.0]).double() * scale
+    assert relative_error(exact, actual) == pytest.approx(0.2)
     assert relative_error(exact, exact) == 0
 
 

@@ -33,8 +33,8 @@ CONVOLUTIONS = st.builds(
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 60), st.integers(0, 500))
 def test_the_largest_rank_is_found(slope: int, start: int, maximum: int, budget: int) -> None:
     fitting = [rank for rank in range(1, maximum + 1) if slope * rank + start <= budget]
-    found = largest_rank(lambda rank: slope * rank + start, maximum, budget)
-    assert found == max(fitting, default=0)
+    actual = largest_rank(lambda rank: slope * rank + start, maximum, budget)
+    assert actual == max(fitting, default=0)
 
 
 @pytest.mark.parametrize(

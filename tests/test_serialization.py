@@ -69,9 +69,9 @@ def test_a_loaded_model_gives_equal_outputs(
     small = small_network(method, dtype)
     loaded = load(save(small, tmp_path), model=network)
     assert torch.equal(small(X.to(dtype)), loaded(X.to(dtype)))
-    saved, found = small.state_dict(), loaded.state_dict()
-    assert list(saved) == list(found)
-    assert all(torch.equal(saved[name], found[name]) for name in saved)
+    saved, actual = small.state_dict(), loaded.state_dict()
+    assert list(saved) == list(actual)
+    assert all(torch.equal(saved[name], actual[name]) for name in saved)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
