@@ -1,9 +1,10 @@
-"""Seconds that plans take, and Tucker's exact decomposition beside TensorLy's.
+"""Seconds that plans and `finish` take, and Tucker's exact decomposition beside TensorLy's.
 
 python benchmarks/planning.py
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,43 +21,52 @@ from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.models import build_model
 from deeptwist.plan.environment import describe_machine
 
-METHODS = dt.SVD(), dt.SpatialSVD(), dt.TiledSVD(), dt.Tucker(), dt.CP()
+METHODS = {x.method: x for x in (dt.SVD(), dt.SpatialSVD(), dt.TiledSVD(), dt.Tucker(), dt.CP())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="torchvision/resnet50")
     parser.add_argument("--ratio", default=4.0, type=float)
+    parser.add_argument("--methods", default=[*METHODS], choices=METHODS, nargs="+")
+    parser.add_argument("--cpu", action="store_true", help="one thread's CPU time: beside others")
     options = parser.parse_args()
+    if options.cpu:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu else time.perf_counter
     torch.manual_seed(0)
     model, x = build_model(options.model).eval(), torch.randn(2, 3, 224, 224)
     dt.plan(nn.Conv2d(3, 8, 3), dt.SVD(), ratio=2, example_input=x)  # imports
     print(f"{options.model}, {options.ratio:g}×\n")
-    print("| decomposition | same ratio, s | budget of weights, s | decompose, s |")
-    print("| --- " * 4 + "|")
-    for method in METHODS:
+    print("| decomposition | same ratio, s | budget of weights, s | decompose, s | finish, s |")
+    print("| --- " * 5 + "|")
+    for name in options.methods:
+        method = METHODS[name]
         cells = []
         for allocation in ("uniform", "budget"):
             seconds, plan = _timed(
                 lambda allocation=allocation, method=method: dt.plan(
                     model, method, ratio=options.ratio, example_input=x, allocation=allocation
-                )
+                ),
+                clock,
             )
             cells.append(f"{seconds:.1f}")
         if method != dt.CP():
-            cells.append(f"{_timed(lambda plan=plan: dt.decompose(model, plan))[0]:.1f}")
+            cells.append(f"{_timed(lambda plan=plan: dt.decompose(model, plan), clock)[0]:.1f}")
+            twist = dt.DeepTwist(copy.deepcopy(model), plan, interval=200)
+            cells.append(f"{_timed(twist.finish, clock)[0]:.1f}")
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
     print("\n| Tucker, 512→512, 3×3 | ranks | s | error | TensorLy's s | error |")
     print("| --- " * 6 + "|")
     for name, kernel in (("random", _random()), ("as if trained", _decaying())):
-        print(f"| {name} | {_beside_tensorly(kernel, options.ratio)} |", flush=True)
+        print(f"| {name} | {_beside_tensorly(kernel, options.ratio, clock)} |", flush=True)
     print(f"\n{describe_machine()}")
 
 
-def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+def _timed(function: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, Any]:
+    started = clock()
     result = function()
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def _random() -> torch.Tensor:
@@ -69,13 +79,13 @@ def _decaying() -> torch.Tensor:
     return torch.einsum("oa,abhw,ib->oihw", sides[0], _random(), sides[1])
 
 
-def _beside_tensorly(kernel: torch.Tensor, ratio: float) -> str:
+def _beside_tensorly(kernel: torch.Tensor, ratio: float, clock: Callable[[], float]) -> str:
     set_backend("pytorch")
     convolution = ConvGeometry.from_module(nn.Conv2d(512, 512, 3, padding=1))
     method = dt.Tucker().resolve(convolution, ratio)
-    seconds, factors = _timed(lambda: method.decompose(kernel[None]))
+    seconds, factors = _timed(lambda: method.decompose(kernel[None]), clock)
     tensorly, ((core, bases), _) = _timed(
-        lambda: partial_tucker(kernel, rank=list(method.rank), modes=[0, 1], init="svd")
+        lambda: partial_tucker(kernel, rank=list(method.rank), modes=[0, 1], init="svd"), clock
     )
     errors = [
         relative_error(kernel, approximation)

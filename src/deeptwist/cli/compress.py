@@ -179,7 +179,7 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
     compression = recipe.compression
-    sizes = ("ratio", "macs", "latency", "rank", "fraction", "plan")
+    sizes = ("ratio", "macs", "latency", "latency_ms", "rank", "fraction", "plan")
     given = [name for name in sizes if getattr(compression, name) is not None]
     if options.goal is None:
         if not given and not compression.override:
@@ -253,7 +253,9 @@ def _plan(job: Job, ratio: float | None) -> dict[str, Any]:
     plan = job.make_plan(ratio)
     write_text(job.folder / PLAN, plan.to_json())
     counts = ("dense_parameters", "parameters", "dense_macs", "macs")
-    return {"layers": len(plan.compressed), **{name: getattr(plan, name) for name in counts}}
+    values = {name: getattr(plan, name) for name in counts}
+    promise = None if plan.latency is None else str(plan.latency)
+    return {"layers": len(plan.compressed), **values, "promise": promise}
 
 
 def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
@@ -390,11 +392,16 @@ def _say_search(kept: bool, ratio: float, tried: list[tuple[float, float]], **_:
 
 
 def _say_plan(
-    layers: int, dense_parameters: int, parameters: int, dense_macs: int, macs: int
+    layers: int,
+    dense_parameters: int,
+    parameters: int,
+    dense_macs: int,
+    macs: int,
+    promise: str | None = None,
 ) -> str:
     return (
         f"{layers} layers, {dense_parameters / parameters:.2f}× fewer weights, "
-        f"{dense_macs / max(1, macs):.2f}× fewer MACs"
+        f"{dense_macs / max(1, macs):.2f}× fewer MACs" + (f", {promise}" if promise else "")
     )
 
 
