@@ -110,26 +110,23 @@ class DeepTwist:
             interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual. Or pairs
                 (from step, every), of which the last that has begun counts.
             ramp_steps: optimizer steps over which ranks fall, by a cubic, from the largest that
-                are of use to the planned ones, as half of the training's steps; 0 for the planned
-                ones from the start, as in the paper. The last distortion is always at these.
+                are of use to the planned ones; 0 for these from the start, as in the paper.
             choose_ranks_steps: optimizer steps up to which every distortion chooses the ranks
                 anew, for no more weights and MACs together than planned; `plan` then has them.
-            momentum: what a distortion does to the optimizer's momentum of the weights:
-                ``"keep"``, as in the paper; ``"reset"`` to zero; ``"project"`` on the tangent space
-                of the low-rank weights, along which training moves a factored layer.
+            momentum: of distorted weights: ``"keep"``, as in the paper; ``"reset"`` to zero; or
+                ``"project"`` on the low-rank weights' tangent space, which factors move in.
             optimizer: whose momentum it is; not needed to keep it.
             example_input: what `finish` compares outputs on, moved to the model's device; without
                 it, standard normal numbers of the plan's shapes.
-            perturb: changes what a distortion on the way writes, for ablations: called with a
-                layer's name, the step, its weight and the approximation, it returns what is
-                written instead. The last distortion goes without it.
+            perturb: for ablations, a layer's name, the step, its weight and the approximation →
+                what is written instead, by all distortions but the last.
 
         Raises:
             DeepTwistError: if the interval is not positive, the plan compresses nothing, it is
                 for another model, or momentum cannot be changed as asked.
         """
-        check_int("ramp_steps", ramp_steps, 0)
-        check_int("choose_ranks_steps", choose_ranks_steps, 0)
+        for name, steps in (("ramp_steps", ramp_steps), ("choose_ranks_steps", choose_ranks_steps)):
+            check_int(name, steps, 0)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         check_plan(model, plan)
@@ -137,17 +134,14 @@ class DeepTwist:
         if plan.inputs or example_input is not None:
             dry_run(model, plan, example_input)
         check_momentum(momentum, optimizer, model, plan)
-        self.model = model
-        self.plan = plan
+        self.model, self.plan, self.steps = model, plan, 0
         self.interval = check_interval(interval)
-        self.steps = 0
         self.history: list[Distortion] = []
         self.output_difference: float | None = None
         self._ramp_steps, self._choose_ranks_steps = ramp_steps, choose_ranks_steps
         self._largest = [largest_useful(layer) for layer in plan.compressed] if ramp_steps else []
         self._momentum, self._optimizer = momentum, optimizer
-        self._example_input = example_input
-        self._perturb = perturb
+        self._example_input, self._perturb = example_input, perturb
         self._factors: dict[str, Factors] = {}
         self._first: dict[str, Tensor] = {}  # what the first distortion wrote, until the second
         self._written: dict[str, Tensor] = {}  # by the last distortion, of what computes its weight
@@ -339,7 +333,9 @@ class DeepTwist:
                     weight.copy_(share[layer.name].weight)
                     factors[layer.name] = share[layer.name].factors
                 else:
-                    factors[layer.name] = _empty_factors(layer, of_source[layer.name], weight)
+                    dtype = compute_dtype(weight.dtype)
+                    empty = [weight.new_empty(x, dtype=dtype) for x in of_source[layer.name]]
+                    factors[layer.name] = _factors(layer, empty)
                 tensors += [weight, *factors[layer.name].tensors]
             broadcast(tensors, source)
         modules = {name: self.model.get_submodule(name) for name in weights}
@@ -423,12 +419,6 @@ class _Approximation:
 
     factors: Factors
     weight: Tensor
-
-
-def _empty_factors(layer: CompressedLayer, shapes: list[torch.Size], weight: Tensor) -> Factors:
-    """Return factors of these shapes to be received, of the dtype that a weight's have."""
-    dtype = compute_dtype(weight.dtype)
-    return _factors(layer, [weight.new_empty(shape, dtype=dtype) for shape in shapes])
 
 
 def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Factors:
