@@ -127,8 +127,10 @@ def job(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[o
     words = [*WORDS, *FAST, "--weights", weights, *goal, "--out", out]
     done = run(*words)
     assert done.returncode == 0, done.stderr
-    for number in range(1, 11):
-        assert f"[{number}/10] " in done.stderr
+    for number in range(1, 12):
+        assert f"[{number}/11] " in done.stderr
+    assert "[1/11] load: tests.test_compress:network, and the images of digits" in done.stderr
+    assert "1,437 images to train on, 180 to tell results on" in done.stderr
     for row in ("accuracy", "weights", "MACs", "ms, eager, batch 8", "bytes, ONNX", "int8", "goal"):
         assert row in done.stdout
     return words, out

@@ -23,8 +23,8 @@ from deeptwist.report import formatting, write_report
 from deeptwist.report.charts import LatencyChart, detail_charts, gain_charts
 from deeptwist.report.comparison import RunGroup, group_runs, summary_sentence
 from deeptwist.report.config_table import config_table
-from deeptwist.report.plotting import Chart, Curve
-from deeptwist.report.styles import DASHED, MUTED, NO_LINE, SERIES, SOLID, assign_styles
+from deeptwist.report.plotting import Chart, Curve, render
+from deeptwist.report.styles import DASHED, MUTED, NO_LINE, SERIES, SOLID, PlotStyle, assign_styles
 from deeptwist.training import metrics
 from deeptwist.training.metrics import (
     DistortionRecord,
@@ -255,7 +255,7 @@ def test_the_page_has_its_parts_in_order(whole: Page) -> None:
         "How to read this page",
     ]
     assert summary_sentence(group_of(RUNS)) in whole.texts["p"][0]
-    assert len(whole.texts["figcaption"]) == len(whole.drawings) == 10
+    assert len(whole.texts["figcaption"]) == len(whole.drawings) == 11
     assert all(len(caption) > 40 for caption in whole.texts["figcaption"])
 
 
@@ -462,15 +462,16 @@ def test_a_chart_without_data_is_left_out(page: Callable[..., Page]) -> None:
     dense, _, conventional, *_ = RUNS
     assert titles([dense]) == ["Test accuracy while training", "Training loss"]
     assert titles([dense, conventional]) == [
-        "Accuracy against compression",
-        "Accuracy against speed",
+        "Accuracy against size",
+        "Accuracy against milliseconds",
+        "What each layer gained",
         "Test accuracy while training",
         "Training loss",
         "Latency",
         "Relative error of each layer",
     ]
     bare = without_curves(make_run("bare", "deeptwist", "tucker", ratio=None))
-    assert titles([bare]) == ["Accuracy against compression"]
+    assert titles([bare]) == ["Accuracy against size"]
     bare_page = page(bare)
     assert bare_page.rows()[0]["latency, ms"] == bare_page.rows()[0]["ratio asked"] == "–"
     assert "Layers" not in bare_page.texts["h2"]
@@ -481,7 +482,7 @@ def test_every_run_is_in_the_legends(whole: Page) -> None:
     every = [run.summary.name for run in RUNS]
     twisted = ["deeptwist-tucker", "deeptwist-spatial_svd"]
     assert names["Test accuracy while training"] == names["Training loss"] == every
-    assert names["Accuracy against compression"] == names["Latency"] == every[1:]
+    assert names["Accuracy against size"] == names["Latency"] == every[1:]
     assert names["What a distortion costs"] == twisted
     assert names["Relative error of each layer"] == twisted  # both modes had the same plan
     texts = [text.strip("\u200b") for text in whole.texts["text"]]
@@ -490,16 +491,32 @@ def test_every_run_is_in_the_legends(whole: Page) -> None:
 
 
 def test_accuracy_stands_against_what_was_gained() -> None:
-    size, speed = gain_charts(group_of(RUNS))
-    assert labelled(size)[0].points == ((464_154 / 116_000, 86.41),)
-    assert labelled(speed)[0].points == ((0.78, 86.41),)
-    assert size.level == speed.level == ("dense", 88.9)
+    size, time, layers = gain_charts(group_of(RUNS))
+    assert labelled(size)[0].points == ((0.116, 86.41),)
+    assert labelled(time)[0].points == ((10 / 16, 86.41),)  # milliseconds of a batch of 16
+    dense = [chart.curves[0].points for chart in (size, time)]
+    assert dense == [((0.464154, 88.9),), ((8 / 16, 88.9),)]
+    plan = PLANS["tucker"]
+    before, after, *_ = (curve.points for curve in layers.curves)
+    assert sum(y for _, y in before) == pytest.approx(plan.dense_macs / 1e6)
+    assert sum(y for _, y in after) == pytest.approx(plan.macs / 1e6)
+
+
+def test_numbers_on_axes_are_not_rounded() -> None:
+    """As coordinates are: two ticks would be called the same."""
+    curve = Curve(((1.0, 0.0051), (2.0, 0.0249)), PlotStyle(MUTED), "lr0.0125")
+    svg = render(Chart("title", "", (curve,), x="x", y="y"), name="ticks")
+    texts = re.findall(r"<text[^>]*>([^<]+)<", svg)
+    assert len(texts) == len(set(texts))
+    assert {"0.005", "0.025", "\u200blr0.0125"} <= set(texts)
+    assert re.search(r' d="[^"]*\d\.\d\d', svg)
+    assert not re.search(r' d="[^"]*\d\.\d{3}', svg)
 
 
 def test_runs_that_differ_in_the_ratio_are_tied_together() -> None:
     runs = [make_run(f"{p}", "deeptwist", "tucker", parameters=p) for p in (232_077, 464_154)]
-    tie, *markers = chart_called("Accuracy against compression", runs).curves
-    assert [x for x, _ in tie.points] == [1, 2]
+    tie, *markers = chart_called("Accuracy against size", runs).curves
+    assert [x for x, _ in tie.points] == [0.232077, 0.464154]
     assert (tie.label, tie.style.marker, tie.style.color) == ("", "", MUTED)
     assert {curve.style.line for curve in markers} == {NO_LINE}
 
@@ -600,11 +617,13 @@ def test_losses_far_apart_have_a_logarithmic_axis() -> None:
         assert ("logarithmic" in chart.caption) == (scale == "log")
 
 
-@pytest.mark.parametrize("title", ["Training loss before", "Test accuracy b", "What", "How far"])
+@pytest.mark.parametrize(
+    "title", ["Training loss before", "Test accuracy b", "What a", "How far"]
+)
 def test_drops_of_the_learning_rate_are_marked(title: str) -> None:
     run = make_run("a", "deeptwist", "tucker", recipe=make_recipe_values(*STEPS))
     chart = chart_called(title, [run])
-    end = 1600 if title != "What" else 1400  # the last ΔL/L is not known
+    end = 1600 if title != "What a" else 1400  # the last ΔL/L is not known
     assert chart.curves[0].points[-1][0] == end
     assert chart.marks == tuple(step for step in (780, 1560) if step < end)
     assert "the learning rate drops" in chart.caption
@@ -660,9 +679,9 @@ def test_variants_are_rows_of_their_own(page: Callable[..., Page]) -> None:
 
 def test_variants_stand_beside_their_run() -> None:
     runs = [make_run("a", "deeptwist", "tucker", variants=VARIANTS)]
-    chart = chart_called("Accuracy against compression", runs)
+    chart = chart_called("Accuracy against size", runs)
     assert [name for name, _ in chart.entries] == ["a", "recalibrated", "tail", "dense"]
-    run, recalibrated, tail = chart.curves
+    _, run, recalibrated, tail = chart.curves
     assert run.points[0][0] == recalibrated.points[0][0] == tail.points[0][0]
     assert run.shift < recalibrated.shift - 8 < tail.shift - 8
     assert tail.points[0][1] > recalibrated.points[0][1] > run.points[0][1]
@@ -670,7 +689,7 @@ def test_variants_stand_beside_their_run() -> None:
     axes = Figure().subplots()
     chart.draw(axes)
     assert axes.get_ylim()[1] > 95  # also what is beside its place is inside
-    assert "in the table" not in chart_called("Accuracy against compression", RUNS).caption
+    assert "in the table" not in chart_called("Accuracy against size", RUNS).caption
 
 
 def test_controls_are_named_and_are_no_rivals(page: Callable[..., Page]) -> None:
@@ -695,7 +714,7 @@ def test_controls_are_named_and_are_no_rivals(page: Callable[..., Page]) -> None
         "control: decomposed once, at the end",
     ]
     assert set(names) <= set(found.texts["dt"])
-    caption = chart_called("Accuracy against compression", runs).caption
+    caption = chart_called("Accuracy against size", runs).caption
     assert "DeepTwist (filled), conventional fine-tuning (hollow) or a control" in caption
 
 

@@ -15,7 +15,7 @@ from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan
 
 RATIOS = (1.2, 16.0)  # that a goal is searched between
-_BISECTIONS = 6  # to a factor of 1.04
+BISECTIONS = 6  # to a factor of 1.04
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def largest_ratio(score: Callable[[float], float], goal: float) -> float | None:
         return None
     if score(high) >= goal:
         return high
-    for _ in range(_BISECTIONS):
+    for _ in range(BISECTIONS):
         middle = round((low * high) ** 0.5, 2)
         low, high = (middle, high) if score(middle) >= goal else (low, middle)
     return low

@@ -20,7 +20,7 @@ from deeptwist.benchmark.networks import Setting
 from deeptwist.cli.console import progress_bar
 from deeptwist.cli.options import CompressOptions
 from deeptwist.cli.stages import Stages
-from deeptwist.compress import RATIOS, largest_ratio
+from deeptwist.compress import BISECTIONS, RATIOS, largest_ratio
 from deeptwist.data import ImageData, Split, load_data
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError, require_extra
@@ -133,9 +133,12 @@ def run_compress(
             import onnxscript  # noqa: F401
     job_values = {**recipe.to_dict(), "options": asdict(options)}
     optional = (recipe.calibration_images > 0, goal is not None, wants_onnx, options.int8)
-    total = 6 + sum(optional)
+    total = 7 + sum(optional)
     stages = Stages(folder / RECORD, job_values, total, resume=resume)
+    stages.begin("load", f"{recipe.model}, and the images of {recipe.data.source}")
     job = _load(recipe, options, folder, has_goal=goal is not None)
+    counts = (len(split.labels) for split in (job.data.train, job.data.test))
+    stages.end("{:,} images to train on, {:,} to tell results on".format(*counts))
     _compress(job, stages, goal)
     if wants_onnx:
         stages.run("export", "both networks to ONNX, verified", lambda: _export(job), _say_export)
@@ -236,16 +239,18 @@ def _calibrate(job: Job) -> dict[str, Any]:
 
 
 def _search(job: Job, least: float) -> dict[str, Any]:
-    tried = []
+    tried: list[tuple[float, float]] = []
 
     def accuracy(ratio: float) -> float:
         small = decompose(job.model, job.make_plan(ratio), calibration=job.calibration)
         count = job.recipe.recalibration or _RECALIBRATION
         small = recalibrate_batch_norm(small, job.data, count, job.recipe.batch_size)
         tried.append((ratio, evaluate(small, job.search, job.data).accuracy))
+        advance()
         return tried[-1][1]
 
-    ratio = largest_ratio(accuracy, least)
+    with progress_bar("search", 2 + BISECTIONS) as advance:
+        ratio = largest_ratio(accuracy, least)
     return {"least": least, "kept": ratio is not None, "ratio": ratio or RATIOS[0], "tried": tried}
 
 

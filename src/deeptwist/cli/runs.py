@@ -61,8 +61,9 @@ def compress(
 
     Evaluates the dense network, calibrates, plans, decomposes, trains, takes batch norm's
     statistics anew, exports both networks to ONNX, times them in turn, writes a report. Unless a
-    recipe or an option says otherwise: spatial SVD on all convolutions but the first, calibrated
-    on 1,024 images, and 6 epochs of conventional fine-tuning from a learning rate of 0.02.
+    recipe or an option says otherwise, and whatever defaults stand below: spatial SVD on all
+    convolutions but the first, calibrated on 1,024 images, and 6 epochs of conventional
+    fine-tuning from a learning rate of 0.02.
 
     ```
     deeptwist compress resnet32 --weights r32.safetensors --data cifar10 --ratio 4 --out runs/r32

@@ -32,7 +32,7 @@ class Stages:
             DeepTwistError: if it holds a job and `resume` is not given, or it holds another job.
         """
         self._record, self._job, self._total = record, json.loads(json.dumps(job)), total
-        self._number = 0
+        self._number, self._started = 0, 0.0
         self.results: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
         try:
@@ -53,17 +53,26 @@ class Stages:
             work: does it; its result is plain values.
             says: the result's values by name → the line that tells it.
         """
+        self.begin(name, what)
+        if name in self.results:
+            self.end(says(**self.results[name]), "done already")
+            return self.results[name]
+        self.results[name] = work()
+        self.seconds[name] = time.perf_counter() - self._started
+        self._write()
+        self.end(says(**self.results[name]))
+        return self.results[name]
+
+    def begin(self, name: str, what: str) -> None:
+        """Announce a stage: what it is called and does."""
         self._number += 1
         print(f"[{self._number}/{self._total}] {name}: {what}", file=sys.stderr, flush=True)
-        is_done = name in self.results
-        if not is_done:
-            started = time.perf_counter()
-            self.results[name] = work()
-            self.seconds[name] = time.perf_counter() - started
-            self._write()
-        took = "done already" if is_done else f"{self.seconds[name]:.1f} s"
-        print(f"      {says(**self.results[name])} ({took})", file=sys.stderr, flush=True)
-        return self.results[name]
+        self._started = time.perf_counter()
+
+    def end(self, result: str, took: str | None = None) -> None:
+        """Tell what the stage came to, and its time unless that is told otherwise."""
+        took = took or f"{time.perf_counter() - self._started:.1f} s"
+        print(f"      {result} ({took})", file=sys.stderr, flush=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the job and its results as plain values."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
@@ -38,10 +39,11 @@ Points = Iterable[tuple[float, float | None]]
 
 
 def gain_charts(group: RunGroup) -> list[Chart]:
-    """Return what compression brought: accuracy against size and against speed."""
+    """Return what compression brought: accuracy against size and time, and each layer's work."""
     styled = _with_styles(group)
-    charts = _accuracy_against_size(group, styled), _accuracy_against_speed(group, styled)
-    return [chart for chart in charts if chart is not None]
+    charts = _accuracy_against_size(group, styled), _accuracy_against_time(group, styled)
+    layers = _layer_macs(styled)
+    return [chart for chart in (*charts, layers) if chart is not None and chart.names]
 
 
 def detail_charts(group: RunGroup) -> "list[Chart | LatencyChart]":
@@ -75,39 +77,47 @@ def _accuracy_against_size(group: RunGroup, styled: StyledRuns) -> Chart | None:
     return _accuracy_against(
         group,
         styled,
-        lambda summary: summary.parameters_before / summary.parameters,
-        "Accuracy against compression",
-        "further right is smaller, higher is better. Across: parameters of the whole dense "
-        "network ÷ those of the decomposed one.",
-        "dense ÷ decomposed parameters",
+        lambda summary: (summary.parameters_before / 1e6, summary.parameters / 1e6),
+        "Accuracy against size",
+        "further left is smaller, higher is better.",
+        "million parameters",
     )
 
 
-def _accuracy_against_speed(group: RunGroup, styled: StyledRuns) -> Chart | None:
+def _accuracy_against_time(group: RunGroup, styled: StyledRuns) -> Chart | None:
+    def milliseconds(summary: Summary) -> tuple[float, float] | None:
+        latency, batch = summary.latency, summary.latency_batch or 1
+        return latency and (latency.dense.median / batch, latency.decomposed.median / batch)
+
     return _accuracy_against(
         group,
         styled,
-        lambda summary: summary.latency.speedup if summary.latency else None,
-        "Accuracy against speed",
-        "further right is faster, higher is better. Across: latency of the dense network ÷ that "
-        "of the decomposed one, timed in turn; left of 1× it is slower.",
-        "dense ÷ decomposed latency",
+        milliseconds,
+        "Accuracy against milliseconds",
+        "further left is faster, higher is better. Across: the median time of a batch, dense and "
+        "decomposed timed in turn, ÷ its images.",
+        "milliseconds for one image",
     )
 
 
 def _accuracy_against(
     group: RunGroup,
     styled: StyledRuns,
-    gain: Callable[[Summary], float | None],
+    costs: Callable[[Summary], tuple[float, float] | None],
     title: str,
     caption: str,
     x: str,
 ) -> Chart | None:
-    dense = group.dense_accuracy
-    gains = [(run, style, gain(run.summary)) for run, style in styled if _is_compressed(run)]
-    points = [(run, style, x) for run, style, x in gains if x is not None]
-    if dense is None or not points:
+    """Draw accuracy against what a network costs; `costs` gives the dense and the small one's."""
+    accuracy = group.dense_accuracy
+    pairs = [(run, style, costs(run.summary)) for run, style in styled if _is_compressed(run)]
+    points = [(run, style, pair[1]) for run, style, pair in pairs if pair is not None]
+    if accuracy is None or not points:
         return None
+    before = {pair[0] for _, _, pair in pairs if pair is not None}
+    dense = Curve(
+        tuple((x, 100 * accuracy) for x in sorted(before)), PlotStyle(MUTED, "o").as_marker()
+    )
     runs = [
         Curve(((x, 100 * run.summary.accuracy),), style.as_marker(), run.summary.name)
         for run, style, x in points
@@ -125,14 +135,14 @@ def _accuracy_against(
     return Chart(
         title,
         f"Each marker is one run with {_modes([run for run, _, _ in points])}, at the accuracy of "
-        f"the network that it would deploy: {caption} The dotted line is the dense network, "
-        f"{format_percent(dense)}. The accuracy axis need not begin at zero."
+        f"the network that it would deploy: {caption} Grey: the dense network, "
+        f"{format_percent(accuracy)}. The accuracy axis need not begin at zero."
         + (" At a run's right, in its colour: the networks under it in the table." * bool(kinds)),
-        (*_ties(points), *runs, *variants),
+        (*_ties(points), dense, *runs, *variants),
         x=x,
         y="test accuracy, %",
-        times=True,
-        level=("dense", 100 * dense),
+        from_zero=True,
+        level=("dense", 100 * accuracy),
         legend=tuple(kinds.items()),
     )
 
@@ -344,12 +354,33 @@ def _count_images(styled: StyledRuns) -> str:
 # --- layers and latency
 
 
+def _layer_macs(styled: StyledRuns) -> Chart:
+    distinct = _distinct_plans(styled)
+    dense = [(run, PlotStyle(MUTED, "o")) for run, _ in distinct[:1]]
+    before = [replace(c, label="") for c in _curves(dense, partial(_macs, factored=False))]
+    curves = _curves(distinct, partial(_macs, factored=True))
+    return Chart(
+        "What each layer gained",
+        "The work of each layer for one image, before (grey) and after: the gap is what was "
+        "saved. Runs with the same plan share one line, under the first one's name.",
+        (*before, *curves),
+        x="layer, as numbered in its table below",
+        y="million MACs",
+        bottom=0,
+        legend=(("dense", PlotStyle(MUTED, "o")),) if curves else (),
+    )
+
+
+def _macs(run: Run, *, factored: bool) -> Points:
+    plan = run.plan
+    if plan is None:
+        return []
+    macs = [plan.layer_macs(layer, factored=factored) / 1e6 for layer in plan.layers]
+    return list(enumerate(macs, start=1))
+
+
 def _relative_errors(styled: StyledRuns) -> Chart:
-    first: list[tuple[Run, PlotStyle]] = []
-    for run, style in styled:
-        if all(run.plan != other.plan for other, _ in first):
-            first.append((run, style))
-    curves = _curves(first, _layer_errors)
+    curves = _curves(_distinct_plans(styled), _layer_errors)
     return Chart(
         "Relative error of each layer",
         "How much of each layer's weights its approximation misses before any training: 0 is "
@@ -360,6 +391,15 @@ def _relative_errors(styled: StyledRuns) -> Chart:
         y="‖W − W′‖ ÷ ‖W‖",
         bottom=0,
     )
+
+
+def _distinct_plans(styled: StyledRuns) -> list[tuple[Run, PlotStyle]]:
+    """Return the first run of every plan."""
+    first: list[tuple[Run, PlotStyle]] = []
+    for run, style in styled:
+        if run.plan and all(run.plan != other.plan for other, _ in first):
+            first.append((run, style))
+    return first
 
 
 def _layer_errors(run: Run) -> Points:

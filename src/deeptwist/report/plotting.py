@@ -84,7 +84,7 @@ class Chart:
         x: what goes across.
         y: what goes up.
         scale: of the upright axis; "symlog" is linear up to ±0.1.
-        times: whether the x axis counts times, as in "4×".
+        from_zero: whether the x axis begins at zero.
         log_x: whether equal factors are equally far apart, with a tick at every point.
         level: a name and a height to draw a dotted line at.
         marks: where to draw dotted upright lines.
@@ -98,7 +98,7 @@ class Chart:
     x: str
     y: str
     scale: Literal["linear", "log", "symlog"] = "linear"
-    times: bool = False
+    from_zero: bool = False
     log_x: bool = False
     level: tuple[str, float] | None = None
     marks: tuple[float, ...] = ()
@@ -150,9 +150,8 @@ class Chart:
 
     def _draw_x_axis(self, axes: Axes) -> None:
         across = [x for curve in self.curves for x, _ in curve.points]
-        if self.times:
-            axes.set_xlim(0.8 * min(across), 1.12 * max(across))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        if self.from_zero:
+            axes.set_xlim(0, 1.12 * max(across))
         elif self.log_x:
             axes.set_xscale("log")
             axes.set_xticks(sorted(set(across)), minor=False)
@@ -181,7 +180,7 @@ class Chart:
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # short numbers
             if self.bottom is not None:
                 axes.set_ylim(self.bottom, 1.08 * max(heights) or 1)
-            elif self.times:
+            elif self.from_zero:
                 axes.margins(y=0.12)
 
 
@@ -221,7 +220,8 @@ def render(chart: Drawable, *, name: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # of groups, the same in every drawing
-    svg = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
+    # Coordinates are shortened; text, between > and <, stays as it is.
+    svg = re.sub(r"(>[^<]+<)|\d+\.\d{3,}", lambda m: m[1] or f"{float(m[0]):.2f}", svg)
     for color, variable in CSS_VARIABLES.items():
         svg = svg.replace(color, variable)
     spoken = f"{chart.title}; runs: {join_words([sanitize(label) for label in chart.names])}"

@@ -159,8 +159,11 @@ def _variant_note(summary: Summary, name: str) -> str:
 
 
 def _change(summary: Summary, accuracy: float) -> Cell:
-    if not find_mode(summary.mode).compresses and not summary.recipe.get("weights"):
-        return Cell(NONE, tooltip="it started from random weights")
+    if not find_mode(summary.mode).compresses:
+        if not summary.steps:
+            return Cell(NONE, tooltip="it is what the others are compared with")
+        if not summary.recipe.get("weights"):
+            return Cell(NONE, tooltip="it started from random weights")
     before = summary.accuracy_before
     return Cell(format_points(accuracy - before), tooltip=f"from {format_percent(before)}")
 
