@@ -136,7 +136,9 @@ def job(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[o
     return words, out
 
 
-def test_a_job_s_table_is_what_its_files_are(job: tuple[list[object], Path]) -> None:
+def test_a_job_s_table_is_what_its_files_are(
+    job: tuple[list[object], Path], trained: nn.Module
+) -> None:
     _, out = job
     results = json.loads((out / "compress.json").read_text())["results"]
     small = dt.load(out / "model", model=network)
@@ -149,6 +151,9 @@ def test_a_job_s_table_is_what_its_files_are(job: tuple[list[object], Path]) -> 
     int8 = evaluate(OnnxNetwork(out / "small-int8.onnx", threads=1), told, DIGITS)
     assert int8.accuracy == results["int8"]["small"]["accuracy"]
     assert results["int8"]["small"]["bytes"] < results["export"]["small"]
+    on_search = type(DIGITS.test)(DIGITS.test.images[::2], DIGITS.test.labels[::2])
+    dense = evaluate(trained, on_search, DIGITS).accuracy
+    assert results["search"]["least"] == pytest.approx(dense - 0.03)  # of the same images
     ratio, tried = results["search"]["ratio"], dict(results["search"]["tried"])
     assert tried[ratio] >= results["search"]["least"]
     assert all(score < results["search"]["least"] for r, score in tried.items() if r > ratio)
@@ -184,13 +189,18 @@ def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object],
         (["--ratio", 4, "--mode", "dense"], "mode dense compresses nothing"),
         (["--ratio", 4, "--int8", "--runtime", "eager"], "--int8 is onnxruntime's"),
         (["--ratio", 4, "--epochs", -1], "'schedule.epochs'"),
-        (["--ratio", 4, "--weights", "nowhere.pt"], "nowhere.pt"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(
     words: list[object], answer: str, tmp_path: Path
 ) -> None:
     assert answer in refused(*WORDS, "--out", tmp_path / "out", *words)
+
+
+def test_weights_that_are_not_there_end_the_job_in_one_line(tmp_path: Path) -> None:
+    done = run(*WORDS, "--out", tmp_path, "--ratio", 4, "--weights", "nowhere.pt")
+    _, line = done.stderr.splitlines()
+    assert (done.returncode, line) == (2, "deeptwist: no weights file at 'nowhere.pt'")
 
 
 def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """README and docs: Python blocks run, command lines parse, links lead somewhere."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -197,6 +198,23 @@ def test_command_lines_are_understood(
                 assert f'"{option}"' in source, option
         case [tool, *_]:
             assert tool in {"pip", "pytest", "mypy", "ruff", "pre-commit", ".ci/run", "mkdocs"}
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has torch already; its cells are plain Python."""
+    notebook = json.loads((ROOT / "docs/notebooks/resnet18.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENETTE", raising=False)
+    monkeypatch.setenv("SIZE", "32")
+    monkeypatch.setenv("STEPS", "2")
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    small, plan = names["small"], names["plan"]
+    assert sum(p.numel() for p in small.parameters()) == plan.parameters < plan.dense_parameters / 2
+    assert [record.step for record in names["twist"].history] == [2, 2]
+    assert (tmp_path / "small.onnx").is_file()
 
 
 def test_there_are_command_lines_and_blocks() -> None:

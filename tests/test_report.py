@@ -617,9 +617,7 @@ def test_losses_far_apart_have_a_logarithmic_axis() -> None:
         assert ("logarithmic" in chart.caption) == (scale == "log")
 
 
-@pytest.mark.parametrize(
-    "title", ["Training loss before", "Test accuracy b", "What a", "How far"]
-)
+@pytest.mark.parametrize("title", ["Training loss before", "Test accuracy b", "What a", "How far"])
 def test_drops_of_the_learning_rate_are_marked(title: str) -> None:
     run = make_run("a", "deeptwist", "tucker", recipe=make_recipe_values(*STEPS))
     chart = chart_called(title, [run])

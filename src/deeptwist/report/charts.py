@@ -87,7 +87,9 @@ def _accuracy_against_size(group: RunGroup, styled: StyledRuns) -> Chart | None:
 def _accuracy_against_time(group: RunGroup, styled: StyledRuns) -> Chart | None:
     def milliseconds(summary: Summary) -> tuple[float, float] | None:
         latency, batch = summary.latency, summary.latency_batch or 1
-        return latency and (latency.dense.median / batch, latency.decomposed.median / batch)
+        if latency is None:
+            return None
+        return latency.dense.median / batch, latency.decomposed.median / batch
 
     return _accuracy_against(
         group,
