@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import groupby
 
 import numpy
-import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
@@ -132,7 +131,7 @@ class LayerClock:
             x = random_input(convolution, call, reference)
             layers = [random_dense(convolution, reference)]
             layers += [random_factored(convolution, form, reference, None) for form in forms]
-            with self.setting.applied(), torch.inference_mode():
+            with self.setting.applied():
                 samples = self._measure([self._prepare(layer, x) for layer in layers])
             self._known[key] = [*map(statistics.median, samples)]
             if self._cache is not None:

@@ -50,8 +50,7 @@ def time_network(
         factored[layer.name] = new
     with setting.applied():
         runs = [setting.prepare(network, x) for network in (model, swap(model, factored))]
-        with torch.inference_mode():
-            dense, planned = map(statistics.median, time_interleaved(runs))
+        dense, planned = map(statistics.median, time_interleaved(runs))
         return Latency(dense, planned, f"{setting}, {describe_machine()}")
 
 
