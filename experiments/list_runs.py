@@ -1,14 +1,16 @@
 """List runs as a Markdown table, finished or cut: what they were, and what they came to.
 
-python experiments/list_runs.py results/ten-epochs/seeds/*
+python -m experiments.list_runs results/ten-epochs/seeds/*
 """
 
 import json
 import sys
 from pathlib import Path
 
+from experiments.paper.runs import read_epochs
+
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.metrics import METRICS, RECIPE, SUMMARY
+from deeptwist.training.metrics import RECIPE, SUMMARY
 from deeptwist.training.recipe import Recipe, read_recipe
 
 COLUMNS = ("run", "way", "lr", "S_D", "seed", "epochs", "last epoch, %", "deployed, %", "variants")
@@ -26,8 +28,7 @@ def main() -> None:
 
 
 def _row(folder: Path, recipe: Recipe) -> list[str]:
-    events = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
-    accuracies = [event["test"]["accuracy"] for event in events if event["event"] == "epoch"]
+    accuracies = [epoch["test"]["accuracy"] for epoch in read_epochs(folder)]
     deployed, variants = "cut", ""
     if (folder / SUMMARY).exists():
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))

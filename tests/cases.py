@@ -155,12 +155,24 @@ def read(layer: nn.Module) -> tuple[ConvGeometry, Tensor]:
     return convolution, weight_to_kernel(layer.weight.detach(), convolution)
 
 
+_FACTORS: dict[object, Factors] = {}
+
+
+def decompose(decomposition: Decomposition, kernel: Tensor) -> Factors:
+    """A kernel's factors, computed once for all laws: that this may be repeated is one of them."""
+    numbers = kernel.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    key = decomposition, kernel.dtype, kernel.device, kernel.shape, numbers
+    if key not in _FACTORS:
+        _FACTORS[key] = decomposition.decompose(kernel)
+    return _FACTORS[key]
+
+
 def factored(
     layer: nn.Module, decomposition: Decomposition, implementation: str | None = None
 ) -> tuple[Factors, FactoredLayer]:
     """A layer's factors, and the layer that holds them."""
     convolution, kernel = read(layer)
-    factors = decomposition.decompose(kernel)
+    factors = decompose(decomposition, kernel)
     kernels = [part.to(kernel.dtype) for part in factors.kernels()]
     return factors, decomposition.make_layer(convolution, kernels, layer.bias, implementation)
 

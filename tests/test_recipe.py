@@ -115,6 +115,8 @@ def test_recipes_of_earlier_versions_are_read(tmp_path: Path) -> None:
         recipe = read_recipe(path)
         assert recipe.mode == recipe.training_mode.name == name
         assert find_mode(old) is type(recipe.training_mode)
+    path.write_text("model: resnet20\ncompression: {rank_multiple: 1}\n")
+    assert read_recipe(path) == Recipe(model="resnet20")
 
 
 def test_a_mode_knows_when_it_distorts(error_of: Callable[..., str]) -> None:

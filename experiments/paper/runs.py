@@ -48,15 +48,17 @@ def read_runs(kept: Path) -> dict[Recipe, Run]:
     return {outcome_of(read_recipe(path / RECIPE)): read_run(path) for path in folders}
 
 
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """Read the epochs of a run, finished or not."""
+    events = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
+    return [event for event in events if event["event"] == "epoch"]
+
+
 def read_cut_runs(kept: Path) -> dict[Recipe, list[dict[str, Any]]]:
     """Read the epochs of unfinished runs in a folder, by what decides their outcome."""
-    epochs = {}
-    for path in sorted(path.parent for path in kept.glob(f"*/{METRICS}")):
-        if not (path / SUMMARY).exists():
-            events = map(json.loads, (path / METRICS).read_text(encoding="utf-8").splitlines())
-            recipe = outcome_of(read_recipe(path / RECIPE))
-            epochs[recipe] = [event for event in events if event["event"] == "epoch"]
-    return epochs
+    folders = sorted(path.parent for path in kept.glob(f"*/{METRICS}"))
+    cut = [path for path in folders if not (path / SUMMARY).exists()]
+    return {outcome_of(read_recipe(path / RECIPE)): read_epochs(path) for path in cut}
 
 
 def run_name(recipe: Recipe) -> str:

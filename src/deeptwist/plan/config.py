@@ -69,6 +69,9 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.decomposition, str):  # one name, as in most recipes
             object.__setattr__(self, "decomposition", (self.decomposition,))
+        if self.rank_multiple == 1 and self.latency is None and self.latency_ms is None:
+            # Without a clock the same as none, which earlier versions wrote as 1.
+            object.__setattr__(self, "rank_multiple", None)
         check_int("min_in_channels", self.min_in_channels)
         for name in ("rank_multiple", "latency_batch", "latency_threads"):
             if (value := getattr(self, name)) is not None:
