@@ -1,11 +1,12 @@
 """Other libraries' networks from the plan to ONNX, each in a process of its own; resumable.
 
 python benchmarks/sweep.py                    # measures what results/sweep.jsonl lacks
-python benchmarks/sweep.py timm/resnet18      # this network, printed
+python benchmarks/sweep.py timm/resnet18      # this network, its record printed
 python benchmarks/sweep.py --table            # writes the table of docs/networks.md
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import re
@@ -37,7 +38,7 @@ SIZES = {  # where 96 is not taken
     "raft_large": 128,
 }
 VIDEO = {
-    "mc3_18": 112,
+    "mc3_18": 64,
     "r2plus1d_18": 64,
     "r3d_18": 64,
     "s3d": 224,
@@ -219,8 +220,8 @@ def _transformers(name: str) -> Made:
     return lambda: kind(kind.config_class(**small)), (x,)
 
 
-def measure(network: str) -> dict[str, Any]:
-    """Take a network from the plan to the loaded artefact and to ONNX."""
+def measure(network: str, *, is_exported: bool = True) -> dict[str, Any]:
+    """Take a network from the plan to the loaded artefact and, if asked, to ONNX."""
     start = time.perf_counter()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -252,7 +253,8 @@ def measure(network: str) -> dict[str, Any]:
             torch.equal(value, states[1][name]) for name, value in states[0].items()
         )
         record["seconds"] = time.perf_counter() - start
-        record["onnx"] = _export(small, Path(folder, "small.onnx"), inputs)
+        if is_exported:
+            record["onnx"] = _export(small, Path(folder, "small.onnx"), inputs)
     record["onnx_seconds"] = time.perf_counter() - start - record["seconds"]
     return record
 
@@ -266,11 +268,11 @@ def _export(small: nn.Module, path: Path, inputs: Inputs) -> str:
     return "free batch"
 
 
-def in_a_process(network: str) -> dict[str, Any]:
+def in_a_process(network: str, *, is_exported: bool = True) -> dict[str, Any]:
     """Measure a network in a process of its own; return its record, or one of the failure."""
     context = multiprocessing.get_context("fork")  # what is imported here is there at once
     ours, its = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(network, its))
+    process = context.Process(target=_send, args=(network, is_exported, its))
     process.start()
     its.close()
     try:
@@ -286,9 +288,9 @@ def in_a_process(network: str) -> dict[str, Any]:
         process.join()
 
 
-def _send(network: str, connection: Any) -> None:
+def _send(network: str, is_exported: bool, connection: Any) -> None:
     try:
-        record = measure(network)
+        record = measure(network, is_exported=is_exported)
     except Exception as error:  # a failure is a result
         message = " ".join(str(error).split())[:300]
         record = {"network": network, "failure": f"{type(error).__name__}: {message}"}
@@ -360,12 +362,16 @@ def main() -> None:
     parser.add_argument("networks", nargs="*")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--exported", type=int, help="so many leave as ONNX, from the first on")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.table:
         write_table(read(arguments.out), PAGE)
-    for network in arguments.networks:
-        print(json.dumps(in_a_process(network), indent=1))
+    for library in {network.partition("/")[0] for network in arguments.networks}:
+        importlib.import_module(library)  # once for all the processes that are forked
+    for index, network in enumerate(arguments.networks):
+        is_exported = arguments.exported is None or index < arguments.exported
+        print(json.dumps(in_a_process(network, is_exported=is_exported)), flush=True)
     if not arguments.table and not arguments.networks:
         sweep(arguments.out)
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from cases import error_of, works_or_is_refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from deeptwist import SVD, DeepTwist, Plan, decompose, plan
+from deeptwist import SVD, DeepTwist, Plan, decompose, load, plan, save
 from deeptwist.inspect.layers import inspect_model
 from deeptwist.inspect.modes import eval_mode
 
 X = torch.randn(2, 8, 6, 6)
 
 
-def plan_of(model: nn.Module, x: Tensor = X) -> Plan:
+def plan_of(model: nn.Module, x: Tensor | tuple[Tensor, ...] = X) -> Plan:
     return plan(model, SVD(), ratio=1.5, example_input=x)
 
 
@@ -284,21 +285,100 @@ def test_a_factored_layer_is_not_factored_again() -> None:
     assert {layer.reason for layer in again.kept} == {"is part of a factored layer"}
 
 
-def test_attention_and_other_modules_with_weights_are_kept() -> None:
-    model = nn.MultiheadAttention(8, 2, batch_first=True)
-    x = torch.randn(2, 3, 8)
-    made = plan(model, SVD(), ratio=1.5, example_input=(x, x, x))
-    assert not made.compressed
-    assert {layer.kind for layer in made.kept} >= {"MultiheadAttention"}
-    assert made.dense_parameters == sum(p.numel() for p in model.parameters())
+class Decoder(nn.Module):
+    """A layer of torch's that attends to itself and to other inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.flip(1))
 
 
-def test_a_transformer_layer_still_runs_once_decomposed() -> None:
-    """In evaluation mode torch's fast path reads `linear1.weight` instead of calling it."""
-    model, x = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), torch.randn(2, 3, 8)
-    small = decompose(model, plan_of(model, x))
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), 2)
+
+
+SEQUENCES = torch.randn(2, 3, 8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_is_exact(training: bool) -> None:
+    model = encoder()
+    small = checked_finish(model, SEQUENCES)
+    for module in (*model.modules(), *small.modules()):
+        if isinstance(module, nn.Dropout | nn.MultiheadAttention):
+            setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", 0.0)
+    model.train(training)
+    small.train(training)
+    last_padded = torch.zeros(2, 3, dtype=torch.bool)
+    last_padded[1, 2] = True
+    causal = nn.Transformer.generate_square_subsequent_mask(3)
+    for options in ({}, {"src_key_padding_mask": last_padded}, {"mask": causal, "is_causal": True}):
+        y, output = model(SEQUENCES, **options), small(SEQUENCES, **options)
+        assert torch.allclose(y[~last_padded], output[~last_padded], atol=1e-5)
+
+
+def test_torchs_fast_path_does_not_go_around_the_factors() -> None:
+    small = checked_finish(encoder(), SEQUENCES)
+    names = [name for name, _ in small.named_modules() if name.endswith("_proj")]
+    assert len(names) == 4
     with torch.no_grad():
-        assert small.eval()(x).shape == x.shape
+        y = small(SEQUENCES)
+        for name in names:
+            small.get_submodule(name)[0].weight.mul_(2)
+            assert not torch.allclose(small(SEQUENCES), y, atol=1e-6)
+            small.get_submodule(name)[0].weight.div_(2)
+
+
+def test_an_in_projection_trains_loads_and_changes_its_type(tmp_path: Path) -> None:
+    small = checked_finish(encoder(), SEQUENCES)
+    loaded = load(save(small, tmp_path / "small"), encoder)
+    assert torch.equal(loaded(SEQUENCES), small(SEQUENCES))
+    loaded(SEQUENCES).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    double = copy.deepcopy(small).double()
+    assert double(SEQUENCES.double()).dtype == torch.float64
+    assert torch.equal(loaded(SEQUENCES), small(SEQUENCES))  # the copy's factors are its own
+
+
+def test_attention_gives_its_weights() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True, bias=False).eval()
+    inputs = (SEQUENCES,) * 3
+    twist = DeepTwist(model, plan_of(model, inputs), interval=1, example_input=inputs)
+    small = twist.finish().eval()
+    assert len(twist.plan.compressed) == 2
+    for query, key in ((SEQUENCES, SEQUENCES), (SEQUENCES, SEQUENCES.flip(1))):  # self, and cross
+        pairs = zip(model(query, key, key), small(query, key, key), strict=True)
+        assert all(torch.allclose(y, output, atol=1e-5) for y, output in pairs)
+
+
+def test_attention_to_other_inputs_is_kept() -> None:
+    made = plan_of(Decoder(), SEQUENCES)
+    assert [(layer.name, layer.reason) for layer in made.kept] == [
+        ("layer.multihead_attn.in_proj", "projects keys or values of other inputs than queries")
+    ]
+    assert made.dense_parameters == sum(p.numel() for p in Decoder().parameters())
+    assert decompose(Decoder(), made).eval()(SEQUENCES).shape == SEQUENCES.shape
+
+
+def test_weights_given_to_torchs_attention_are_projections() -> None:
+    """As in the pooling of OpenAI's CLIP: queries are means, keys and values everything."""
+
+    def attend(x: Tensor, *layers: nn.Linear) -> Tensor:
+        q, k, v, out = layers
+        return F.multi_head_attention_forward(
+            *(x.mean(0, keepdim=True), x, x, 8, 2, None, torch.cat([q.bias, k.bias, v.bias])),
+            *(None, None, False, 0.0, out.weight, out.bias),
+            use_separate_proj_weight=True,
+            **{f"{n}_proj_weight": layer.weight for n, layer in zip("qkv", layers, strict=False)},
+        )[0]
+
+    model = Calling(attend, *(nn.Linear(8, 8) for _ in range(4)))
+    made = plan_of(model, SEQUENCES)
+    assert [layer.calls[0].count for layer in made.compressed] == [3, 6, 6, 3]
+    checked_finish(model, SEQUENCES)
 
 
 def test_weights_that_are_no_numbers_of_ours_are_kept() -> None:

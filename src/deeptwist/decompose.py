@@ -16,6 +16,7 @@ from deeptwist.inspect.swap import swap
 from deeptwist.inspect.verify import check_runs, run_counted
 from deeptwist.inspect.weights import (
     class_reason,
+    get_layer,
     has_hooks,
     input_padding,
     layer_geometry,
@@ -41,7 +42,7 @@ def get_planned_module(model: nn.Module, layer: CompressedLayer) -> Dense:
         DeepTwistError: if the model has no such module, or one of another geometry.
     """
     try:
-        module = model.get_submodule(layer.name)
+        module = get_layer(model, layer.name)
     except AttributeError as error:
         raise DeepTwistError(
             f"the plan is for another model: this {type(model).__name__} has no {layer.name!r}"
@@ -175,7 +176,7 @@ def _check_decomposed(model: nn.Module, small: nn.Module, plan: Plan) -> None:
         DeepTwistError: if one does not run, a dense original does, or the model cannot run.
     """
     inputs = example_inputs(model, plan)
-    dense = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
+    dense = {layer.name: get_layer(model, layer.name) for layer in plan.compressed}
     try:
         check_runs(small, dense, inputs, {x.name: len(x.calls) for x in plan.compressed})
     except DeepTwistError:
@@ -213,7 +214,7 @@ def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -
         kernels[layer.name] = [random_kernel(part, device) for part in parts]
     small = replace_layers(model, plan, kernels)
     inputs = example_inputs(model, plan, example_input)
-    dense = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
+    dense = {layer.name: get_layer(model, layer.name) for layer in plan.compressed}
     advice = "exclude the layer that it names, or pass another example_input"
     try:
         check_runs(small, dense, inputs)
@@ -278,7 +279,7 @@ def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
     """
 
     def is_frozen(layer: CompressedLayer) -> bool:
-        parameters = weight_parameters(model.get_submodule(layer.name))
+        parameters = weight_parameters(get_layer(model, layer.name))
         return not any(parameter.requires_grad for parameter in parameters)
 
     frozen = [layer for layer in plan.compressed if is_frozen(layer)]

@@ -22,7 +22,7 @@ from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import atomic_write
 from deeptwist.inspect.swap import stored_modules
-from deeptwist.inspect.weights import distinct
+from deeptwist.inspect.weights import distinct, get_layer
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -126,7 +126,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
         raise DeepTwistError(
             f"{weights} is not a valid safetensors file: {first_line(error)}"
         ) from error
-    stored = stored_modules(small, {x.name: base.get_submodule(x.name) for x in layers})
+    stored = stored_modules(small, {x.name: get_layer(base, x.name) for x in layers})
     if stored:
         raise DeepTwistError(
             f"a function stored on this {type(base).__name__} refers to the dense layer "

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import logging
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,8 +50,13 @@ def _described(signature: Signature) -> str:
     return f"a free {' and '.join(free)}" if free else "a fixed batch"
 
 
-def convert(plain: nn.Module, signature: Signature, opset: int | None) -> Any:
-    """Return the ONNX model, as protobuf.
+def convert(
+    plain: nn.Module, signature: Signature, opset: int | None
+) -> tuple[Any, DeepTwistError | None]:
+    """Return the ONNX model, as protobuf, and why it is torch's older exporter's, if it is.
+
+    That one records a run on the example: what it takes for fixed shows when the file is checked
+    and verified, `told_with` the reason.
 
     Raises:
         DeepTwistError: if it cannot be traced or converted.
@@ -61,39 +68,63 @@ def convert(plain: nn.Module, signature: Signature, opset: int | None) -> Any:
         "opset_version": opset,
         "verbose": False,
     }
+    reason: DeepTwistError | None = None
     try:
-        program = trace(plain, signature)
+        proto = _convert_program(plain, signature, names)
     except DeepTwistError as error:
-        if signature.batch is None:
-            raise DeepTwistError(f"{error}; a fixed batch may do (batch=1, --batch 1)") from error
-        proto = _convert_by_script(plain, signature, names, error)
-    else:
-        try:
-            with quiet():
-                converted = torch.onnx.export(
-                    program, dynamo=True, dynamic_shapes=tuple(signature.free_axes), **names
-                )
-            assert converted is not None
-            proto = converted.model_proto
-        except Exception as error:
-            raise DeepTwistError(
-                f"torch.onnx cannot convert {type(plain).__name__}: {_reason(error)}"
-            ) from error
+        reason = error
+        with told_with(reason, signature):
+            proto = _convert_by_script(plain, signature, names)
     # Stack traces and module names, a fifth of a small network's file.
     del proto.graph.metadata_props[:]
     graph = proto.graph
     for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]
         part.doc_string = ""
-    return proto
+    return proto, reason
 
 
-def _convert_by_script(
-    plain: nn.Module, signature: Signature, names: dict[str, Any], reason: DeepTwistError
-) -> Any:
-    """Return the ONNX model by torch's older exporter, which records a run on the example."""
+@contextlib.contextmanager
+def told_with(reason: DeepTwistError | None, signature: Signature) -> Iterator[None]:
+    """Put before an error of torch's older exporter why that was asked at all."""
+    try:
+        yield
+    except DeepTwistError as error:
+        if reason is None:
+            raise
+        advice = "; a fixed batch may do (batch=1, --batch 1)" if signature.batch is None else ""
+        raise DeepTwistError(f"{reason}; torch's older exporter: {error}{advice}") from error
+
+
+def _convert_program(plain: nn.Module, signature: Signature, names: dict[str, Any]) -> Any:
+    """Return the ONNX model by torch's exporter of today."""
+    program = trace(plain, signature)
+    try:
+        with quiet():
+            converted = torch.onnx.export(
+                program, dynamo=True, dynamic_shapes=tuple(signature.free_axes), **names
+            )
+        assert converted is not None
+    except Exception as error:
+        cause: BaseException = error  # of messages in several lines of advice
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DeepTwistError(
+            f"torch.onnx cannot convert {type(plain).__name__}: {_reason(cause)}"
+        ) from error
+    return converted.model_proto
+
+
+def _convert_by_script(plain: nn.Module, signature: Signature, names: dict[str, Any]) -> Any:
+    """Return the ONNX model by torch's older exporter."""
     import onnx
 
+    if signature.batch is None:
+        # Of branches that hang on numbers it records one; without them, one size can be traced.
+        try:
+            trace(plain, replace(signature, batch=2, dynamic_size=False))
+        except DeepTwistError:
+            raise DeepTwistError("not asked, for it would record one branch of several") from None
     names["f"] = file = io.BytesIO()  # which its annotation leaves out
     axes = dict(zip(names["input_names"], signature.free_axes, strict=True))
     example = tuple(x[: signature.batch] for x in signature.example)
@@ -101,7 +132,7 @@ def _convert_by_script(
         with quiet():
             torch.onnx.export(plain, example, dynamo=False, dynamic_axes=axes, **names)
     except Exception as error:
-        raise DeepTwistError(f"{reason}; torch's older exporter: {_reason(error)}") from error
+        raise DeepTwistError(_reason(error)) from error
     return onnx.load_model_from_string(file.getvalue())
 
 
@@ -143,13 +174,18 @@ def quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     # Their messages come from a dozen loggers, some with a level of their own.
     logging.disable(logging.CRITICAL)
+    stderr = os.dup(2)  # which the older one writes to from C++
     try:
         with (
+            open(os.devnull, "w") as nothing,
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
+            os.dup2(nothing.fileno(), 2)
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
         logging.disable(disabled)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
-from deeptwist.export.convert import check_free_axes, convert, quiet, trace
+from deeptwist.export.convert import check_free_axes, convert, quiet, told_with, trace
 from deeptwist.export.signature import Inputs, make_signature
 from deeptwist.export.verify import run_in_onnxruntime, verify
 from deeptwist.files import atomic_write
@@ -68,8 +68,8 @@ def export_onnx(
         example_input: a batch of any size, or the tuple of the model's positional inputs. Only
             shapes and types are read, and the rows of integer inputs, which verification repeats.
         batch: the batch size that the file takes, for networks whose outputs have no batch in
-            front, as detectors; free if not given. Where torch's exporter cannot trace such a
-            network, because its outputs' number depends on numbers, its older one is used.
+            front, as detectors; free if not given. Where torch's exporter cannot convert a
+            network, its older one is tried.
         dynamic_size: whether height and width (the length of 1-D inputs) are free too. What the
             model asks of them, as multiples of 32, holds for the file.
         opset: the version of ONNX's operators; torch's choice if not given.
@@ -97,16 +97,17 @@ def export_onnx(
         make_signature(model, example_input, batch, dynamic_size),
     )
     with _writing(Path(path)) as temporary:
-        proto = convert(plain, signature, opset)
+        proto, reason = convert(plain, signature, opset)
         version = next(entry.version for entry in proto.opset_import if not entry.domain)
         if opset not in (None, version):
             raise DeepTwistError(
                 f"opset {opset} cannot be had: an operator of this model has no conversion and "
                 f"the exporter stayed at {version}; ask for {version} or another, or for none"
             )
-        check_free_axes(proto, signature)
-        temporary.write_bytes(proto.SerializeToString())
-        sizes, worst = verify(plain, signature, run_in_onnxruntime(temporary), tolerance)
+        with told_with(reason, signature):
+            check_free_axes(proto, signature)
+            temporary.write_bytes(proto.SerializeToString())
+            sizes, worst = verify(plain, signature, run_in_onnxruntime(temporary), tolerance)
         bytes_ = temporary.stat().st_size
     return Exported(Path(path), bytes_, version, signature.batches, sizes, worst)
 

@@ -1,5 +1,6 @@
 """One run of the example: which layers it calls, whose weights it reads, and its MACs."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,9 +155,23 @@ class _Watch(TorchFunctionMode):
             self.recording.calls.setdefault(module, []).append(call)
             return
         name = getattr(func, "__name__", str(func))
+        if func is functional.multi_head_attention_forward and isinstance(module, nn.Linear):
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            role = next(key for key, value in given.items() if value is module.weight)
+            x = given[_PROJECTED.get(role, "query")]
+            if role != "in_proj_weight" or given["query"] is given["key"] is given["value"]:
+                call = LayerCall(x.shape[:-1].numel(), ())
+                self.recording.calls.setdefault(module, []).append(call)
+                return
+            self.recording.surprises[module] = (
+                "projects keys or values of other inputs than queries"
+            )
         self.recording.surprises.setdefault(
             module, f"has a weight that its owner reads ({name.strip('_')})"
         )
+
+
+_PROJECTED = {"k_proj_weight": "key", "v_proj_weight": "value"}  # the others: the query
 
 
 def _flat(values: list[Any]) -> list[Any]:

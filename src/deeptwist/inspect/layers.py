@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspect.calls import Recording, record
 from deeptwist.inspect.weights import (
+    InProjection,
+    has_in_projection,
     input_padding,
     is_layer,
     layer_geometry,
@@ -120,12 +123,18 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module that holds weights itself, with all its names, in the model's order."""
     names: dict[nn.Module, list[str]] = {}
+    projections: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise DeepTwistError(f"layer {name!r} is not initialised: run the model once first")
         # The weights in a parametrization count as those of the module that has it.
         if _weights(module) and not isinstance(module, parametrize.ParametrizationList):
             names.setdefault(module, []).append(name)
+        if has_in_projection(module):
+            if module not in projections:
+                projections[module] = InProjection(cast(nn.MultiheadAttention, module))
+            full_name = f"{name}.{InProjection.NAME}".lstrip(".")
+            names.setdefault(projections[module], []).append(full_name)
     return names
 
 
@@ -135,8 +144,9 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
         return weight_parameters(module)
     weights = [
         parameter
-        for parameter in module.parameters(recurse=False)
+        for name, parameter in module.named_parameters(recurse=False)
         if sum(side > 1 for side in parameter.shape) > 1
+        and not (name == "in_proj_weight" and has_in_projection(module))
     ]
     if parametrize.is_parametrized(module):
         weights += [*module.get_submodule("parametrizations").parameters()]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspect.weights import has_compiled_forward
+from deeptwist.inspect.weights import InProjection, get_layer, has_compiled_forward
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType)
 
@@ -27,7 +27,10 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
         DeepTwistError: if the model cannot be copied.
     """
     # Seeded with the replacements, deepcopy never copies the weights that they replace.
-    memo: dict[int, Any] = {id(model.get_submodule(n)): new for n, new in replacements.items()}
+    dense = {name: get_layer(model, name) for name in replacements}
+    memo: dict[int, Any] = {id(dense[name]): new for name, new in replacements.items()}
+    projections = {n: module for n, module in dense.items() if isinstance(module, InProjection)}
+    memo |= {id(module.weight): None for module in projections.values()}
     for value in _referenced(model, frozenset(memo)):
         if isinstance(value, Tensor):
             if not value.is_leaf:
@@ -40,6 +43,11 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
         raise DeepTwistError(
             f"{type(model).__name__} cannot be copied: {first_line(error)}"
         ) from error
+    for name in projections:
+        attention = small.get_submodule(name.rpartition(".")[0])
+        attention.register_module(InProjection.NAME, replacements[name])
+        del attention.in_proj_weight
+        attention.in_proj_weight = replacements[name].weight  # what stands for one: no parameter
     for module in small.modules():
         # `torch.compile(model.forward)` would go on running the original.
         if has_compiled_forward(module):

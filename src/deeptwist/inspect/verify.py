@@ -5,16 +5,15 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspect.modes import FORWARD_ERRORS, output_tensors, undisturbed
-from deeptwist.inspect.weights import read_weight
+from deeptwist.inspect.weights import get_layer, read_weight
 
 logger = logging.getLogger("deeptwist")
 
@@ -130,7 +129,7 @@ def compare(
         DeepTwistError: if it is above the square root of the precision of the coarsest type that
             is computed in, if a factored layer does not run, or if a model cannot run.
     """
-    dense = {name: model.get_submodule(name) for name in calls}
+    dense = {name: get_layer(model, name) for name in calls}
     try:
         expected, dense_counts = run_counted(model, inputs, dense)
     except FORWARD_ERRORS as error:
@@ -206,26 +205,29 @@ def _worst_layer(
     dense: Mapping[str, nn.Module],
     inputs: tuple[Tensor, ...],
 ) -> tuple[str, float]:
-    """The layer whose factors give the most different output on the inputs that it has here."""
-    differences: dict[str, float] = {}
+    """The layer whose factors give the most different output, on random inputs of its own shape."""
+    seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, inputs))
         stack.enter_context(undisturbed(small, inputs))
         for name, module in dense.items():
 
-            def differ(_: nn.Module, args: Any, kwargs: Any, y: Tensor, name: str = name) -> None:
-                output = small.get_submodule(name)(*args, **kwargs)
-                difference = relative_error(y, output)
-                difference = math.inf if math.isnan(difference) else difference
-                differences[name] = max(differences.get(name, 0.0), difference)
+            def see(
+                _: nn.Module, args: tuple[Any], kwargs: dict[str, Any], name: str = name
+            ) -> None:
+                seen[name] = [*args, *kwargs.values()][0]
 
-            stack.callback(module.register_forward_hook(differ, with_kwargs=True).remove)
+            handle = module.register_forward_pre_hook(see, with_kwargs=True)
+            stack.callback(handle.remove)
         model(*inputs)
-        for name in dense.keys() - differences.keys():  # its weight is read, not called
-            x = torch.randn_like(read_weight(dense[name]))
-            bias = dense[name].bias
-            y = functional.linear(x, read_weight(dense[name]), cast(Tensor | None, bias))
-            differences[name] = relative_error(y, small.get_submodule(name)(x))
+    differences: dict[str, float] = {}
+    with undisturbed(model), undisturbed(small):
+        for name, module in dense.items():
+            # Not the layer's own input: where that has all but vanished, it is rounding alone.
+            # A layer whose weight is read, not called, has none.
+            x = torch.randn_like(seen[name] if name in seen else read_weight(module))
+            difference = relative_error(module(x), small.get_submodule(name)(x))
+            differences[name] = math.inf if math.isnan(difference) else difference
     return max(differences.items(), key=lambda item: item[1], default=("", 0.0))
 
 

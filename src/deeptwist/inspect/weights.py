@@ -39,6 +39,43 @@ _REPARAMETRIZATIONS = {
 }
 
 
+class InProjection(nn.Linear):
+    """The projection of queries, keys and values in one, which torch's attention holds itself.
+
+    It has the attention's own parameter; `swap` puts its factors into the copy as a submodule of
+    this name.
+    """
+
+    NAME = "in_proj"
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        outputs, inputs = attention.in_proj_weight.shape
+        super().__init__(inputs, outputs, bias=False, device="meta")
+        self.weight = attention.in_proj_weight
+        self.train(attention.training)
+
+
+def has_in_projection(module: nn.Module) -> bool:
+    """Whether a module is torch's attention, its forward its own, with one weight for all three."""
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and computing_class(module) is nn.MultiheadAttention
+        and module._parameters.get("in_proj_weight") is not None
+    )
+
+
+def get_layer(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that a layer's name in a plan stands for.
+
+    Raises:
+        AttributeError: if there is none.
+    """
+    owner, _, last = name.rpartition(".")
+    if last == InProjection.NAME and has_in_projection(model.get_submodule(owner)):
+        return InProjection(cast(nn.MultiheadAttention, model.get_submodule(owner)))
+    return model.get_submodule(name)
+
+
 def class_name(kind: type) -> str:
     """Return a class's name with its module's."""
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -81,7 +118,7 @@ def class_reason(module: nn.Module) -> str | None:
     """Return why a module's class does not compute with one weight, `None` where it does."""
     kind = computing_class(module)
     if not is_layer(module):
-        return f"is a {_described(kind)}, not a convolution"
+        return f"is {_described(kind)}, not a convolution"
     if parametrize.is_parametrized(module):
         reason = _unknown_parametrization(module)
         if reason is not None:
@@ -90,7 +127,7 @@ def class_reason(module: nn.Module) -> str | None:
         return None
     call = _traced(module)
     if call is None:
-        return f"is a {_described(kind)}, whose forward computes something else"
+        return f"is {_described(kind)}, whose forward computes something else"
     return None
 
 
@@ -308,7 +345,8 @@ def _padding(convolution: ConvGeometry, margins: list[tuple[int, ...]], mode: st
 
 
 def _described(kind: type) -> str:
-    return f"{kind.__name__} ({kind.__module__})"
+    article = "an" if kind.__name__[0] in "AEIO" else "a"  # "a UNet", as it is spoken
+    return f"{article} {kind.__name__} ({kind.__module__})"
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:

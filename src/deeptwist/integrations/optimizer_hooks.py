@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.weights import weight_parameters
+from deeptwist.inspect.weights import get_layer, weight_parameters
 from deeptwist.twist.distortion import DeepTwist
 
 
@@ -31,7 +31,7 @@ def after_each_step(
         DeepTwistError: if no optimizer holds the compressed weights.
     """
     names = [layer.name for layer in twist.plan.compressed]
-    modules = [twist.model.get_submodule(name) for name in names]
+    modules = [get_layer(twist.model, name) for name in names]
     weights = {id(p) for module in modules for p in weight_parameters(module)}
     for optimizer in reversed(optimizers):
         if weights & {id(p) for group in optimizer.param_groups for p in group["params"]}:

@@ -1,10 +1,12 @@
 """What stands for the dense weight of a factored layer: its shape and type, without its numbers.
 
-Networks ask `layer.weight.dtype`, or give `layer.weight` to `F.linear`: both work, and no dense
-weight is made for it.
+Networks ask `layer.weight.dtype`, or give `layer.weight` to `F.linear` or torch's attention: all
+of it works, and no dense weight is made for it.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,55 +16,45 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import nn
 
+# Torch's attention asks at its door for a `__torch_function__` to hand over to; this copy does
+# not, and goes on to its linear functions, which do.
+_attention = FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    {**vars(functional), "has_torch_function": lambda _: False},
+    argdefs=functional.multi_head_attention_forward.__defaults__,
+)
+_OF_FACTORS = "dtype", "device", "requires_grad", "is_cuda", "is_meta"
+_OF_SHAPE = "ndim", "dim", "size", "numel", "is_floating_point", "is_complex", "element_size"
+
 
 class WeightView:
-    """Stands for the weight of a factored layer.
+    """Stands for the weight of a factored layer: it has the factors' `dtype`, `device`, ….
 
     Attributes:
         shape: of the dense weight.
-        dtype: of the factors.
-        device: of the factors.
-        requires_grad: whether the factors train.
     """
 
-    def __init__(self, layer: "nn.Module", shape: tuple[int, ...]):
-        parameter = next(layer.parameters())
-        self._layer = layer
+    def __init__(self, layer: "nn.Module", shape: tuple[int, ...], rows: slice = slice(None)):
+        self._layer, self._rows = layer, rows
         self.shape = torch.Size(shape)
-        self.dtype, self.device = parameter.dtype, parameter.device
-        self.requires_grad = parameter.requires_grad
-        self.is_cuda, self.is_meta = parameter.is_cuda, parameter.is_meta
 
-    @property
-    def ndim(self) -> int:
-        """Return the number of axes."""
-        return len(self.shape)
+    def split(self, sizes: Sequence[int]) -> "tuple[WeightView, ...]":
+        """Return views of so many outputs each; the layer computes all of them for each."""
+        stops = [*itertools.accumulate(sizes)]
+        return tuple(
+            WeightView(self._layer, (size, *self.shape[1:]), slice(stop - size, stop))
+            for size, stop in zip(sizes, stops, strict=True)
+        )
 
-    def dim(self) -> int:
-        """Return the number of axes."""
-        return len(self.shape)
-
-    def size(self, axis: int | None = None) -> torch.Size | int:
-        """Return the shape, or the length of one axis."""
-        return self.shape if axis is None else self.shape[axis]
-
-    def numel(self) -> int:
-        """Return how many numbers the dense weight holds."""
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        """Whether the factors are real numbers."""
-        return self.dtype.is_floating_point
-
-    def is_complex(self) -> bool:
-        """Whether the factors are complex numbers."""
-        return self.dtype.is_complex
-
-    def element_size(self) -> int:
-        """Return the bytes of one number."""
-        return self.dtype.itemsize
+    def chunk(self, count: int) -> "tuple[WeightView, ...]":
+        """Return so many views of as many outputs."""
+        return self.split([self.shape[0] // count] * count)
 
     def __getattr__(self, name: str) -> Any:
+        if name in _OF_FACTORS:
+            return getattr(next(self._layer.parameters()), name)
+        if name in _OF_SHAPE:
+            return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
         if name.startswith("__"):
             raise AttributeError(name)
         raise self._error(f"weight.{name}")
@@ -75,7 +67,9 @@ class WeightView:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run `F.linear` through the factors; refuse what needs the dense weight."""
+        """Run `F.linear` and attention through the factors; refuse what needs a dense weight."""
+        if func is functional.multi_head_attention_forward:
+            return _attention(*args, **(kwargs or {}))
         values = [*args, *(kwargs or {}).values()]
         view = next(value for value in values if isinstance(value, cls))
         if func is functional.linear:
@@ -86,9 +80,10 @@ class WeightView:
         y: Tensor = self._layer(input)
         own: Tensor | None = getattr(self._layer, "bias", None)
         if bias is own:
-            return y
+            return y[..., self._rows]
         if own is not None:
             y = y - own
+        y = y[..., self._rows]
         return y if bias is None else y + bias
 
     def _error(self, use: str) -> AttributeError:

@@ -118,6 +118,8 @@ def calibrate(
         raise DeepTwistError("there is nothing to calibrate: no batch, or no supported layer")
     moments = {}
     for name, collector in collectors.items():
+        if collector.total is None:  # its weight is read by another module, or not in use
+            continue
         moments[name] = collector.moment()
         if not moments[name].values.isfinite().all():
             raise DeepTwistError(f"layer {name!r} has inputs that are NaN or infinite")

@@ -25,7 +25,7 @@ from deeptwist.decompose import (
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspect.verify import compare
-from deeptwist.inspect.weights import computes_weight, read_weight, write_weight
+from deeptwist.inspect.weights import computes_weight, get_layer, read_weight, write_weight
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -338,7 +338,7 @@ class DeepTwist:
                     factors[layer.name] = _factors(layer, empty)
                 tensors += [weight, *factors[layer.name].tensors]
             broadcast(tensors, source)
-        modules = {name: self.model.get_submodule(name) for name in weights}
+        modules = {name: get_layer(self.model, name) for name in weights}
         self._written = {n: w for n, w in weights.items() if computes_weight(modules[n])}
         for name, weight in self._written.items():
             write_weight(modules[name], weight)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.weights import as_weight, computes_weight
+from deeptwist.inspect.weights import as_weight, computes_weight, get_layer
 from deeptwist.layers.geometry import kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.config import Momentum, check_momentum_name
@@ -34,7 +34,7 @@ def check_momentum(
         )
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for layer in plan.compressed:
-        module = model.get_submodule(layer.name)
+        module = get_layer(model, layer.name)
         if computes_weight(module):
             raise DeepTwistError(
                 f"layer {layer.name!r} computes its weight: momentum can only keep"
@@ -71,7 +71,7 @@ def change_momentum(
         factors: by layer.
     """
     for layer in plan.compressed:
-        module = model.get_submodule(layer.name)
+        module = get_layer(model, layer.name)
         state = optimizer.state.get(cast(Tensor, module.weight), {})
         for buffer in (state.get(name) for name in _FIRST_MOMENTS):
             if not isinstance(buffer, Tensor):
