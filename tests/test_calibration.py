@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import GEOMETRIES, error_of
+from cases import GEOMETRIES, difference, error_of
 from torch import Tensor, nn
 
 import deeptwist as dt
@@ -106,6 +106,26 @@ def test_a_calibration_survives_the_disk(tmp_path: Path) -> None:
         assert torch.equal(again.values, moment.values)
         assert replace(again, values=moment.values) == moment
     assert "cannot read calibration" in error_of(dt.Calibration.load, tmp_path / "none")
+
+
+@pytest.mark.parametrize("side", [8, 300])
+def test_fewer_inputs_than_directions_are_enough(side: int) -> None:
+    """What rounding leaves of the missing ones is below zero as often as above."""
+    model, x = nn.Sequential(nn.Linear(side, side + 8)), torch.randn(3, side)
+    calibration = dt.calibrate(model, [x])
+    made = dt.plan(model, dt.SVD(), ratio=1.5, example_input=x, calibration=calibration)
+    small = dt.decompose(model, made, calibration=calibration)
+    assert difference(model(x), small(x)) < 1e-2  # their own span is within the rank
+
+
+def test_a_layer_that_is_read_is_left_out() -> None:
+    """Its weight alone is used, as Swin's, so that no call shows its inputs."""
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8)
+    calibration = dt.calibrate(model, [x])
+    assert calibration.moments.keys() == {"linear1", "linear2"}
+    made = dt.plan(model, dt.SVD(), ratio=2, example_input=x, calibration=calibration)
+    assert len(made.compressed) == 4
+    dt.decompose(model, made, calibration=calibration)
 
 
 def test_batch_norms_take_the_mean_over_the_batches() -> None:

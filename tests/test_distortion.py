@@ -328,12 +328,21 @@ def test_outputs_are_compared_whatever_holds_them(pack: Callable[[Tensor], objec
     assert 0 < twist.output_difference < 1e-5  # 0 would be luck, or nothing compared
 
 
-def test_outputs_that_are_zero_prove_nothing_and_layers_are_compared() -> None:
+class Vanishing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1e-44  # what is left is a few bits
+
+
+@pytest.mark.parametrize("between", [nn.Identity, Vanishing])
+def test_outputs_that_are_zero_prove_nothing_and_layers_are_compared(
+    between: Callable[[], nn.Module],
+) -> None:
     """As a vision transformer's, whose head is zero until it is trained."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    nn.init.zeros_(model[1].weight)
-    nn.init.zeros_(model[1].bias)
-    made = plan(model, SVD(), ratio=1.2, exclude="1", example_input=torch.randn(2, 8))
+    layers = nn.Linear(8, 8), between(), nn.Linear(8, 8, bias=False), nn.Linear(8, 4)
+    model = nn.Sequential(*layers)
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    made = plan(model, SVD(), ratio=1.2, exclude="3", example_input=torch.randn(2, 8))
     twist = DeepTwist(model, made, 1)
     twist.finish()
     assert twist.output_difference is not None

@@ -138,12 +138,14 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
 def regularized(second_moment: Tensor) -> Tensor:
     """Return second moments (b, n, n), the largest at unit scale, in fp64, positive definite.
 
-    Directions that no input had, as of dead channels, then count for little, but not for nothing.
+    Directions that no input had, as of dead channels or of fewer inputs than directions, then count
+    for little, but not for nothing: as much as what rounding may have left of them below zero.
     """
+    floor = max(_FLOOR, second_moment.shape[-1] * torch.finfo(second_moment.dtype).eps)
     moment = to_unit_scale(second_moment.double(), second_moment.dim())[0]
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return moment + (mean * _FLOOR).clamp_min(_LEAST) * identity
+    return moment + (mean * floor).clamp_min(_LEAST) * identity
 
 
 def to_unit_scale(tensor: Tensor, dims: int) -> tuple[Tensor, Tensor]:

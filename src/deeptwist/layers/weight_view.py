@@ -80,10 +80,10 @@ class WeightView:
         y: Tensor = self._layer(input)
         own: Tensor | None = getattr(self._layer, "bias", None)
         if bias is own:
-            return y[..., self._rows]
+            return y[..., self._rows].contiguous()  # attention views it
         if own is not None:
             y = y - own
-        y = y[..., self._rows]
+        y = y[..., self._rows].contiguous()
         return y if bias is None else y + bias
 
     def _error(self, use: str) -> AttributeError:
