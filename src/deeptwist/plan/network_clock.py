@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspect.swap import swap
-from deeptwist.inspect.weights import input_padding, read_weight
+from deeptwist.inspect.weights import get_layer, input_padding, read_weight
 from deeptwist.plan.autotune import random_factored
 from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.latency import Latency, LatencySetting
@@ -41,7 +41,7 @@ def time_network(
         x = x.contiguous(memory_format=torch.channels_last)
     factored: dict[str, nn.Module] = {}
     for layer in plan.compressed:
-        module = model.get_submodule(layer.name)
+        module = get_layer(model, layer.name)
         new = random_factored(
             layer.convolution, layer.decomposition, read_weight(module), layer.implementation
         )
