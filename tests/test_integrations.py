@@ -569,6 +569,9 @@ def test_a_missing_package_is_told(
         pytest.param("lightning_trainer", marks=needs_lightning),
         pytest.param("huggingface_trainer", marks=needs_transformers),
         pytest.param("accelerate_loop", marks=needs_accelerate),
+        "timm_loop",
+        "segmentation",
+        "detection",
     ],
 )
 def test_an_example_runs(example: str, tmp_path: Path) -> None:
@@ -582,5 +585,5 @@ def test_an_example_runs(example: str, tmp_path: Path) -> None:
     ).stdout
     rows = dict(line.split(maxsplit=1) for line in printed.splitlines()[-3:])
     accuracies = {name: float(row.split("%")[0]) for name, row in rows.items()}
-    assert accuracies["dense"] > 90
+    assert accuracies["dense"] > {"segmentation": 75, "detection": 50}.get(example, 90)
     assert accuracies["DeepTwist"] > accuracies["untrained"]

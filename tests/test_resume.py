@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import deeptwist as dt
 from deeptwist.cli import main
-from deeptwist.data import load_digits
+from deeptwist.data import load_data, load_digits
 from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
 from deeptwist.training.metrics import read_run
 from deeptwist.training.recipe import make_recipe
@@ -56,10 +57,10 @@ SCHEDULED: dict[str, Any] = {
 Kill = tuple[str, float]  # what to count or wait for, and how much of it
 
 
-def network() -> nn.Module:
+def network(channels: int = 1) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.Conv2d(channels, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Dropout(0.1),
@@ -77,12 +78,27 @@ def job(**values: Any) -> TrainingRun:
     return build_run(make_recipe({**RECIPE, **values}), load_digits(), name="run", model=network())
 
 
-def train(folder: Path, kill: Kill | None = None, values: dict[str, Any] | None = None) -> None:
+def job_on_files(images: Path) -> TrainingRun:
+    """The same on images that a worker reads, augments and mixes."""
+    options = {"preset": "imagenet", "image_size": 8, "auto_augment": "trivial", "mixup": 0.2}
+    data = load_data(str(images), workers=1, **options)
+    records = {"images": 0, "checkpoint_every": 3}
+    recipe = make_recipe({**RECIPE, "batch_size": 32, "records": records})
+    return build_run(recipe, data, name="run", model=network(3))
+
+
+def train(
+    folder: Path,
+    kill: Kill | None = None,
+    values: dict[str, Any] | None = None,
+    images: Path | None = None,
+) -> None:
     """In a process of its own, which does not survive the moment it is told."""
     torch.set_num_threads(1)
     if kill is not None:
         _arm(folder, *kill)
-    train_run(job(**(values or {})), folder, resume=True, latency_batch=None)
+    run = job(**(values or {})) if images is None else job_on_files(images)
+    train_run(run, folder, resume=True, latency_batch=None)
 
 
 def _arm(folder: Path, moment: str, amount: float) -> None:
@@ -123,8 +139,13 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["deeptwist.training.run", "deeptwist.cli.app", "sklearn.datasets"])
 
 
-def start(folder: Path, kill: Kill | None = None, values: dict[str, Any] | None = None) -> int:
-    process = CONTEXT.Process(target=train, args=(folder, kill, values))
+def start(
+    folder: Path,
+    kill: Kill | None = None,
+    values: dict[str, Any] | None = None,
+    images: Path | None = None,
+) -> int:
+    process = CONTEXT.Process(target=train, args=(folder, kill, values, images))
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -147,6 +168,23 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
     started = time.perf_counter()
     assert start(folder / "again") == 0
     return folder, time.perf_counter() - started
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_on_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, Path]:
+    """A run on the digits as a folder of files, its seconds, and the folder."""
+    folder = tmp_path_factory.mktemp("files")
+    data = load_digits()
+    for name, split, count in (("train", data.train, 300), ("test", data.test, 20)):
+        few = split.evenly_spaced(count)
+        assert isinstance(few.images, torch.Tensor)
+        for row, (image, label) in enumerate(zip(few.images, few.labels.tolist(), strict=True)):
+            path = folder / "images" / name / str(label) / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(path)
+    started = time.perf_counter()
+    assert start(folder / "run", images=folder / "images") == 0
+    return folder / "run", time.perf_counter() - started, folder / "images"
 
 
 def check_same(folder: Path, expected: Path) -> None:
@@ -173,9 +211,17 @@ def check_same(folder: Path, expected: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(20))
 def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
-    number: int, uninterrupted: tuple[Path, float], tmp_path: Path
+    number: int,
+    uninterrupted: tuple[Path, float],
+    uninterrupted_on_files: tuple[Path, float, Path],
+    tmp_path: Path,
 ) -> None:
-    expected, seconds = uninterrupted
+    """On images in memory, and every other time on files that a worker reads."""
+    images: Path | None
+    if number % 8 < 4:
+        (expected, seconds), images = uninterrupted, None
+    else:
+        expected, seconds, images = uninterrupted_on_files
     rng = random.Random(number)
     moments: list[Kill] = [
         ("seconds", rng.uniform(0.05, 0.95) * seconds),
@@ -184,8 +230,8 @@ def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
         ("seconds", rng.uniform(0.05, 0.95) * seconds),
     ]
     for kill in (moments[number % 4], moments[(number + 1) % 4]):  # it may happen twice
-        start(tmp_path, kill)
-    assert start(tmp_path) == 0
+        start(tmp_path, kill, images=images)
+    assert start(tmp_path, images=images) == 0
     check_same(tmp_path, expected)
 
 
@@ -380,12 +426,13 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path
 # --- several processes
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from deeptwist.data import load_digits
+from deeptwist.data import load_data, load_digits
 from deeptwist.training.run import build_run, train
 from deeptwist.training.recipe import make_recipe
 torch.set_num_threads(1)
@@ -399,7 +446,14 @@ recipe = make_recipe({
     "compression": {"decomposition": "svd", "ratio": 2, "include": ["2", "4"]},
     "records": {"images": 50, "checkpoint_every": 5},
 })
-train(build_run(recipe, load_digits(), name="run", model=model), Path(sys.argv[1]), resume=True)
+left = int(sys.argv[2]) if len(sys.argv) > 2 else -1
+def tick():
+    global left
+    left -= 1
+    if left == 0:
+        os._exit(9)  # in every process at once
+run = build_run(recipe, load_digits(), name="run", model=model)
+train(run, Path(sys.argv[1]), resume=True, on_step=tick)
 if dist.is_initialized():
     for name, tensor in model.state_dict().items():
         every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -409,31 +463,41 @@ if dist.is_initialized():
 """
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_and_stay_identical(tmp_path: Path) -> None:
+def started(tmp_path: Path, out: str, processes: int, stop: int | None = None) -> str:
+    """Run the script in so many processes, which end by themselves after `stop` steps."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    launcher = torchrun if processes > 1 else ()
+    more = () if stop is None else (str(stop),)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(tmp_path / out), *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode == 0) == (stop is None), done.stderr
+    return done.stdout
 
-    def started(out: str, *launcher: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(tmp_path / out)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    started("one")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert "identical on 2" in started("two", *torchrun)
-    one, two = (tensors(tmp_path / name) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert torch.allclose(tensor.abs(), two[name].abs(), atol=1e-7), name
-    first, second = (read_run(tmp_path / name) for name in ("one", "two"))
-    assert second.summary.processes == 2
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_stay_identical(tmp_path: Path) -> None:
+    """Also where two go on with what one began, and the other way round."""
+    started(tmp_path, "one", 1)
+    assert "identical on 2" in started(tmp_path, "two", 2)
+    for out, before, after in (("grown", 1, 2), ("shrunk", 2, 1)):
+        started(tmp_path, out, before, stop=12)
+        assert len([*(tmp_path / out).glob("checkpoint-*.pt")]) == 2
+        started(tmp_path, out, after)
+    one = tensors(tmp_path / "one")
+    for out in ("two", "grown", "shrunk"):
+        other = tensors(tmp_path / out)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.allclose(tensor.abs(), other[name].abs(), atol=1e-7), (out, name)
+    first, second, shrunk = (read_run(tmp_path / name) for name in ("one", "two", "shrunk"))
+    assert (second.summary.processes, shrunk.summary.processes) == (2, 1)
     assert [epoch["train_loss"] for epoch in second.epochs] == pytest.approx(
         [epoch["train_loss"] for epoch in first.epochs]
     )

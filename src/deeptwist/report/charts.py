@@ -28,7 +28,7 @@ from deeptwist.report.styles import (
     variant_styles,
 )
 from deeptwist.training.metrics import Run, Summary
-from deeptwist.training.modes import Finetune, Twist, find_mode
+from deeptwist.training.modes import MODES, find_mode
 
 _SYMLOG_FROM = 0.5  # a ΔL/L beyond it would flatten all others on a linear axis
 _LOG_FROM = 30  # between the least and the greatest loss
@@ -166,8 +166,8 @@ def _ties(points: Iterable[tuple[Run, PlotStyle, float]]) -> list[Curve]:
 def _modes(runs: Sequence[Run]) -> str:
     modes = {find_mode(run.summary.mode) for run in runs}
     words = {
-        "DeepTwist (filled)": Twist in modes,
-        "conventional fine-tuning (hollow)": Finetune in modes,
+        "DeepTwist (filled)": MODES["deeptwist"] in modes,
+        "conventional fine-tuning (hollow)": MODES["finetune"] in modes,
         "a control (hollow, in a colour of its own)": any(mode.is_ablation for mode in modes),
     }
     return join_words([word for word, is_present in words.items() if is_present], "or")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deeptwist.training.metrics import Run
-from deeptwist.training.modes import Twist, find_mode
+from deeptwist.training.modes import find_mode
 
 # matplotlib wants a colour now, the page decides on it later (light, dark, print): these stand in
 # for the variables of style.css, which replace them in the SVG.
@@ -91,8 +91,8 @@ def assign_styles(runs: Sequence[Run]) -> list[PlotStyle]:
             PlotStyle(
                 SERIES[number % len(SERIES)],
                 _MARKERS[number % len(_MARKERS)],
-                filled=mode is Twist,
-                line=_DASH_DOTTED if control else SOLID if mode is Twist else DASHED,
+                filled=mode.name == "deeptwist",
+                line=_DASH_DOTTED if control else SOLID if mode.name == "deeptwist" else DASHED,
             )
         )
     return styles

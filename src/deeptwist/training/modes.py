@@ -1,12 +1,10 @@
 """Training modes: which network is trained, when its weights are distorted, what is deployed."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deeptwist.errors import unknown_name_error
-from deeptwist.twist.config import TwistConfig
 
 if TYPE_CHECKING:  # recipes name modes, and the help that shows recipes must not wait for torch
     from torch import Tensor, nn
@@ -14,12 +12,12 @@ if TYPE_CHECKING:  # recipes name modes, and the help that shows recipes must no
 
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
-    from deeptwist.twist.distortion import DeepTwist, Perturb
-    from deeptwist.twist.schedules import Interval
+    from deeptwist.training.recipe import Recipe
+    from deeptwist.twist.distortion import DeepTwist
 
 
 @dataclass(frozen=True)
-class TrainingMode(ABC):
+class TrainingMode:
     """How a network is trained and what is deployed.
 
     Attributes:
@@ -31,23 +29,33 @@ class TrainingMode(ABC):
         is_ablation: whether it is a control experiment rather than a method to use.
     """
 
-    name: ClassVar[str]
-    label: ClassVar[str]
-    compresses: ClassVar[bool] = True
-    distorts: ClassVar[bool] = False
-    at_intervals: ClassVar[bool] = False
-    is_ablation: ClassVar[bool] = False
+    name: str
+    label: str
+    compresses: bool = True
+    distorts: bool = False
+    at_intervals: bool = False
+    is_ablation: bool = False
 
-    @abstractmethod
     def trained_network(
         self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
     ) -> "nn.Module":
         """Return the network whose parameters are trained, which may be the model itself."""
+        from deeptwist.decompose import decompose
+
+        decomposes = self.compresses and not self.distorts
+        return decompose(model, plan, calibration=calibration) if decomposes else model
+
+    def deploy(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+        """Return a trained network in the form that is deployed."""
+        from deeptwist.decompose import decompose
+
+        return decompose(model, plan) if self.distorts else model
 
     def attach(
         self,
         model: "nn.Module",
         plan: "Plan",
+        recipe: "Recipe",
         *,
         steps: int,
         lr_factor: Callable[[int], float],
@@ -59,166 +67,58 @@ class TrainingMode(ABC):
         Args:
             model: what `trained_network` returned.
             plan: of the model.
+            recipe: says at which interval and how.
             steps: optimizer steps in all.
             lr_factor: the share of the learning rate that a step has.
             optimizer: of the model's parameters.
             example_input: see `DeepTwist`.
         """
-        return None
-
-    def deploy(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
-        """Return a trained network in the form that is deployed."""
-        return model
-
-
-@dataclass(frozen=True)
-class Dense(TrainingMode):
-    """Train the network as it is."""
-
-    name = "dense"
-    label = "dense"
-    compresses = False
-
-    def trained_network(
-        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
-    ) -> "nn.Module":
-        """Return the model."""
-        return model
-
-
-@dataclass(frozen=True)
-class Finetune(TrainingMode):
-    """Decompose the network first and train its factors: conventional fine-tuning."""
-
-    name = "finetune"
-    label = "conventional fine-tuning"
-
-    def trained_network(
-        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
-    ) -> "nn.Module":
-        """Return the decomposed model."""
-        from deeptwist.decompose import decompose
-
-        return decompose(model, plan, calibration=calibration)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _DistortingMode(TrainingMode):
-    """Train the dense network, distort it, decompose it at the end."""
-
-    distorts = True
-
-    twist: TwistConfig = field(default_factory=TwistConfig)
-
-    def trained_network(
-        self, model: "nn.Module", plan: "Plan", calibration: "Calibration | None" = None
-    ) -> "nn.Module":
-        return model
-
-    def attach(
-        self,
-        model: "nn.Module",
-        plan: "Plan",
-        *,
-        steps: int,
-        lr_factor: Callable[[int], float],
-        optimizer: "Optimizer",
-        example_input: "Tensor",
-    ) -> "DeepTwist":
+        from deeptwist.training.ablations import NoiseInPlaceOfDistortion
         from deeptwist.twist.distortion import DeepTwist
         from deeptwist.twist.schedules import follow_learning_rate
 
-        interval, power = self._interval(steps), self.twist.lr_power
-        if self.at_intervals and power:
+        if not self.distorts:
+            return None
+        interval = {"projected": 1, "decompose_at_end": steps + 1}.get(self.name, recipe.interval)
+        if self.at_intervals and recipe.twist.lr_power:
             assert isinstance(interval, int)
-            interval = follow_learning_rate(interval, lr_factor, steps, power)
+            interval = follow_learning_rate(interval, lr_factor, steps, recipe.twist.lr_power)
         return DeepTwist(
             model,
             plan,
             interval,
-            ramp_steps=round(self.twist.ramp * steps),
-            choose_ranks_steps=round(self.twist.choose_ranks * steps),
-            momentum=self.twist.momentum,
+            ramp_steps=round(recipe.twist.ramp * steps),
+            choose_ranks_steps=round(recipe.twist.choose_ranks * steps),
+            momentum=recipe.twist.momentum,
             optimizer=optimizer,
             example_input=example_input,
-            perturb=self._perturb(),
+            perturb=NoiseInPlaceOfDistortion(recipe.seed) if self.name == "random_noise" else None,
         )
 
-    def deploy(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
-        from deeptwist.decompose import decompose
 
-        return decompose(model, plan)
-
-    @abstractmethod
-    def _interval(self, steps: int) -> "Interval":
-        """Return S_D for a training of so many optimizer steps."""
-
-    def _perturb(self) -> "Perturb | None":
-        """Return what is written in place of an approximation; see `DeepTwist`."""
-        return None
-
-
-@dataclass(frozen=True)
-class Twist(_DistortingMode):
-    """Distort at every `interval`-th step: DeepTwist."""
-
-    name = "deeptwist"
-    label = "DeepTwist"
-    at_intervals = True
-
-    interval: "Interval"
-
-    def _interval(self, steps: int) -> "Interval":
-        return self.interval
-
-
-@dataclass(frozen=True)
-class Projected(_DistortingMode):
-    """Distort at every step."""
-
-    name = "projected"
-    label = "control: projection at every step"
-    is_ablation = True
-
-    def _interval(self, steps: int) -> int:
-        return 1
-
-
-@dataclass(frozen=True)
-class RandomNoise(_DistortingMode):
-    """Add random noise of each distortion's size in its place, at every `interval`-th step."""
-
-    name = "random_noise"
-    label = "control: random noise"
-    at_intervals = True
-    is_ablation = True
-
-    interval: "Interval"
-    seed: int
-
-    def _interval(self, steps: int) -> "Interval":
-        return self.interval
-
-    def _perturb(self) -> "Perturb":
-        from deeptwist.training.ablations import NoiseInPlaceOfDistortion
-
-        return NoiseInPlaceOfDistortion(self.seed)
-
-
-@dataclass(frozen=True)
-class DecomposeAtEnd(_DistortingMode):
-    """Distort once, at the end."""
-
-    name = "decompose_at_end"
-    label = "control: decomposed once, at the end"
-    is_ablation = True
-
-    def _interval(self, steps: int) -> int:
-        return steps + 1
-
-
-MODES: dict[str, type[TrainingMode]] = {
-    mode.name: mode for mode in (Dense, Twist, Finetune, Projected, RandomNoise, DecomposeAtEnd)
+MODES = {
+    mode.name: mode
+    for mode in (
+        TrainingMode("dense", "dense", compresses=False),
+        TrainingMode("deeptwist", "DeepTwist", distorts=True, at_intervals=True),
+        TrainingMode("finetune", "conventional fine-tuning"),
+        TrainingMode(
+            "projected", "control: projection at every step", distorts=True, is_ablation=True
+        ),
+        TrainingMode(
+            "random_noise",
+            "control: random noise",
+            distorts=True,
+            at_intervals=True,
+            is_ablation=True,
+        ),
+        TrainingMode(
+            "decompose_at_end",
+            "control: decomposed once, at the end",
+            distorts=True,
+            is_ablation=True,
+        ),
+    )
 }
 _ALIASES = {  # names of earlier versions
     "decomposed": "finetune",
@@ -233,7 +133,7 @@ def mode_name(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def find_mode(name: str) -> type[TrainingMode]:
+def find_mode(name: str) -> TrainingMode:
     """Return the mode of this name, or of this name in earlier versions.
 
     Raises:

@@ -343,9 +343,8 @@ class Recipe:
 
     @property
     def training_mode(self) -> TrainingMode:
-        """Return the mode with the recipe's interval and seed."""
-        mode = MODES[self.mode]
-        return mode(**{option.name: getattr(self, option.name) for option in fields(mode)})
+        """Return the mode by its name."""
+        return MODES[self.mode]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `make_recipe` is the inverse."""

@@ -1,9 +1,6 @@
 """A whole run: train as a recipe says, evaluate what is deployed, keep it with its records."""
 
 import copy
-import logging
-import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +8,6 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.precision import MixedPrecision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +23,7 @@ from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, save
+from deeptwist.training.devices import images_on, make_fabric
 from deeptwist.training.evaluation import evaluate, test_inputs, training_inputs
 from deeptwist.training.loop import Trainer, steps_per_epoch
 from deeptwist.training.metrics import (
@@ -162,7 +159,8 @@ def _train(
     on_record: Callable[[Record], None],
     on_step: Callable[[], None],
 ) -> Summary:
-    run = _with_images_on(run, fabric.device)
+    images, validation = images_on(fabric.device, run.data, run.validation)
+    run = replace(run, data=images, validation=validation)
     recipe, plan, data, mode = run.recipe, run.plan, run.data, run.recipe.training_mode
     model = run.model.to(fabric.device)
     before = run.before or evaluate(model, data.test, data)
@@ -199,7 +197,9 @@ def _train(
 
     summary = _summarize(
         run,
-        _Accuracies(before, untrained, after),
+        before=before,
+        untrained=untrained,
+        after=after,
         final=final,
         twist=twist,
         weights=weights,
@@ -227,6 +227,7 @@ def _make_trainer(
     twist = recipe.training_mode.attach(
         network,
         run.plan,
+        recipe,
         steps=steps,
         lr_factor=partial(lr_factor, recipe.schedule, steps=steps, steps_per_epoch=per_epoch),
         optimizer=optimizer,
@@ -243,29 +244,6 @@ def _make_trainer(
         validation=run.validation,
     )
     return trainer, twist
-
-
-def make_fabric(recipe: Recipe) -> Fabric:
-    """Launch Fabric, with one process or with all those that ``torchrun`` started."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Fabric logs its precision, through whichever of the two was imported last.
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Fabric turns fp16 on a processor to bf16, which torch has not needed since 2.3.
-    fp16_on_cpu = recipe.precision == "16-mixed" and not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    )
-    fabric = Fabric(
-        accelerator="auto",
-        devices=local,
-        num_nodes=processes // local,
-        strategy="ddp" if processes > 1 else "auto",
-        precision=None if fp16_on_cpu else recipe.precision,
-        plugins=[MixedPrecision("16-mixed", "cpu")] if fp16_on_cpu else None,
-    )
-    fabric.launch()
-    return fabric
 
 
 def _build_for(data: ImageData, name: str, weights: str | None) -> nn.Module:
@@ -313,19 +291,6 @@ def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
     model.to(device)
     moments = calibration.moments.items()
     return Calibration({name: replace(m, values=m.values.to(device)) for name, m in moments})
-
-
-def _with_images_on(run: TrainingRun, device: torch.device) -> TrainingRun:
-    """Return the run with its images on a GPU, if it augments there and has room for them twice."""
-    if device.type != "cuda" or run.data.transform is not None:
-        return run
-    splits = [s for s in (run.data.train, run.data.test, run.validation) if s is not None]
-    free, _ = torch.cuda.mem_get_info(device)
-    if 2 * sum(math.prod(split.images.shape) for split in splits) > free:
-        return run
-    train, test, *validation = (split.to(device) for split in splits)
-    data = replace(run.data, train=train, test=test)
-    return replace(run, data=data, validation=validation[0] if validation else None)
 
 
 def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
@@ -390,19 +355,12 @@ def _latency(run: TrainingRun, final: nn.Module, batch: int | None) -> Compariso
     return compare(run.model, final, test_inputs(run.data, final, batch))
 
 
-@dataclass(frozen=True)
-class _Accuracies:
-    """Evaluations of the network before training, decomposed before training, and after it."""
-
-    before: Evaluation
-    untrained: Evaluation | None
-    after: Evaluation
-
-
 def _summarize(
     run: TrainingRun,
-    accuracies: _Accuracies,
     *,
+    before: Evaluation,
+    untrained: Evaluation | None,
+    after: Evaluation,
     final: nn.Module,
     twist: DeepTwist | None,
     weights: Path,
@@ -414,7 +372,6 @@ def _summarize(
     processes: int,
 ) -> Summary:
     recipe, plan = run.recipe, run.plan
-    before, untrained, after = accuracies.before, accuracies.untrained, accuracies.after
     compression = recipe.compression if recipe.training_mode.compresses else None
     return Summary(
         name=run.name,

@@ -1,0 +1,50 @@
+"""Where a training runs: Lightning Fabric's processes and precision, and images on a GPU."""
+
+import logging
+import math
+import os
+from dataclasses import replace
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
+
+from deeptwist.data import ImageData, Split
+from deeptwist.training.recipe import Recipe
+
+
+def make_fabric(recipe: Recipe) -> Fabric:
+    """Launch Fabric, with one process or with all those that ``torchrun`` started."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Fabric logs its precision, through whichever of the two was imported last.
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Fabric turns fp16 on a processor to bf16, which torch has not needed since 2.3.
+    fp16_on_cpu = recipe.precision == "16-mixed" and not (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    )
+    fabric = Fabric(
+        accelerator="auto",
+        devices=local,
+        num_nodes=processes // local,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=None if fp16_on_cpu else recipe.precision,
+        plugins=[MixedPrecision("16-mixed", "cpu")] if fp16_on_cpu else None,
+    )
+    fabric.launch()
+    return fabric
+
+
+def images_on(
+    device: torch.device, data: ImageData, validation: Split | None
+) -> tuple[ImageData, Split | None]:
+    """Return the images on a GPU, if they are augmented there and it has room for them twice."""
+    if device.type != "cuda" or data.transform is not None:
+        return data, validation
+    splits = [s for s in (data.train, data.test, validation) if s is not None]
+    free, _ = torch.cuda.mem_get_info(device)
+    if 2 * sum(math.prod(split.images.shape) for split in splits) > free:
+        return data, validation
+    train, test, *held_out = (split.to(device) for split in splits)
+    return replace(data, train=train, test=test), held_out[0] if held_out else None
