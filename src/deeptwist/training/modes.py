@@ -12,8 +12,9 @@ if TYPE_CHECKING:  # recipes name modes, and the help that shows recipes must no
 
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
-    from deeptwist.training.recipe import Recipe
+    from deeptwist.twist.config import TwistConfig
     from deeptwist.twist.distortion import DeepTwist
+    from deeptwist.twist.schedules import Interval
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class TrainingMode:
         self,
         model: "nn.Module",
         plan: "Plan",
-        recipe: "Recipe",
         *,
+        interval: "Interval",
+        twist: "TwistConfig",
+        seed: int,
         steps: int,
         lr_factor: Callable[[int], float],
         optimizer: "Optimizer",
@@ -67,7 +70,9 @@ class TrainingMode:
         Args:
             model: what `trained_network` returned.
             plan: of the model.
-            recipe: says at which interval and how.
+            interval: S_D, where the mode has none of its own.
+            twist: see `TwistConfig`.
+            seed: of noise.
             steps: optimizer steps in all.
             lr_factor: the share of the learning rate that a step has.
             optimizer: of the model's parameters.
@@ -79,20 +84,20 @@ class TrainingMode:
 
         if not self.distorts:
             return None
-        interval = {"projected": 1, "decompose_at_end": steps + 1}.get(self.name, recipe.interval)
-        if self.at_intervals and recipe.twist.lr_power:
+        interval = {"projected": 1, "decompose_at_end": steps + 1}.get(self.name, interval)
+        if self.at_intervals and twist.lr_power:
             assert isinstance(interval, int)
-            interval = follow_learning_rate(interval, lr_factor, steps, recipe.twist.lr_power)
+            interval = follow_learning_rate(interval, lr_factor, steps, twist.lr_power)
         return DeepTwist(
             model,
             plan,
             interval,
-            ramp_steps=round(recipe.twist.ramp * steps),
-            choose_ranks_steps=round(recipe.twist.choose_ranks * steps),
-            momentum=recipe.twist.momentum,
+            ramp_steps=round(twist.ramp * steps),
+            choose_ranks_steps=round(twist.choose_ranks * steps),
+            momentum=twist.momentum,
             optimizer=optimizer,
             example_input=example_input,
-            perturb=NoiseInPlaceOfDistortion(recipe.seed) if self.name == "random_noise" else None,
+            perturb=NoiseInPlaceOfDistortion(seed) if self.name == "random_noise" else None,
         )
 
 

@@ -227,7 +227,9 @@ def _make_trainer(
     twist = recipe.training_mode.attach(
         network,
         run.plan,
-        recipe,
+        interval=recipe.interval,
+        twist=recipe.twist,
+        seed=recipe.seed,
         steps=steps,
         lr_factor=partial(lr_factor, recipe.schedule, steps=steps, steps_per_epoch=per_epoch),
         optimizer=optimizer,
