@@ -324,7 +324,8 @@ def test_the_demo_erases_only_what_is_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_the_whole_job(tmp_path: Path) -> None:
+def test_the_demo_shows_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deeptwist.cli.demo._BATCH", 8)  # .ci/run times the whole batch
     for name in ("dense/recipe.yaml", "small/compress.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
