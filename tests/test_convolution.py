@@ -27,14 +27,14 @@ def test_sizes_and_macs_are_torchs(given_: tuple[nn.Module, tuple[int, ...]]) ->
         y = layer(torch.randn(2, convolution.in_channels, *size))
     assert y.shape[2:] == convolution.output_size(size)
     assert counter.get_total_flops() == 2 * 2 * convolution.macs(size)
-    assert convolution.weight_numel == layer.weight.numel()
+    assert convolution.weight_numel == layer.get_parameter("weight").numel()
 
 
 @given(layers())
 def test_a_rebuilt_layer_is_the_layer(given_: tuple[nn.Module, tuple[int, ...]]) -> None:
     layer, size = given_
     convolution, kernel = read(layer)
-    bias = None if layer.bias is None else layer.bias.detach()
+    bias = None if layer.bias is None else layer.get_parameter("bias").detach()
     twin = convolution.make_module(kernel, bias)
     x = torch.randn(2, convolution.in_channels, *size)
     assert type(twin) is type(layer)

@@ -175,7 +175,7 @@ def test_digits_are_the_digits_that_their_labels_say() -> None:
     pixels = normalize(data.train.images, data.mean, data.std)
     assert abs(pixels.mean()) < 2e-3
     assert abs(pixels.std() - 1) < 2e-3
-    train, test = (split.images.flatten(1).float() for split in (data.train, data.test))
+    train, test = (images_of(split).flatten(1).float() for split in (data.train, data.test))
     nearest = torch.cdist(test, train).argmin(1)
     assert (data.train.labels[nearest] == data.test.labels).float().mean() > 0.97
 
@@ -430,9 +430,9 @@ def test_a_hugging_face_folder_gives_the_same_images(folder: Path, error_of: Err
     for source in (folder, parquet):
         data = load_data(f"hf/{source}", workers=0)
         assert data.classes == expected.classes
-        for split, known in ((data.train, expected.train), (data.test, expected.test)):
-            assert torch.equal(images_of(split), images_of(known))
-            assert torch.equal(split.labels, known.labels)
+        for read, known in ((data.train, expected.train), (data.test, expected.test)):
+            assert torch.equal(images_of(read), images_of(known))
+            assert torch.equal(read.labels, known.labels)
     (parquet / "test-00000-of-00001.parquet").unlink()
     assert "it needs train, test" in error_of(load_data, f"hf/{parquet}")
     assert "cannot load data set" in error_of(load_data, f"hf/{folder / 'absent'}")
