@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from cases import at, build, difference, factored, read, with_kernel
+from tests.cases import at, build, difference, factored, read, with_kernel
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-decomposition.md"
 

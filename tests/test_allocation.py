@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import error_of
+from tests.cases import error_of
 from torch import nn
 
 import deeptwist as dt

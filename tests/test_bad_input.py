@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
-from test_cli import refused, run
+from tests.test_cli import refused, run
 
 from deeptwist.models import build_model
 

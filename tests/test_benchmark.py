@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import error_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tests.cases import error_of
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import GEOMETRIES, difference, error_of
+from tests.cases import GEOMETRIES, difference, error_of
 from torch import Tensor, nn
 
 import deeptwist as dt

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from cases import GEOMETRIES, build, error_of, layers, read
 from hypothesis import given
+from tests.cases import GEOMETRIES, build, error_of, layers, read
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import METHODS, at
+from tests.cases import METHODS, at
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,7 +125,7 @@ def test_macs_are_those_of_one_example(shape: tuple[int, ...]) -> None:
 def test_a_factored_layer_counts_what_its_decomposition_says() -> None:
     convolution = ConvGeometry.from_module(nn.Conv2d(16, 32, 3, stride=2, padding=1))
     method = at(TiledSVD(tile=(16, 64)), convolution, 0.5)  # 1×1 convolutions on the windows
-    rank, windows = method.resolved_rank, 4 * 4
+    rank, windows = method.resolved_rank, 4 * 4  # type: ignore[attr-defined]
     blocks = (144 // 64) * 2  # and two narrower tiles of 16 columns
     edge = max(1, rank * 16 * 16 * (16 + 64) // (16 * 64 * (16 + 16)))
     expected = blocks * rank * (16 + 64) + 2 * edge * (16 + 16)

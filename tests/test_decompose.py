@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GEOMETRIES, METHODS, build, difference, error_of
+from tests.cases import GEOMETRIES, METHODS, build, difference, error_of
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, decompose, fuse, plan
@@ -255,7 +255,7 @@ class CorrelationBlock:
 
 def test_what_a_module_holds_besides_is_no_obstacle() -> None:
     model = network()
-    model.lock, model.generator = Lock(), (x for x in ())
+    model.lock, model.generator = Lock(), (x for x in ())  # type: ignore[var-annotated]
     twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), interval=1)
     model.features = [model(X)]
     model.block = CorrelationBlock(model.features[0])

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import METHODS, at, build, difference, error_of, factored, read
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.cases import METHODS, at, build, difference, error_of, factored, read
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, Tucker
@@ -152,7 +152,7 @@ def test_svd_and_tucker_layers_are_what_their_papers_draw() -> None:
         shapes[method.method] = [
             (part.in_channels, part.out_channels, part.kernel_size, part.groups) for part in small
         ]
-    assert shapes == {
+    assert shapes == {  # type: ignore[comparison-overlap]
         "svd": [(6, 4, (3, 3), 1), (4, 10, (1, 1), 1)],
         "spatial_svd": [(6, 4, (1, 3), 1), (4, 10, (3, 1), 1)],
         "tucker": [(6, 3, (1, 1), 1), (3, 4, (3, 3), 1), (4, 10, (1, 1), 1)],

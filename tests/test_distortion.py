@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import METHODS, error_of, works_or_is_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.cases import METHODS, error_of, works_or_is_refused
 from torch import Tensor, nn
 
 from deeptwist import SVD, Decomposition, DeepTwist, Plan, decompose, plan
@@ -218,7 +218,7 @@ def test_the_loss_is_only_asked_for_at_a_distortion() -> None:
     _, twist = twisted(interval=3)
     asked = []
     for number in range(6):
-        twist.step(lambda number=number: asked.append(number) or 1.0)
+        twist.step(lambda number=number: asked.append(number) or 1.0)  # type: ignore[func-returns-value]
     assert asked == [2, 2, 5, 5]
 
 
@@ -411,7 +411,7 @@ def test_finish_leaves_the_mode_and_the_global_generator_alone() -> None:
     model[1].eval()
     state = torch.random.get_rng_state()
     small = twist.finish()
-    assert [m.training for m in model] == [m.training for m in small]
+    assert [m.training for m in model] == [m.training for m in small]  # type: ignore[attr-defined]
     assert model.training
     assert not model[1].training
     assert torch.equal(torch.random.get_rng_state(), state)

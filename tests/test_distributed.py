@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import METHODS, difference
+from tests.cases import METHODS, difference
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,7 +122,7 @@ def not_a_number() -> dict[str, Any]:
             if call is DeepTwist.step:
                 before["twist"]["steps"] += 1
             outcome[name, call.__name__] = (*error, alike(before, state(twist)))
-    return outcome
+    return outcome  # type: ignore[return-value]
 
 
 def kept_not_a_number() -> tuple[str, str, bool]:
@@ -265,7 +265,7 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("job")
     # Forked from one that has imported torch and this file.
     multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(worker, (request.param, folder), request.param, start_method="forkserver")
+    mp.start_processes(worker, (request.param, folder), request.param, start_method="forkserver")  # type: ignore[attr-defined]
     return [torch.load(folder / f"{n}.pt", weights_only=False) for n in range(request.param)]
 
 

@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from cases import METHODS, difference, error_of
 from safetensors.torch import load_file
-from test_cli import refused, run
+from tests.cases import METHODS, difference, error_of
+from tests.test_cli import refused, run
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import error_of, works_or_is_refused
+from tests.cases import error_of, works_or_is_refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

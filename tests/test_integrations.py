@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
-from deeptwist.decompositions.base import FactoredLayer
+from deeptwist.decompositions.base import FactoredLayer  # type: ignore[attr-defined]
 from deeptwist.integrations.optimizer_hooks import after_each_step
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -170,7 +170,7 @@ def fit(
     from deeptwist.integrations.lightning import DeepTwistCallback
 
     callback = DeepTwistCallback(twist)
-    callback.trainer = lightning.Trainer(
+    callback.trainer = lightning.Trainer(  # type: ignore[attr-defined]
         accelerator="cpu",
         max_epochs=epochs,
         default_root_dir=folder,
@@ -180,7 +180,7 @@ def fit(
         **{"logger": False, **options},
     )
     fitted = (module or lightning_module)(twist.model)
-    callback.trainer.fit(fitted, loader(), ckpt_path=resume)
+    callback.trainer.fit(fitted, loader(), ckpt_path=resume)  # type: ignore[attr-defined]
     return callback
 
 
@@ -247,7 +247,7 @@ def test_lightning_with_several_optimizers(tmp_path: Path) -> None:
             self.body, self.head = model[:5], model[5]
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            body, head = self.optimizers()
+            body, head = self.optimizers()  # type: ignore[attr-defined]
             for optimizers in ([body, head], [head]):
                 loss = functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
                 self.zero_grad()
@@ -356,7 +356,7 @@ def trainer_of(model: nn.Module, twist: dt.DeepTwist, folder: Path, **options: A
     trainer = Trainer(
         model,
         TrainingArguments(str(folder), **{**settings, **options}),
-        train_dataset=[{"pixel_values": x, "labels": y} for x, y in data()],
+        train_dataset=[{"pixel_values": x, "labels": y} for x, y in data()],  # type: ignore[attr-defined]
         callbacks=[callback],
         optimizers=(optimizer(model), None),
     )
@@ -407,7 +407,7 @@ def test_hugging_face_does_not_count_steps_that_amp_skipped(tmp_path: Path, fuse
     class Exploding(Classifier):
         count = 0
 
-        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
             outputs = super().forward(pixel_values, labels)
             self.count += 1
             if self.count in (2, 3, 6):
@@ -445,7 +445,7 @@ def test_a_hugging_face_model_under_mixed_precision(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = ResNetForImageClassification(
-        ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[16], depths=[2], num_labels=10)
+        ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[16], depths=[2], num_labels=10)  # type: ignore[call-arg]
     )
     plan = dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=torch.zeros(2, 1, 8, 8))
     twist = dt.DeepTwist(model, plan, interval=INTERVAL)

@@ -6,7 +6,9 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.cases import (
     EXACT,
     GEOMETRIES,
     METHODS,
@@ -21,8 +23,6 @@ from cases import (
     read,
     with_kernel,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tests.conftest import SHARED
 from torch import Tensor, nn
 
 from deeptwist.data import load_data, normalize

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from cases import difference
+from tests.cases import difference
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan

@@ -20,7 +20,7 @@ from experiments.paper.results import Results
 from experiments.paper.runner import Options, Runner
 from experiments.paper.runs import outcome_of, read_runs, run_name
 from safetensors.torch import save_file
-from test_cli import refused, run
+from tests.test_cli import refused, run
 from torch import nn
 
 from deeptwist import Plan

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
 from torch import Tensor, nn
 
 from deeptwist import (
@@ -405,7 +405,7 @@ def test_json_round_trip_of_any_layer(method: Decomposition, geometry: str) -> N
 def test_json_round_trip_of_everything_else() -> None:
     shared = nn.Conv2d(8, 8, 3, padding=1)
     model = nn.Sequential(shared, nn.Embedding(3, 4), shared, nn.LSTM(3, 4), nn.Conv2d(8, 8, 1))
-    model.forward = lambda x: shared(shared(x))
+    model.forward = lambda x: shared(shared(x))  # type: ignore[method-assign]
     made = plan(model, SVD(), ratio=1.5, example_input=X)
     assert Plan.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["layers"][0]["aliases"] == ["2"]

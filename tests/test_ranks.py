@@ -3,9 +3,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import METHODS, at, error_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.cases import METHODS, at, error_of
 from torch import nn
 
 from deeptwist import SVD, Decomposition, Tucker

@@ -141,7 +141,7 @@ def make_run(
 
 def moments(before: float, after: float, *accuracies: float) -> list[dict[str, float]]:
     found = zip((before, after), accuracies or (0.5, 0.25), strict=True)
-    return [{"loss": loss, "accuracy": accuracy, "top5": None} for loss, accuracy in found]
+    return [{"loss": loss, "accuracy": accuracy, "top5": None} for loss, accuracy in found]  # type: ignore[dict-item]
 
 
 def pair(decomposition: str, **changes: Any) -> list[Run]:

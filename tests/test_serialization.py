@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
 from torch import nn
 from torch.nn.utils import parametrize
 

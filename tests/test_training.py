@@ -83,7 +83,7 @@ def test_evaluation_leaves_the_training_flags_alone(digits: ImageData) -> None:
     model = network().train()
     model[1].eval()
     evaluate(model, digits.test.evenly_spaced(8), digits)
-    assert [module.training for module in model] == [True, False, True, True, True, True, True]
+    assert [module.training for module in model] == [True, False, True, True, True, True, True]  # type: ignore[attr-defined]
 
 
 def test_evaluation_refuses_a_network_for_other_images_or_classes(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import difference, error_of
+from tests.cases import difference, error_of
 from torch import nn
 
 from deeptwist import SVD, DeepTwist, Plan, TiledSVD, decompose, load, plan, save

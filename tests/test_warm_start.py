@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, at, build, difference, error_of, read
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.cases import METHODS, at, build, difference, error_of, read
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
