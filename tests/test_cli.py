@@ -363,3 +363,8 @@ def test_what_no_decomposition_takes_is_refused() -> None:
     several = ["plan", "resnet20", "--macs", "2", "--decomposition", "spatial-svd", "tiled-svd"]
     assert run(*several, "--tile", "16x72").returncode == 0
     assert "fraction" in refused(*several, "--fraction", "0.5")
+
+
+def test_a_rank_beside_a_ratio_is_refused() -> None:
+    words = "plan", "resnet20", "--input", "3x8x8", "--decomposition", "svd", "--ratio", "4"
+    assert "rank 3 beside ratio 4.0: give one" in refused(*words, "--rank", "3")

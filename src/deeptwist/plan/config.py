@@ -76,6 +76,10 @@ class CompressionConfig:
         for name in ("rank_multiple", "latency_batch", "latency_threads"):
             if (value := getattr(self, name)) is not None:
                 check_int(name, value)
+        for name in ("rank", "fraction"):
+            value = getattr(self, name)
+            if value is not None and self.ratio is not None:
+                raise DeepTwistError(f"{name} {value} beside ratio {self.ratio}: give one")
         if self.min_speedup is not None and not self.min_speedup > 0:
             raise DeepTwistError(f"min_speedup {self.min_speedup} is not above 0")
 
