@@ -111,7 +111,8 @@ def test_the_outputs_error_never_rises_with_the_rank(method: Decomposition, geom
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_any_structure_and_type_will_do(method: Decomposition, axes: int) -> None:
     convolution, kernel = read(build("3x3", torch.float32)[0])
-    moment = moment_of(convolution).reduced(axes)  # type: ignore[attr-defined]
+    full = moment_of(convolution)
+    moment = SecondMoment(full.over(axes), full.kernel_size, axes)
     resolved = at(method, convolution, 0.4)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         factors = resolved.decompose(kernel.to(dtype), second_moment=moment)
