@@ -95,6 +95,8 @@ def train(
 ) -> None:
     """In a process of its own, which does not survive the moment it is told."""
     torch.set_num_threads(1)
+    # As on the command line: what a forkserver started would outlive a kill.
+    multiprocessing.set_start_method("fork", force=True)
     if kill is not None:
         _arm(folder, *kill)
     run = job(**(values or {})) if images is None else job_on_files(images)
