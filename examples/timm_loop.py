@@ -5,9 +5,9 @@ Run it: ``python examples/timm_loop.py``.
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import nn
 from torch.nn import functional
 
