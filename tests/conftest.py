@@ -20,7 +20,13 @@ SHARED = Path(os.environ.get("DEEPTWIST_SHARED", Path(__file__).parents[2] / "sh
 
 
 # Files whose tests share what takes seconds to make: each is run whole by one process.
-TOGETHER = {"test_compress.py", "test_distributed.py", "test_report.py", "test_resume.py"}
+TOGETHER = {
+    "test_compress.py",
+    "test_distributed.py",
+    "test_report.py",
+    "test_resume.py",
+    "test_sweep.py",
+}
 
 
 @pytest.hookimpl(optionalhook=True)
