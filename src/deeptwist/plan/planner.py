@@ -96,6 +96,8 @@ def plan(
         DeepTwistError: if neither rank nor ratio is given, a pattern matches no layer, or an
             override by exact name cannot be met.
     """
+    if latency is not None and latency_ms is not None:
+        raise DeepTwistError("latency and latency_ms are one budget: leave one of them out")
     rules = LayerFilter(
         skip_first_conv,
         min_in_channels,
@@ -120,8 +122,6 @@ def plan(
 
     if latency_ms is None:
         return attempt(latency)
-    if latency is not None:
-        raise DeepTwistError("latency and latency_ms are one budget: leave one of them out")
     return meet_milliseconds(latency_ms, attempt)
 
 

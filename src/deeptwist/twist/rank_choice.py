@@ -27,45 +27,48 @@ def choose_ranks_anew(model: nn.Module, plan: Plan) -> Plan:
         DeepTwistError: if a weight is not finite, naming the layer.
     """
     options = [_options(model, layer) for layer in plan.compressed]
-    costs = [
-        [layer_costs(o.convolution, o.calls, o.decomposition) for o in layer] for layer in options
-    ]
-    limits = [sum(kind) for kind in zip(*(layer[0] for layer in costs), strict=True)]
     candidates = [
-        [Candidate(cost, (o.relative_error or 0.0) ** 2) for o, cost in zip(*pair, strict=True)]
-        for pair in zip(options, costs, strict=True)
+        [Candidate(costs, (option.relative_error or 0.0) ** 2) for option, costs in of_layer]
+        for of_layer in options
     ]
+    limits = [sum(kind) for kind in zip(*(own.costs for own, *_ in candidates), strict=True)]
     chosen = allocate(candidates, limits)
-    layers = {o[index].name: o[index] for o, index in zip(options, chosen, strict=True)}
-    return plan.with_layers(layers.get(layer.name, layer) for layer in plan.layers)
+    compressed = (of_layer[index][0] for of_layer, index in zip(options, chosen, strict=True))
+    return replace(plan, compressed=tuple(compressed))
 
 
 def with_decompositions(plan: Plan, decompositions: Mapping[str, dict[str, Any]]) -> Plan:
     """Return a plan with these decompositions, by layer, as `Decomposition.to_dict` wrote them."""
-    layers = {
-        layer.name: replace(layer, decomposition=from_dict(decompositions[layer.name]))
+    compressed = (
+        replace(layer, decomposition=from_dict(decompositions[layer.name]))
         for layer in plan.compressed
-    }
-    return plan.with_layers(layers.get(layer.name, layer) for layer in plan.layers)
+    )
+    return replace(plan, compressed=tuple(compressed))
 
 
-def _options(model: nn.Module, layer: CompressedLayer) -> list[CompressedLayer]:
-    """Return a layer at its own ranks, and at many others."""
+def _options(
+    model: nn.Module, layer: CompressedLayer
+) -> list[tuple[CompressedLayer, tuple[int, int]]]:
+    """Return a layer at its own ranks, then at many others, each with its weights and MACs."""
     module = get_planned_module(model, layer)
     names = (layer.name, *layer.aliases)
     read = Layer(module, names, layer.weight_numel, layer.convolution, layer.calls, 0, None)
     errors = LayerErrors(read, None)
     method = layer.decomposition.without_rank()
-    forms = [
-        layer.decomposition,
-        *smaller_forms(layer.convolution, layer.calls, method, rank_multiple=1),
-    ]
+    own = layer.decomposition
+    forms = {
+        own: layer_costs(layer.convolution, layer.calls, own),
+        **smaller_forms(layer.convolution, layer.calls, method, rank_multiple=1),
+    }
     return [
-        replace(
-            layer,
-            decomposition=form,
-            relative_error=errors.error(layer.convolution, form),
-            implementation=layer.implementation if form == layer.decomposition else None,
+        (
+            replace(
+                layer,
+                decomposition=form,
+                relative_error=errors.error(layer.convolution, form),
+                implementation=layer.implementation if form == own else None,
+            ),
+            costs,
         )
-        for form in forms
+        for form, costs in forms.items()
     ]
