@@ -288,7 +288,7 @@ def _plan(job: Job, ratio: float | None) -> dict[str, Any]:
 def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
     is_trained = job.recipe.schedule.epochs > 0
     recipe = job.recipe
-    if not is_trained:
+    if not is_trained and not recipe.recalibration:
         recipe = replace(recipe, recalibration=_decompose(job, job.plan)[1])
     run = replace(
         job.dense,
