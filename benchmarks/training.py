@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.fabric import Fabric
 from torch.nn import functional
 
 from deeptwist.data import ImageData, Split, augment, normalize
@@ -22,6 +21,7 @@ from deeptwist.models import build_model
 from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.timing import median_ratio
 from deeptwist.training.evaluation import evaluate
+from deeptwist.training.fabric import Fabric
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.metrics import DistortionRecord, Record
 from deeptwist.training.recipe import make_recipe

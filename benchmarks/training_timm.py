@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from torch.nn import functional
@@ -26,6 +25,7 @@ from deeptwist.models import build_model
 from deeptwist.plan.environment import describe_machine
 from deeptwist.plan.timing import median_ratio
 from deeptwist.training.evaluation import preprocess
+from deeptwist.training.fabric import Fabric
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.optimizers import make_optimizer
 from deeptwist.training.recipe import make_recipe

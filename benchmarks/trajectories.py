@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +26,7 @@ import deeptwist as dt
 from deeptwist.data import ImageData, load_data
 from deeptwist.models import build_model, load_weights
 from deeptwist.plan.environment import describe_machine
+from deeptwist.training.fabric import Fabric
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.recipe import make_recipe
 from deeptwist.twist.distortion import Distortion

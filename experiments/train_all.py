@@ -8,6 +8,7 @@ report on the others, `--test first:3000` takes the first of a fixed shuffle, `r
 """
 
 import argparse
+import functools
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +19,7 @@ import torch
 
 from deeptwist.data import ImageData, load_data
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.recipe import read_recipe
+from deeptwist.training.recipe import DataRecipe, read_recipe
 from deeptwist.training.run import build_run, train
 
 
@@ -50,14 +51,18 @@ def _train(job: tuple[Path, argparse.Namespace]) -> str:
             recipe = replace(recipe, data=replace(recipe.data, source=options.data))
         if options.weights and recipe.weights:
             recipe = replace(recipe, weights=options.weights)
-        data = load_data(recipe.data)
-        data = _restrict_test(data, options.test)
+        data = _images(recipe.data, options.test)
         run = build_run(recipe, data, name=path.stem)
         options.out.mkdir(parents=True, exist_ok=True)
         summary = train(run, options.out / path.stem, resume=True, latency_batch=None)
     except DeepTwistError as error:
         return f"{path.stem}: {error}"
     return f"{path.stem}: {summary.accuracy:.4f} after {summary.seconds:.0f} s"
+
+
+@functools.cache  # decoding takes a minute, and most recipes share their images
+def _images(recipe: DataRecipe, test: str) -> ImageData:
+    return _restrict_test(load_data(recipe), test)
 
 
 def _restrict_test(data: ImageData, which: str) -> ImageData:

@@ -546,7 +546,10 @@ def test_the_copy_of_an_unwrapped_network_is_its_own_under_mixed_precision() -> 
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
-    [("lightning", "lightning.pytorch", "cli"), ("transformers", "transformers", "transformers")],
+    [
+        ("lightning", "lightning.pytorch", "lightning"),
+        ("transformers", "transformers", "transformers"),
+    ],
 )
 def test_a_missing_package_is_told(
     module: str,

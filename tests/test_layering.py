@@ -37,6 +37,7 @@ HEAVY = {
     "torchvision",
     "timm",
     "lightning",
+    "lightning_fabric",
     "transformers",
     "accelerate",
     "cyclopts",

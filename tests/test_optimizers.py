@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from deeptwist.data import ImageData, Split, load_digits
 from deeptwist.errors import DeepTwistError
+from deeptwist.training.fabric import Fabric, MixedPrecision
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.optimizers import lr_factor, make_optimizer
 from deeptwist.training.recipe import OptimizerRecipe, ScheduleRecipe, make_recipe

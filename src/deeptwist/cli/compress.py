@@ -19,6 +19,15 @@ from deeptwist.benchmark.comparison import Comparison, compare_functions
 from deeptwist.benchmark.networks import Setting
 from deeptwist.cli.console import progress_bar
 from deeptwist.cli.options import CompressOptions
+from deeptwist.cli.stage_messages import (
+    say_accuracy,
+    say_export,
+    say_int8,
+    say_plan,
+    say_search,
+    say_times,
+    say_training,
+)
 from deeptwist.cli.stages import Stages
 from deeptwist.compress import BISECTIONS, RATIOS, largest_ratio
 from deeptwist.data import ImageData, Split, load_data
@@ -142,11 +151,11 @@ def run_compress(
     stages.end("{:,} images to train on, {:,} to tell results on".format(*counts))
     _compress(job, stages, goal)
     if wants_onnx:
-        stages.run("export", "both networks to ONNX, verified", lambda: _export(job), _say_export)
-    stages.run("time", "both networks, in turn", lambda: _time(job), _say_times)
+        stages.run("export", "both networks to ONNX, verified", lambda: _export(job), say_export)
+    stages.run("time", "both networks, in turn", lambda: _time(job), say_times)
     if options.int8:
         what = "both networks by onnxruntime, calibrated on training images"
-        stages.run("int8", what, lambda: _int8(job), _say_int8)
+        stages.run("int8", what, lambda: _int8(job), say_int8)
     stages.run("report", _REPORT, lambda: _report(job, stages.results), lambda path: path)
     asked = {} if goal is None else {"goal": goal(stages.results["dense"]["accuracy"])}
     return stages.to_dict() | asked
@@ -156,7 +165,7 @@ def _compress(job: Job, stages: Stages, goal: Callable[[float], float] | None) -
     recipe, data = job.recipe, job.data
     count = len(data.test.labels)
     what = f"the dense {recipe.model} on {count:,} images of {data.name}"
-    dense = stages.run("dense", what, lambda: _evaluate_dense(job), _say_accuracy)
+    dense = stages.run("dense", what, lambda: _evaluate_dense(job), say_accuracy)
     if recipe.calibration_images:
         what = f"{recipe.calibration_images:,} training images"
         stages.run("calibrate", what, lambda: _calibrate(job), lambda layers: f"{layers} layers")
@@ -167,13 +176,13 @@ def _compress(job: Job, stages: Stages, goal: Callable[[float], float] | None) -
             f"the largest ratio that costs at most {100 * may_lose:.2f} points on "
             f"{len(job.search.labels):,} other images"
         )
-        ratio = stages.run("search", what, lambda: _search(job, may_lose), _say_search)["ratio"]
-    stages.run("plan", recipe.compression.label, lambda: _plan(job, ratio), _say_plan)
+        ratio = stages.run("search", what, lambda: _search(job, may_lose), say_search)["ratio"]
+    stages.run("plan", recipe.compression.label, lambda: _plan(job, ratio), say_plan)
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
-    stages.run("train", what, lambda: _train(job, dense), _say_training)
+    stages.run("train", what, lambda: _train(job, dense), say_training)
     what = f"what is in {job.folder / ARTEFACT}"
-    stages.run("verify", what, lambda: _verify(job), _say_accuracy)
+    stages.run("verify", what, lambda: _verify(job), say_accuracy)
 
 
 def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float] | None:
@@ -404,52 +413,3 @@ def _dense_summary(job: Job, small: Summary, dense: dict[str, Any]) -> Summary:
         version=__version__,
         top5=dense["top5"],
     )
-
-
-# --- what the stages say
-
-
-def _say_accuracy(accuracy: float, loss: float, **_: object) -> str:
-    return f"accuracy {accuracy:.2%}, loss {loss:.4f}"
-
-
-def _say_search(
-    least: float, kept: bool, ratio: float, tried: list[tuple[float, float]], **_: object
-) -> str:
-    shown = ", ".join(f"{ratio:g}×: {accuracy:.2%}" for ratio, accuracy in sorted(tried))
-    short = "" if kept else ", which costs more untrained"
-    return f"{ratio:g}×{short} (at least {least:.2%}; {shown})"
-
-
-def _say_plan(
-    layers: int,
-    dense_parameters: int,
-    parameters: int,
-    dense_macs: int,
-    macs: int,
-    promise: str | None = None,
-) -> str:
-    return (
-        f"{layers} layers, {dense_parameters / parameters:.2f}× fewer weights, "
-        f"{dense_macs / max(1, macs):.2f}× fewer MACs" + (f", {promise}" if promise else "")
-    )
-
-
-def _say_training(accuracy: float, untrained: float | None) -> str:
-    return f"accuracy {untrained or 0:.2%} untrained, {accuracy:.2%} at the end"
-
-
-def _say_export(difference: float, dense: int, small: int) -> str:
-    return f"{dense:,} → {small:,} bytes; outputs differ from PyTorch's by {difference:.0e} at most"
-
-
-def _say_times(machine: str, settings: list[dict[str, Any]]) -> str:
-    speedups = [
-        f"{row['runtime']} {row['times']['speedup']:.2f}×" if row["times"] else row["reason"]
-        for row in settings
-    ]
-    return f"{', '.join(speedups)}, on {machine}"
-
-
-def _say_int8(dense: dict[str, Any], small: dict[str, Any], **_: object) -> str:
-    return f"accuracy {dense['accuracy']:.2%} dense, {small['accuracy']:.2%} small"

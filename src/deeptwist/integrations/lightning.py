@@ -9,7 +9,7 @@ from deeptwist.errors import require_extra
 from deeptwist.integrations.optimizer_hooks import after_each_step
 from deeptwist.twist.distortion import DeepTwist
 
-with require_extra():
+with require_extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 

@@ -2,25 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from matplotlib.axes import Axes
-
-from deeptwist.benchmark.comparison import Comparison
 from deeptwist.plan.planned_layer import CompressedLayer
 from deeptwist.report.comparison import RunGroup
 from deeptwist.report.formatting import (
-    format_milliseconds,
     format_percent,
-    format_speedup,
     join_words,
-    sanitize,
 )
+from deeptwist.report.latency_chart import LatencyChart, latency_chart
 from deeptwist.report.plotting import Chart, Curve
 from deeptwist.report.styles import (
-    INK,
     MUTED,
     PlotStyle,
     assign_styles,
@@ -56,7 +50,7 @@ def detail_charts(group: RunGroup) -> "list[Chart | LatencyChart]":
         _accuracy_before_and_after(styled),
         _loss_increase(styled),
         _weight_shift(styled),
-        _latency(styled),
+        latency_chart(styled),
         _relative_errors(styled),
     )
     return [chart for chart in charts if chart.names]
@@ -353,7 +347,7 @@ def _count_images(styled: StyledRuns) -> str:
     return f"{counts.pop()} " if len(counts) == 1 and None not in counts else ""
 
 
-# --- layers and latency
+# --- layers
 
 
 def _layer_macs(styled: StyledRuns) -> Chart:
@@ -411,66 +405,3 @@ def _layer_errors(run: Run) -> Points:
         for number, layer in enumerate(layers, start=1)
         if isinstance(layer, CompressedLayer)
     ]
-
-
-@dataclass(frozen=True)
-class LatencyChart:
-    """Bars of the dense and the decomposed network, run by run.
-
-    Attributes:
-        title: what is shown.
-        caption: what one sees.
-        bars: a run's name, its latencies, and the colour of the decomposed network.
-    """
-
-    title: str
-    caption: str
-    bars: tuple[tuple[str, Comparison, str], ...]
-
-    @property
-    def names(self) -> list[str]:
-        """The runs'."""
-        return [name for name, _, _ in self.bars]
-
-    @property
-    def height(self) -> float:
-        """The drawing's, in inches."""
-        return 0.75 + 0.56 * len(self.bars)
-
-    def draw(self, axes: Axes) -> None:
-        """Draw two bars with their quartiles for every run."""
-        longest = max(max(bar.dense.upper, bar.decomposed.upper) for _, bar, _ in self.bars)
-        for row, (name, latency, color) in enumerate(self.bars):
-            axes.text(0, row - 0.2, f"{sanitize(name)}: {format_speedup(latency.speedup)}")
-            sides = (latency.dense, MUTED, "dense"), (latency.decomposed, color, "decomposed")
-            for side, (time, fill, word) in enumerate(sides):
-                y = row + 0.26 * side
-                quartiles = [[time.median - time.lower], [time.upper - time.median]]
-                axes.barh(y, time.median, height=0.22, color=fill)
-                axes.errorbar(time.median, y, xerr=quartiles, color=INK, elinewidth=0.9, capsize=2)
-                label = f"{format_milliseconds(time.median)} {word}"
-                x = time.upper + 0.02 * longest
-                axes.text(x, y, label, verticalalignment="center", fontsize=9.5)
-        axes.set_xlim(0, longest * 1.32)  # room for the words behind the longest bar
-        axes.set_ylim(len(self.bars) - 0.55, -0.5)
-        axes.set_yticks([])
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("milliseconds for one batch")
-
-
-def _latency(styled: StyledRuns) -> LatencyChart:
-    bars = tuple(
-        (run.summary.name, run.summary.latency, style.color)
-        for run, style in styled
-        if run.summary.latency is not None
-    )
-    batches = {run.summary.latency_batch or 0 for run, _ in styled if run.summary.latency}
-    return LatencyChart(
-        "Latency",
-        f"One forward pass of a batch of {join_words([str(size) for size in sorted(batches)])} "
-        "images, dense in grey and decomposed in the run's colour, timed in turn on the machine "
-        "named below. Bars are medians, whiskers the quartiles; shorter is better. The axis "
-        "begins at zero.",
-        bars,
-    )

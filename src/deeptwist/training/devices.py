@@ -6,10 +6,9 @@ import os
 from dataclasses import replace
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.precision import MixedPrecision
 
 from deeptwist.data import ImageData, Split
+from deeptwist.training.fabric import Fabric, MixedPrecision
 from deeptwist.training.recipe import Recipe
 
 
@@ -17,8 +16,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
     """Launch Fabric, with one process or with all those that ``torchrun`` started."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Fabric logs its precision, through whichever of the two was imported last.
-    for name in ("lightning.fabric", "lightning.pytorch"):
+    # Fabric logs its precision, through whichever of the Lightnings was imported last.
+    for name in ("lightning_fabric", "lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Fabric turns fp16 on a processor to bf16, which torch has not needed since 2.3.
     fp16_on_cpu = recipe.precision == "16-mixed" and not (

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,6 +22,7 @@ from deeptwist.data import ImageData, Split, train_batches
 from deeptwist.decompose import numbers
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.training.evaluation import evaluate, logits_of, preprocess
+from deeptwist.training.fabric import Fabric
 from deeptwist.training.metrics import DistortionRecord, Epoch, Evaluation, Record
 from deeptwist.training.optimizers import frozen_modules, lr_factor, make_optimizer
 from deeptwist.training.recipe import Recipe
@@ -91,13 +91,7 @@ class Trainer:
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
         self._twist, self._teacher, self._validation = twist, teacher, validation
         self._steps_per_epoch = steps_per_epoch(data, recipe.batch_size)
-        parts = recipe.optimizer.accumulate
-        if recipe.batch_size % (fabric.world_size * parts):
-            in_parts = f" in {parts} parts" if parts > 1 else ""
-            raise DeepTwistError(
-                f"batch_size {recipe.batch_size} cannot be shared by {fabric.world_size} "
-                f"processes{in_parts}"
-            )
+        _check_shares(recipe, fabric.world_size)
         self.step = 0
         self.steps = recipe.schedule.epochs * self._steps_per_epoch
         self.best: tuple[float, dict[str, Tensor]] | None = None
@@ -112,18 +106,9 @@ class Trainer:
             model, optimizer or make_optimizer(model, recipe.optimizer)
         )
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
-        self._network: nn.Module = self._wrapped  # what a training step calls
-        self._scaler: torch.amp.GradScaler | None
-        self._scaler = getattr(fabric.strategy.precision, "scaler", None)
-        if recipe.compile is not None:
-            self._network = _compiled(self._wrapped, recipe.compile)
-        if recipe.cuda_graphs and fabric.device.type == "cuda":
-            if fabric.world_size > 1:
-                raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
-            size = recipe.batch_size // parts, *data.train.images.shape[1:]
-            images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
-            with fabric.autocast():
-                self._network = replay_as_cuda_graphs(model, preprocess(images, model, data))
+        self._network = self._step_network()
+        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        self._scaler: torch.amp.GradScaler | None = scaler
         for copied in (teacher, self.average):
             if copied is not None:
                 copied.to(fabric.device)
@@ -131,6 +116,23 @@ class Trainer:
         self._epoch_seconds = 0.0
         self._unchecked: list[Tensor] = []  # losses that were not looked at so far
         torch.manual_seed(recipe.seed)  # dropout
+
+    def _step_network(self) -> nn.Module:
+        """Return what a training step calls: the network, compiled or recorded where asked."""
+        fabric, recipe = self._fabric, self._recipe
+        if recipe.cuda_graphs and fabric.device.type == "cuda":
+            if fabric.world_size > 1:
+                raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
+            count = recipe.batch_size // recipe.optimizer.accumulate
+            size = count, *self._data.train.images.shape[1:]
+            images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
+            with fabric.autocast():
+                batch = preprocess(images, self._model, self._data)
+                return replay_as_cuda_graphs(self._model, batch)
+        if recipe.compile is not None:
+            return _compiled(self._wrapped, recipe.compile)
+        wrapped: nn.Module = self._wrapped
+        return wrapped
 
     def fit(self, callbacks: Callbacks) -> None:
         """Train to the end, from the step reached so far.
@@ -414,6 +416,15 @@ def _checkpoint_gradients(model: nn.Module) -> None:
             "checkpoint_gradients, or choose one of timm's networks that does"
         )
     switch()
+
+
+def _check_shares(recipe: Recipe, processes: int) -> None:
+    parts = recipe.optimizer.accumulate
+    if recipe.batch_size % (processes * parts):
+        in_parts = f" in {parts} parts" if parts > 1 else ""
+        raise DeepTwistError(
+            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes{in_parts}"
+        )
 
 
 def _compiled(model: nn.Module, backend: str) -> nn.Module:

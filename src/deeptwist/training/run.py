@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,6 +24,7 @@ from deeptwist.plan.planner import plan_from_model
 from deeptwist.serialization import WEIGHTS, save
 from deeptwist.training.devices import images_on, make_fabric
 from deeptwist.training.evaluation import evaluate, test_inputs, training_inputs
+from deeptwist.training.fabric import Fabric
 from deeptwist.training.loop import Trainer, steps_per_epoch
 from deeptwist.training.metrics import (
     ARTEFACT,
@@ -171,30 +171,27 @@ def _train(
     untrained = None
     if mode.compresses:
         untrained = evaluate(mode.deploy(network, plan), data.test, data)
-        if fabric.is_global_zero:
-            write_text(folder / PLAN, plan.to_json())
+        _write_plan(fabric, folder, plan)
     trainer, twist = _make_trainer(fabric, run, network, teacher)
     run_dir = RunDir(folder, fabric)
     callbacks = run_dir.train(trainer, on_record, on_step)
     finished = trainer.finish(callbacks)
     if twist is not None and twist.plan != plan:  # ranks were chosen anew
         run = replace(run, plan=twist.plan)
-        if fabric.is_global_zero:
-            write_text(folder / PLAN, run.plan.to_json())
+        _write_plan(fabric, folder, run.plan)
     final = _recalibrated(run, finished)
     after = evaluate(final, data.test, data)
     weights = _write_network(fabric, final, folder / _file(run, ""), recipe.model)
 
-    variants = []
-    for name, variant in _post_training_variants(run, trainer, finished):
-        variants.append(_write_variant(fabric, run, folder, name, variant))
+    variants = [
+        _write_variant(fabric, run, folder, name, variant)
+        for name, variant in _post_training_variants(run, trainer, finished)
+    ]
     if recipe.tail is not None:
-        tail = RunDir(folder / _TAIL, fabric)
-        tuned = copy.deepcopy(final)
+        tail, tuned = RunDir(folder / _TAIL, fabric), copy.deepcopy(final)
         tail.train(_tail_trainer(fabric, run, tuned, teacher), on_record, on_step)
         variants.append(_write_variant(fabric, run, folder, _TAIL, _recalibrated(run, tuned)))
         tail.close()
-
     summary = _summarize(
         run,
         before=before,
@@ -214,6 +211,11 @@ def _train(
         summary.write(folder)
     run_dir.close()
     return summary
+
+
+def _write_plan(fabric: Fabric, folder: Path, plan: Plan) -> None:
+    if fabric.is_global_zero:
+        write_text(folder / PLAN, plan.to_json())
 
 
 def _make_trainer(

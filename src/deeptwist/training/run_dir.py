@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from lightning.fabric import Fabric
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import fsync, write_text
 from deeptwist.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
+from deeptwist.training.fabric import Fabric, TensorBoardLogger
 from deeptwist.training.loop import Callbacks, Trainer
 from deeptwist.training.metrics import METRICS, RECIPE, SUMMARY, Epoch, Record, append_record
 from deeptwist.training.recipe import Recipe, read_recipe
