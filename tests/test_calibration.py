@@ -130,9 +130,9 @@ def test_a_layer_that_is_read_is_left_out() -> None:
 
 def test_batch_norms_take_the_mean_over_the_batches() -> None:
     model, data = network(), batches()
-    found = dt.recalibrate_batch_norm(model, data)
+    recalibrated = dt.recalibrate_batch_norm(model, data)
     with torch.no_grad():
         y = torch.cat([model[0](x) for x in data])
-    assert torch.allclose(found[1].running_mean, y.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(recalibrated[1].running_mean, y.mean((0, 2, 3)), atol=1e-5)
     assert torch.equal(model[1].running_mean, torch.zeros(24))
-    assert found[1].momentum == model[1].momentum
+    assert recalibrated[1].momentum == model[1].momentum

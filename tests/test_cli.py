@@ -223,7 +223,7 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
     sizes = json.loads(run("decompose", *network, *plan, "--out", tmp_path, "--json").stdout)
     assert sizes["parameters"] < sizes["parameters_before"] / 1.9
     words = ["evaluate", "resnet20", "--artefact", tmp_path, "--data", "digits", "--json"]
-    found = json.loads(run(*words).stdout)
+    printed = json.loads(run(*words).stdout)
 
     dense = build_model("resnet20", in_channels=1)
     load_weights(dense, weights)
@@ -231,8 +231,8 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
     digits = load_digits()
     test = digits.test, digits
     expected = evaluate(dt.decompose(dense, made), *test)
-    assert found["images"] == 360
-    assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert printed["images"] == 360
+    assert printed["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert evaluate(dense, *test).loss != pytest.approx(expected.loss, rel=1e-3)
 
 
@@ -290,8 +290,8 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
     )
     assert timed["parameters"] == summary["parameters"]
     assert timed["macs"] == summary["macs"]
-    assert [one["setting"]["batch"] for one in timed["networks"]] == [4, 8]
-    assert all(one["times"]["speedup"] > 0 for one in timed["networks"])
+    assert [network["setting"]["batch"] for network in timed["networks"]] == [4, 8]
+    assert all(network["times"]["speedup"] > 0 for network in timed["networks"])
     assert len(timed["layers"]) == 18
     for layer in timed["layers"]:
         kept = layer["times"]["speedup"] / layer["macs_ratio"]

@@ -93,9 +93,11 @@ def test_a_goal_is_kept_by_a_network_near_the_smallest_that_keeps_it(trained: nn
         dt.compress(trained, loader(), accuracy, ratio=ratio, **options)
         for ratio in (2, 3, 4, 6, 9)
     ]
-    smaller = [one for one in untrained if one.plan.parameters < 0.9 * done.plan.parameters]
+    smaller = [
+        attempt for attempt in untrained if attempt.plan.parameters < 0.9 * done.plan.parameters
+    ]
     assert smaller
-    assert all(one.after < goal for one in smaller)
+    assert all(attempt.after < goal for attempt in smaller)
 
 
 def test_a_goal_that_cannot_be_kept_is_refused(trained: nn.Module, error_of) -> None:  # type: ignore[no-untyped-def]
@@ -106,13 +108,13 @@ def test_a_goal_that_cannot_be_kept_is_refused(trained: nn.Module, error_of) -> 
 @given(st.floats(1.0, 20.0))
 def test_bisection_meets_a_threshold_from_below(threshold: float) -> None:
     """Of a score that falls with the ratio; the oracle is the threshold that it falls at."""
-    found = largest_ratio(lambda ratio: float(ratio <= threshold), goal=1.0)
+    ratio_kept = largest_ratio(lambda ratio: float(ratio <= threshold), goal=1.0)
     if threshold < RATIOS[0]:
-        assert found is None
+        assert ratio_kept is None
     else:
-        assert found is not None
-        assert found <= threshold
-        assert found == RATIOS[1] or threshold / found < 1.06
+        assert ratio_kept is not None
+        assert ratio_kept <= threshold
+        assert ratio_kept == RATIOS[1] or threshold / ratio_kept < 1.06
 
 
 WORDS = ["compress", "tests.test_compress:network", "--data", "digits", "--calibration-images", 128]

@@ -61,12 +61,12 @@ def test_images_spread_over_a_split_are_of_all_its_classes(
     total: int, count: int, classes: int
 ) -> None:
     labels = torch.arange(total) * classes // total  # class after class, as a folder has them
-    some = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).evenly_spaced(count)
-    assert isinstance(some.images, Tensor)
-    assert torch.equal(some.images.flatten(), some.labels)
-    counts, whole = some.labels.bincount(minlength=classes), labels.bincount(minlength=classes)
+    spaced = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).evenly_spaced(count)
+    assert isinstance(spaced.images, Tensor)
+    assert torch.equal(spaced.images.flatten(), spaced.labels)
+    counts, whole = spaced.labels.bincount(minlength=classes), labels.bincount(minlength=classes)
     assert counts.sum() == min(count, total)
-    share = whole * len(some.labels) / total
+    share = whole * len(spaced.labels) / total
     assert (counts - share).abs().max() < 1
 
 
@@ -397,7 +397,7 @@ def test_workers_processes_and_interruptions_change_nothing(way: str, folder: Pa
     joined = [torch.cat(parts) for parts in zip(*shares, strict=True)]
     for other in (cut, joined):
         assert len(other) == len(whole)
-        assert all(torch.equal(one, two) for one, two in zip(whole, other, strict=True))
+        assert all(torch.equal(first, second) for first, second in zip(whole, other, strict=True))
 
 
 def test_mixed_labels_are_the_shares_of_the_pixels(tmp_path: Path) -> None:

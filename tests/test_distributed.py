@@ -139,8 +139,8 @@ def losses() -> tuple[list[float], list[float | None]]:
     twist, seen = twisted(SVD()), []
 
     def loss() -> Tensor:
-        mine = X[process_rank() :: world_size()]
-        seen.append(float(twist.model.eval()(mine).square().mean()))
+        share = X[process_rank() :: world_size()]
+        seen.append(float(twist.model.eval()(share).square().mean()))
         return torch.tensor(seen[-1])
 
     twist.step(loss)

@@ -154,8 +154,8 @@ def test_height_and_width_are_free_where_asked(tmp_path: Path) -> None:
         assert names == ["batch", "", "height", "width"]
     assert written.sizes == ((10, 11), (17, 25), (41, 73))
     x, y = torch.randn(2, 3, 8, 31, 5)
-    found = session(written.path).run(None, {"input_0": x.numpy(), "input_1": y.numpy()})[0]
-    assert difference(model(x, y), torch.from_numpy(found)) < 1e-5
+    output = session(written.path).run(None, {"input_0": x.numpy(), "input_1": y.numpy()})[0]
+    assert difference(model(x, y), torch.from_numpy(output)) < 1e-5
 
 
 def test_a_program_has_a_free_length(tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ def test_a_state_dict_loads(tmp_path: Path) -> None:
     small = small_network(TiledSVD(tile=(4, 18)))
     written = export_state_dict(small, tmp_path / "small.safetensors")
     assert written == Exported(written.path, written.path.stat().st_size)
-    found = load_file(written.path)
-    assert found.keys() == small.state_dict().keys()
-    assert all(torch.equal(found[name], value) for name, value in small.state_dict().items())
+    exported = load_file(written.path)
+    assert exported.keys() == small.state_dict().keys()
+    assert all(torch.equal(exported[name], value) for name, value in small.state_dict().items())
 
 
 def test_shared_tensors_are_there_under_each_name(tmp_path: Path) -> None:
@@ -335,9 +335,9 @@ def test_parametrized_weights_leave_as_plain_ones(tmp_path: Path) -> None:
     written = export_onnx(model, tmp_path / "small.onnx", X)
     assert {node.op_type for node in onnx.load(written.path).graph.node} <= {"Conv", "Relu"}
     export_state_dict(model, tmp_path / "small.safetensors")
-    found = load_file(tmp_path / "small.safetensors")
-    assert found.keys() == {"0.weight", "0.bias"}
-    assert torch.equal(found["0.weight"], model[0].weight)
+    exported = load_file(tmp_path / "small.safetensors")
+    assert exported.keys() == {"0.weight", "0.bias"}
+    assert torch.equal(exported["0.weight"], model[0].weight)
     assert list(model.state_dict()) == names
     assert torch.equal(model(X), expected)
 
@@ -448,9 +448,9 @@ def test_int8_stays_near(
     calibration = Calibration(images("train", 10))
     quantize_static(dense, static, calibration, per_channel=True, reduce_range=True)
     for path in (dynamic, static):
-        found = outputs(path, x)
-        assert difference(expected, found) < 0.1
-        assert (expected.argmax(1) == found.argmax(1)).float().mean() > 0.9
+        output = outputs(path, x)
+        assert difference(expected, output) < 0.1
+        assert (expected.argmax(1) == output.argmax(1)).float().mean() > 0.9
         assert path.stat().st_size < 0.5 * written.bytes
 
 

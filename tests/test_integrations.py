@@ -92,8 +92,8 @@ def check_same(twist: dt.DeepTwist, small: nn.Module | None, accumulate: int = 1
     check_equal(small, expected_small)
 
 
-def check_equal(found: nn.Module, expected: nn.Module) -> None:
-    states = found.state_dict(), expected.state_dict()
+def check_equal(actual: nn.Module, expected: nn.Module) -> None:
+    states = actual.state_dict(), expected.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

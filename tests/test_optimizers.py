@@ -43,7 +43,7 @@ def trained(
 
 def difference(model: nn.Module, other: nn.Module) -> float:
     pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max(float((one - two).detach().abs().max()) for one, two in pairs)
+    return max(float((first - second).detach().abs().max()) for first, second in pairs)
 
 
 def test_a_step_in_parts_is_the_step_in_one(one_batch: ImageData, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_clipping_bounds_the_step(one_batch: ImageData, tmp_path: Path) -> None:
     options = {"lr": 1.0, "momentum": 0, "nesterov": False, "weight_decay": 0}
     model = trained(one_batch, tmp_path, optimizer={**options, "clip_norm": 0.01})
     pairs = zip(model.parameters(), network().parameters(), strict=True)
-    moved = math.hypot(*(float((one - two).detach().norm()) for one, two in pairs))
+    moved = math.hypot(*(float((first - second).detach().norm()) for first, second in pairs))
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 

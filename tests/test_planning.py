@@ -224,11 +224,11 @@ def test_a_model_that_asserts_and_has_an_expanded_buffer() -> None:
 
 def test_one_vector_is_one_example() -> None:
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
-    one, batch = (
+    single, batch = (
         plan(model, SVD(), ratio=1.1, example_input=x)
         for x in (torch.zeros(12), torch.zeros(3, 12))
     )
-    assert one.dense_macs == batch.dense_macs == 12 * 8 + 8 * 4
+    assert single.dense_macs == batch.dense_macs == 12 * 8 + 8 * 4
 
 
 def test_one_pattern_is_a_pattern() -> None:
@@ -287,8 +287,8 @@ def test_ranks_that_a_ratio_sets_are_rounded_down_to_multiples(
     )
     assert free.compressed
     for before, after in zip(free.compressed, rounded.compressed, strict=True):
-        for rank, found in zip(ranks_of(before), ranks_of(after), strict=True):
-            assert found == (rank - rank % multiple if rank >= multiple else rank)
+        for rank, kept in zip(ranks_of(before), ranks_of(after), strict=True):
+            assert kept == (rank - rank % multiple if rank >= multiple else rank)
 
 
 def test_a_given_rank_is_not_rounded() -> None:

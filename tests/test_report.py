@@ -140,8 +140,8 @@ def make_run(
 
 
 def moments(before: float, after: float, *accuracies: float) -> list[dict[str, float]]:
-    found = zip((before, after), accuracies or (0.5, 0.25), strict=True)
-    return [{"loss": loss, "accuracy": accuracy, "top5": None} for loss, accuracy in found]  # type: ignore[dict-item]
+    evaluations = zip((before, after), accuracies or (0.5, 0.25), strict=True)
+    return [{"loss": loss, "accuracy": accuracy, "top5": None} for loss, accuracy in evaluations]  # type: ignore[dict-item]
 
 
 def pair(decomposition: str, **changes: Any) -> list[Run]:
@@ -301,12 +301,12 @@ def test_hostile_names_are_only_names(page: Callable[..., Page]) -> None:
         for mode, decomposition in (("dense", None), ("deeptwist", "tucker"))
     ]
     runs[1] = replace(runs[1], summary=replace(runs[1].summary, decomposition=HOSTILE))
-    found = page(*runs, title=HOSTILE)
-    assert not {tag for tag, _ in found.elements} & {"script", "img"}
-    assert not [key for _, attributes in found.elements for key in attributes if key[:2] == "on"]
-    assert found.texts["h1"] == [HOSTILE]
-    assert [row["run"] for row in found.rows()] == [HOSTILE, HOSTILE]
-    drawn = [text.strip("\u200b") for text in found.texts["text"] if "alert" in text]
+    html = page(*runs, title=HOSTILE)
+    assert not {tag for tag, _ in html.elements} & {"script", "img"}
+    assert not [key for _, attributes in html.elements for key in attributes if key[:2] == "on"]
+    assert html.texts["h1"] == [HOSTILE]
+    assert [row["run"] for row in html.rows()] == [HOSTILE, HOSTILE]
+    drawn = [text.strip("\u200b") for text in html.texts["text"] if "alert" in text]
     assert drawn  # in the legends, shortened
     assert all(HOSTILE.startswith(text.partition("…")[0]) for text in drawn)
 
@@ -314,8 +314,8 @@ def test_hostile_names_are_only_names(page: Callable[..., Page]) -> None:
 def test_a_name_that_is_no_text_does_no_harm(page: Callable[..., Page]) -> None:
     names = ["\ud800", "層", "x" * 500, "_hidden", ""]
     runs = [make_run(name, "finetune", "tucker") for name in names]
-    found = page(*[replace(run, epochs=[], plan=None) for run in runs])
-    assert [row["run"] for row in found.rows()] == ["?", *names[1:]]
+    html = page(*[replace(run, epochs=[], plan=None) for run in runs])
+    assert [row["run"] for row in html.rows()] == ["?", *names[1:]]
 
 
 def test_what_is_imported() -> None:
@@ -386,18 +386,18 @@ def test_quartiles_are_in_the_tooltip(whole: Page) -> None:
 def test_runs_of_one_decomposition_sit_together(page: Callable[..., Page]) -> None:
     dense, tucker, tucker_too, spatial, spatial_too = RUNS
     given = [tucker, dense, spatial, tucker_too, spatial_too]
-    found = page(*map(without_curves, given))
-    assert [row["run"] for row in found.rows()] == [
+    html = page(*map(without_curves, given))
+    assert [row["run"] for row in html.rows()] == [
         run.summary.name for run in (tucker, tucker_too, dense, spatial, spatial_too)
     ]
 
 
 def test_networks_and_data_sets_are_not_mixed(page: Callable[..., Page]) -> None:
     other = [make_run("other", "deeptwist", "tucker", model="vgg19", accuracy=0.99)]
-    found = page(*map(without_curves, [*RUNS, *other]))
-    assert found.texts["span"] == ["resnet20 on digits", "vgg19 on digits"]
-    assert [row["run"] for row in found.rows(1)] == ["other"]
-    gains = [text.strip() for text in found.texts["h2"] if text.startswith("Was it worth it?")]
+    html = page(*map(without_curves, [*RUNS, *other]))
+    assert html.texts["span"] == ["resnet20 on digits", "vgg19 on digits"]
+    assert [row["run"] for row in html.rows(1)] == ["other"]
+    gains = [text.strip() for text in html.texts["h2"] if text.startswith("Was it worth it?")]
     assert gains == ["Was it worth it? resnet20 on digits", "Was it worth it? vgg19 on digits"]
     assert "the dense network 88.9" in summary_sentence(group_of([*RUNS, *other]))
 
@@ -662,16 +662,16 @@ def test_variants_are_rows_of_their_own(page: Callable[..., Page]) -> None:
     plain = make_run("a", "deeptwist", "tucker")
     run = make_run("a", "deeptwist", "tucker", variants=VARIANTS, recipe=recipe)
     assert summary_sentence(group_of([run])) == summary_sentence(group_of([plain]))
-    found = page(run)
-    _, own, *rows = found.tables[0]
+    html = page(run)
+    _, own, *rows = html.tables[0]
     assert own[4] == "86.41"
     described = "batch norm's statistics taken anew on 4 training batches"
     assert rows == [
         ["recalibrated", described, "87.00", "−1.90", ""],
         ["tail", "2 more epochs, of the factors", "95.00", "+6.10", ""],
     ]
-    assert len([cell for cell in found.all("th") if "data-under" in cell]) == 2
-    assert "recalibrated, tail" in found.texts["dt"]
+    assert len([cell for cell in html.all("th") if "data-under" in cell]) == 2
+    assert "recalibrated, tail" in html.texts["dt"]
     assert not [cell for cell in page(plain).all("th") if "data-under" in cell]
 
 
@@ -702,8 +702,8 @@ def test_controls_are_named_and_are_no_rivals(page: Callable[..., Page]) -> None
         )
     ]
     assert "conventional fine-tuning at the same ratio has 80.0" in summary_sentence(group_of(runs))
-    found = page(*map(without_curves, runs))
-    names = [row["mode"] for row in found.rows()]
+    html = page(*map(without_curves, runs))
+    names = [row["mode"] for row in html.rows()]
     assert names == [
         "DeepTwist",
         "conventional fine-tuning",
@@ -711,7 +711,7 @@ def test_controls_are_named_and_are_no_rivals(page: Callable[..., Page]) -> None
         "control: random noise",
         "control: decomposed once, at the end",
     ]
-    assert set(names) <= set(found.texts["dt"])
+    assert set(names) <= set(html.texts["dt"])
     caption = chart_called("Accuracy against size", runs).caption
     assert "DeepTwist (filled), conventional fine-tuning (hollow) or a control" in caption
 
@@ -775,9 +775,9 @@ def test_settings_are_said_once_or_run_by_run(whole: Page, page: Callable[..., P
         make_run(f"seed {n}", recipe=make_recipe_values(f"seed={n}") | {"n": n}) for n in (1, 2)
     ]
     seeds.append(make_run("other", recipe={"seed": 3}))
-    found = page(*map(without_curves, seeds))
-    assert "seed" not in found.texts["dt"]
-    rows = found.rows(-1)
+    html = page(*map(without_curves, seeds))
+    assert "seed" not in html.texts["dt"]
+    rows = html.rows(-1)
     assert [row["seed"] for row in rows] == ["1", "2", "3"]
     assert [row["n"] for row in rows] == ["1", "2", "–"]
 
@@ -864,7 +864,7 @@ def test_these_runs_are_what_a_folder_holds(tmp_path: Path) -> None:
         metrics.append_record(tmp_path / metrics.METRICS, Epoch(**values))
     for line in run.distortions:
         beside = {key: line[key] for key in ("lr", "seconds")} | {
-            split: tuple(Evaluation(**found) for found in line[split])
+            split: tuple(Evaluation(**evaluation) for evaluation in line[split])
             for split in ("train", "test")
         }
         distortion = Distortion(**without(line, "event", "train", "test", *beside))

@@ -238,8 +238,8 @@ def test_resuming_within_a_schedule_is_as_if_nothing_had_happened(
         for m, o, t in ((model, optimizer, twist), (resumed, its_optimizer, again)):
             train_step(m, o)
             t.step()
-    for mine, other in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    for parameter, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(parameter, other)
     assert twist.history == again.history
     assert [layer.decomposition for layer in twist.plan.compressed] == [
         layer.decomposition for layer in again.plan.compressed

@@ -60,8 +60,10 @@ def state_of(run_folder: Path) -> dict[str, torch.Tensor]:
     return dt.load(run_folder / "model", model=network).state_dict()
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 # --- evaluation
@@ -69,14 +71,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_evaluation_agrees_with_the_definition(digits: ImageData) -> None:
     model = network().train()
-    found = evaluate(model, digits.test, digits)
+    evaluation = evaluate(model, digits.test, digits)
     with torch.no_grad():
         logits = model.eval()(normalize(digits.test.images, digits.mean, digits.std))
     labels = digits.test.labels
-    assert found.loss == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=1e-5)
-    assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert evaluation.loss == pytest.approx(
+        float(functional.cross_entropy(logits, labels)), rel=1e-5
+    )
+    assert evaluation.accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     among_five = logits.topk(5).indices == labels[:, None]
-    assert found.top5 == pytest.approx(float(among_five.any(1).float().mean()))
+    assert evaluation.top5 == pytest.approx(float(among_five.any(1).float().mean()))
 
 
 def test_evaluation_leaves_the_training_flags_alone(digits: ImageData) -> None:
@@ -107,8 +111,8 @@ class Picky(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert x.shape[-1] == 224, f"takes 224 pixels, not {x.shape[-1]}"
-        found: torch.Tensor = super().forward(x)
-        return found
+        output: torch.Tensor = super().forward(x)
+        return output
 
 
 class InDict(nn.Linear):
@@ -149,7 +153,7 @@ def test_distortions_come_at_every_interval_and_are_recorded(
     assert [(record.epoch, record.step) for record in epochs] == [(1, 11), (2, 22)]
     assert epochs[-1].lr == pytest.approx(0)
     for record in distortions:
-        before, after = (one.loss for one in record.train)
+        before, after = (evaluation.loss for evaluation in record.train)
         increase = (after - before) / before
         assert record.distortion.loss_increase == pytest.approx(increase, abs=1e-6)
         assert 0 < record.seconds < 5
@@ -157,8 +161,8 @@ def test_distortions_come_at_every_interval_and_are_recorded(
     # The network that follows the last distortion is the one that is deployed.
     final = dt.load(tmp_path / "model", model=network)
     fixed = digits.test.evenly_spaced(100)
-    found = evaluate(final, fixed, digits)
-    assert found.loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
+    evaluation = evaluate(final, fixed, digits)
+    assert evaluation.loss == pytest.approx(distortions[-1].test[1].loss, rel=1e-4)
 
 
 def test_records_can_be_left_out(digits: ImageData, tmp_path: Path) -> None:
@@ -174,8 +178,8 @@ def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
     digits: ImageData, tmp_path: Path
 ) -> None:
     train(run_of(digits), tmp_path)
-    found = read_run(tmp_path)
-    (first, *_), (epoch, *_) = found.distortions, found.epochs
+    run_read = read_run(tmp_path)
+    (first, *_), (epoch, *_) = run_read.distortions, run_read.epochs
     assert first["step"] == 4
     assert first["lr"] == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 4 / 22)))
     assert epoch["images_per_second"] == pytest.approx(11 * 128 / epoch["seconds"])
@@ -216,8 +220,8 @@ def test_a_distortion_without_effect_changes_no_training(digits: ImageData, tmp_
     run = run_of(digits, model=twisted)
     full = tuple(replace(layer, decomposition=dt.SVD(rank=24)) for layer in run.plan.compressed)
     train(replace(run, plan=replace(run.plan, compressed=full)), tmp_path / "twisted")
-    for one, other in zip(plain.parameters(), twisted.parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
+    for parameter, other in zip(plain.parameters(), twisted.parameters(), strict=True):
+        assert torch.allclose(parameter, other, atol=1e-4)
 
 
 class Outputs(NamedTuple):
@@ -322,18 +326,18 @@ def test_a_run_leaves_a_model_that_gives_the_accuracy_it_claims(
 ) -> None:
     run = run_of(digits, mode=mode)
     summary = train(run, tmp_path)
-    found = read_run(tmp_path)
-    assert found.summary == summary
-    assert len(found.epochs) == 2
+    run_read = read_run(tmp_path)
+    assert run_read.summary == summary
+    assert len(run_read.epochs) == 2
     assert summary.steps == 22
     assert summary.recipe == run.recipe.to_dict()
     if mode == "dense":
-        assert found.plan is None
+        assert run_read.plan is None
         assert summary.parameters == summary.parameters_before == run.plan.dense_parameters
         final = network()
         final.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     else:
-        assert found.plan == run.plan
+        assert run_read.plan == run.plan
         assert summary.parameters == run.plan.parameters < run.plan.dense_parameters
         assert summary.macs == run.plan.macs
         final = dt.load(tmp_path / "model", model=network)
@@ -351,8 +355,8 @@ class Twice(nn.Module):
         self.again = self.body[6]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.body(x)
-        return found
+        output: torch.Tensor = self.body(x)
+        return output
 
 
 def test_a_dense_run_leaves_weights_that_load(digits: ImageData, tmp_path: Path) -> None:
@@ -363,10 +367,10 @@ def test_a_dense_run_leaves_weights_that_load(digits: ImageData, tmp_path: Path)
         train(run_of(digits, mode="dense", model=trained, **values), tmp_path / name)
         path = tmp_path / name / "weights.safetensors"
         assert load_file(path).keys() == trained.state_dict().keys()
-        found = model()
-        load_weights(found, path)
-        assert same(found.state_dict(), trained.state_dict())
-        assert not same(found.state_dict(), model().state_dict())
+        loaded = model()
+        load_weights(loaded, path)
+        assert same(loaded.state_dict(), trained.state_dict())
+        assert not same(loaded.state_dict(), model().state_dict())
 
 
 # --- what the paper does not do
@@ -380,12 +384,12 @@ def test_refinements_have_rows_and_weights_of_their_own(digits: ImageData, tmp_p
     before, *others = summary.variants
     assert (before.accuracy, before.loss) == (plain.accuracy, plain.loss)
     assert before.name == "not recalibrated"
-    assert [one.name for one in others] == ["moving average", "tail"]
-    assert len({one.loss for one in summary.variants} | {summary.loss}) == 4
-    for one in summary.variants:
-        loaded = dt.load(tmp_path / "more" / one.path, model=network)
-        found = evaluate(loaded, digits.test, digits)
-        assert found.loss == pytest.approx(one.loss, rel=1e-6)
+    assert [variant.name for variant in others] == ["moving average", "tail"]
+    assert len({variant.loss for variant in summary.variants} | {summary.loss}) == 4
+    for variant in summary.variants:
+        loaded = dt.load(tmp_path / "more" / variant.path, model=network)
+        evaluation = evaluate(loaded, digits.test, digits)
+        assert evaluation.loss == pytest.approx(variant.loss, rel=1e-6)
         assert sum(p.numel() for p in loaded.parameters()) == summary.parameters
 
 
@@ -422,13 +426,13 @@ def test_recalibration_is_the_statistics_of_the_images(digits: ImageData) -> Non
     model = network()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2)
-    found = recalibrate_batch_norm(model, digits, 2, 64)
+    recalibrated = recalibrate_batch_norm(model, digits, 2, 64)
     order = torch.randperm(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
     x = normalize(digits.train.images[order[:128]], digits.mean, digits.std)
     hidden = model[0](x).detach()
-    assert torch.allclose(found[1].running_mean, hidden.mean((0, 2, 3)), atol=1e-5)
-    assert not found[1].training
-    assert found[1].momentum == model[1].momentum
+    assert torch.allclose(recalibrated[1].running_mean, hidden.mean((0, 2, 3)), atol=1e-5)
+    assert not recalibrated[1].training
+    assert recalibrated[1].momentum == model[1].momentum
     assert torch.equal(model[1].running_mean, torch.zeros(16))  # the source is left alone
 
 
@@ -473,8 +477,8 @@ def test_label_smoothing_and_distillation_change_the_loss_as_defined(
     soft = functional.softmax(teacher / 4, 1)
     divergence = (soft * (soft.log() - functional.log_softmax(student / 4, 1))).sum(1).mean() * 16
     taught = 0.7 * plain + 0.3 * divergence
-    found = first_loss("taught", distillation={"weight": 0.3, "temperature": 4})
-    assert found == pytest.approx(float(taught), rel=1e-4)
+    measured = first_loss("taught", distillation={"weight": 0.3, "temperature": 4})
+    assert measured == pytest.approx(float(taught), rel=1e-4)
 
 
 def test_any_network_may_teach(
@@ -553,9 +557,9 @@ def test_a_run_of_an_earlier_version_is_read(digits: ImageData, tmp_path: Path) 
 
 def test_networks_by_name_start_from_their_seed(digits: ImageData) -> None:
     recipe = Recipe(model="resnet20", mode="dense")
-    one, other, another = (
+    first, second, third = (
         build_run(replace(recipe, seed=seed), digits, name="x").model.state_dict()
         for seed in (0, 0, 1)
     )
-    assert same(one, other)
-    assert not same(one, another)
+    assert same(first, second)
+    assert not same(first, third)

@@ -82,12 +82,12 @@ def test_an_artefact_keeps_its_executors(tmp_path: Path, implementation: str) ->
 
 def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
     before = plan(network(), RAW, ratio=1.5, example_input=X, exclude=["3"])
-    found = plan_from_model(decompose(network(), before), network(), X)
-    assert [(x.name, x.decomposition) for x in found.compressed] == [
+    read_back = plan_from_model(decompose(network(), before), network(), X)
+    assert [(x.name, x.decomposition) for x in read_back.compressed] == [
         (x.name, x.decomposition) for x in before.compressed
     ]
-    assert found.order == before.order
-    assert found.macs == before.macs
+    assert read_back.order == before.order
+    assert read_back.macs == before.macs
 
 
 def test_tuning_takes_the_fastest_form_and_changes_nothing_else() -> None:
