@@ -20,9 +20,10 @@ from deeptwist.benchmark.comparison import Comparison
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.timing import Timing
 from deeptwist.report import formatting, write_report
-from deeptwist.report.charts import LatencyChart, detail_charts, gain_charts
+from deeptwist.report.charts import detail_charts, gain_charts
 from deeptwist.report.comparison import RunGroup, group_runs, summary_sentence
 from deeptwist.report.config_table import config_table
+from deeptwist.report.latency_chart import LatencyChart
 from deeptwist.report.plotting import Chart, Curve, render
 from deeptwist.report.styles import DASHED, MUTED, NO_LINE, SERIES, SOLID, PlotStyle, assign_styles
 from deeptwist.training import metrics
