@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import numpy
@@ -51,7 +52,8 @@ class LayerClock:
             cache: keeps them for other plans.
         """
         self.setting = setting
-        self._reference, self._prepare = reference, prepare or setting.prepare
+        self._reference = reference
+        self._prepare = prepare or partial(setting.prepare, is_layer=True)
         self._measure = measure
         self._examples, self._cache = examples, cache
         self._known: dict[str, list[float]] = {} if cache is None else cache.read()

@@ -53,11 +53,15 @@ class LatencySetting:
         finally:
             torch.set_num_threads(before)
 
-    def prepare(self, module: nn.Module, x: Tensor) -> Callable[[], object]:
-        """Return a function that runs a module on an input, in the input's dtype."""
+    def prepare(
+        self, module: nn.Module, x: Tensor, *, is_layer: bool = False
+    ) -> Callable[[], object]:
+        """Return a function that runs a network or layer on an input, in the input's dtype."""
         dtype: DType = str(x.dtype).removeprefix("torch.")  # type: ignore[assignment]
         threads = torch.get_num_threads()
-        return prepare(module, x, runtime=self.runtime, dtype=dtype, threads=threads)
+        return prepare(
+            module, x, runtime=self.runtime, dtype=dtype, threads=threads, is_layer=is_layer
+        )
 
     def __str__(self) -> str:
         return f"{self.runtime}, batch {self.batch}"
