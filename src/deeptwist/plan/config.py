@@ -45,7 +45,7 @@ class CompressionConfig:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (what pydantic looks for)
 
-    decomposition: tuple[str, ...] = ("tiled_svd",)
+    decomposition: tuple[str, ...] = ("spatial_svd",)
     ratio: float | None = None
     macs: float | None = None
     latency: float | None = None
@@ -96,17 +96,15 @@ class CompressionConfig:
         values = {"rank": self.rank, "fraction": self.fraction, "tile": self.tile}
         options = {key: value for key, value in values.items() if value is not None}
         taken = {name: _options_of(METHODS[name]) for name in names if name in METHODS}
+        for key in options:
+            if len(taken) == len(names) and not any(key in own for own in taken.values()):
+                takers = [name for name, method in METHODS.items() if key in _options_of(method)]
+                raise DeepTwistError(
+                    f"{key} is for {' or '.join(takers)}, not for {' or '.join(names)}"
+                )
         return tuple(
             from_dict(
-                {
-                    "method": name,
-                    # What another of them takes is left out; what none takes is an error.
-                    **{
-                        key: value
-                        for key, value in options.items()
-                        if key in taken.get(name, ()) or not any(key in x for x in taken.values())
-                    },
-                }
+                {"method": name, **{k: v for k, v in options.items() if k in taken.get(name, ())}}
             )
             for name in names
         )

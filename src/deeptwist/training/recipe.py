@@ -166,7 +166,7 @@ class CompressionRecipe(CompressionConfig):
         tuple[str, ...],
         BeforeValidator(lambda names: (names,) if isinstance(names, str) else names),
         Parameter(consume_multiple=True),
-    ] = ("tiled_svd",)
+    ] = ("spatial_svd",)
     rank: Annotated[
         PositiveInt | tuple[PositiveInt, PositiveInt] | None,
         BeforeValidator(_sizes),
