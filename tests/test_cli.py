@@ -75,6 +75,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plan", "resnet20"], "give it one, or give a ratio"),
         (["plan", "resnt20", "--ratio", "4"], "did you mean 'resnet20'?"),
         (["plan", "resnet20", "--ratio", "4", "--exclude", "layer1.0.conv"], "'layer1.0.conv2'?"),
+        (
+            ["plan", "resnet20", "--ratio", "4", "--input", "3x8x8", "--image-size", "8"],
+            "--input and --image-size say the same",
+        ),
+        (["plan", "resnet20", "--ratio", "4", "--tile", "8x8"], "tile is for tiled_svd"),
         (["plan", "resnet20", "--ratio", "4", "--tile", "64by64"], "option --tile is '64by64'"),
         (["plan", "resnet20", "--ratio", "4", "--override", "conv1"], "'conv1'"),
         (["plan", "resnet20", "--ratio", "4", "--override", "conv1=sdv"], "did you mean 'svd'?"),
@@ -366,5 +371,5 @@ def test_what_no_decomposition_takes_is_refused() -> None:
 
 
 def test_a_rank_beside_a_ratio_is_refused() -> None:
-    words = "plan", "resnet20", "--input", "3x8x8", "--decomposition", "svd", "--ratio", "4"
+    words = "plan", "resnet20", "--image-size", "8", "--decomposition", "svd", "--ratio", "4"
     assert "rank 3 beside ratio 4.0: give one" in refused(*words, "--rank", "3")

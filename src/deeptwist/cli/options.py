@@ -30,18 +30,16 @@ PlanOptions = Annotated[CompressionRecipe | None, Parameter(name="*")]
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """The network's weights and input.
+class WeightOptions:
+    """The network's weights.
 
     Attributes:
         weights: A checkpoint (.safetensors, or .pt/.pth/.th, read without unpickling code).
         num_classes: Outputs of the network; the data set's where there is one.
-        input: Input size without the batch, such as 3x224x224.
     """
 
     weights: Path | None = None
     num_classes: int | None = None
-    input: str | None = None
 
     def build(
         self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
@@ -49,8 +47,6 @@ class NetworkOptions:
         """Return the network with its weights; options win over what the data set says."""
         from deeptwist.models import build_model, load_weights
 
-        if self.input is not None and in_channels is None and not model.startswith("torchvision/"):
-            in_channels = _parse_size(self.input)[0]
         if in_channels == 3:
             in_channels = None  # what every network takes by itself
         network = build_model(
@@ -60,8 +56,35 @@ class NetworkOptions:
             load_weights(network, self.weights)
         return network.eval()
 
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(WeightOptions):
+    """The network's weights and input.
+
+    Attributes:
+        input: Input size without the batch, such as 3x224x224.
+        image_size: Side of square images, in place of --input 3xSIDExSIDE.
+    """
+
+    input: str | None = None
+    image_size: int | None = None
+
+    def build(
+        self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
+    ) -> "nn.Module":
+        """Return the network with its weights; options win over what the data set says."""
+        if self.input is not None and in_channels is None and not model.startswith("torchvision/"):
+            in_channels = _parse_size(self.input)[0]
+        return super().build(model, num_classes=num_classes, in_channels=in_channels)
+
     def size(self, model: str) -> tuple[int, ...]:
         """Return the network's input size without the batch."""
+        if self.image_size is not None:
+            if self.input is not None:
+                raise DeepTwistError("--input and --image-size say the same: leave one of them out")
+            check_int("image_size", self.image_size)
+            return 3, self.image_size, self.image_size
         return _parse_size(self.input or ("3x224x224" if "/" in model else "3x32x32"))
 
     def example_input(self, model: str, batch: int = 2) -> "Tensor":

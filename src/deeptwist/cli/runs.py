@@ -11,12 +11,12 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from deeptwist.cli.console import progress_bar, speaks_for_all, writing
-from deeptwist.cli.options import AsJson, CompressOptions, Model, NetworkOptions
+from deeptwist.cli.options import AsJson, CompressOptions, Model, WeightOptions
 from deeptwist.cli.tables import print_compressed, print_summaries
 from deeptwist.errors import DeepTwistError
 from deeptwist.training.recipe import DataRecipe, Recipe
 
-_NETWORK, _COMPRESS = NetworkOptions(), CompressOptions()
+_WEIGHTS, _COMPRESS = WeightOptions(), CompressOptions()
 
 
 _NEXT = """
@@ -133,7 +133,7 @@ def evaluate(
     *,
     data: Annotated[DataRecipe | None, Parameter(name="*")] = None,
     artefact: Path | None = None,
-    network: NetworkOptions = _NETWORK,
+    network: WeightOptions = _WEIGHTS,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy and loss on the test images: of a dense network or of a saved small one.
