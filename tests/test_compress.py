@@ -217,10 +217,13 @@ def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path
     assert not [*tmp_path.glob("*.onnx")]
 
 
-def test_a_network_as_it_is_built_can_be_named(tmp_path: Path) -> None:
+def test_a_network_as_it_is_built_can_be_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Without weights, by a built-in name: the classes and channels are the data's."""
     words = ["compress", "resnet20", "--data", "digits", "--macs", 3, "--epochs", 0, *FAST]
     done = run(*words, "--runtime", "eager", "--out", tmp_path, "--json")
+    assert "the dense network guesses" in caplog.text
     assert done.returncode == 0, done.stderr
     dense = sum(p.numel() for p in build_model("resnet20", in_channels=1).parameters())
     assert json.loads(done.stdout)["results"]["plan"]["dense_parameters"] == dense
