@@ -1,11 +1,14 @@
 """Where a training runs: Lightning Fabric's processes and precision, and images on a GPU."""
 
+import atexit
 import logging
 import math
 import os
+import time
 from dataclasses import replace
 
 import torch
+from torch import distributed
 
 from deeptwist.data import ImageData, Split
 from deeptwist.training.fabric import Fabric, MixedPrecision
@@ -32,7 +35,20 @@ def make_fabric(recipe: Recipe) -> Fabric:
         plugins=[MixedPrecision("16-mixed", "cpu")] if fp16_on_cpu else None,
     )
     fabric.launch()
+    if processes > 1:
+        atexit.register(_leave_processes)
     return fabric
+
+
+def _leave_processes() -> None:
+    """End the process group, once its threads have let go of the last tensors.
+
+    To drop a tensor they need the interpreter's lock; a thread of Gloo that asks for it while
+    Python shuts down aborts the process. Sleeping hands it over.
+    """
+    if distributed.is_initialized():
+        time.sleep(0.1)
+        distributed.destroy_process_group()
 
 
 def images_on(
