@@ -58,7 +58,8 @@ logger = logging.getLogger("deeptwist")
 RECORD = "compress.json"
 _CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
 _RECALIBRATION = 8  # batches, where nothing is trained: training leaves statistics that fit
-_COMPARED = 256  # images that tell whether the new statistics are the better ones, or all is well
+_COMPARED = 1000  # training images that tell whether the new statistics are the better ones
+_GLANCE = 256  # test images that tell whether the dense network is what it should be
 _INT8 = 512  # training images that activations' ranges are taken from
 _SEARCHED = 1000  # images at most that a ratio is searched on
 
@@ -241,7 +242,7 @@ def _evaluate(job: Job, network: nn.Module) -> dict[str, Any]:
 def _evaluate_dense(job: Job) -> dict[str, Any]:
     bytes_ = sum(x.numel() * x.element_size() for x in job.model.state_dict().values())
     # On a few images first: those of a large set take minutes.
-    glance = evaluate(job.model, job.data.test.evenly_spaced(_COMPARED), job.data)
+    glance = evaluate(job.model, job.data.test.evenly_spaced(_GLANCE), job.data)
     if glance.accuracy < 1.5 / len(job.data.classes):
         logger.warning("the dense network guesses: are --weights and --image-size those it needs?")
     return {**_evaluate(job, job.model), "bytes": bytes_}
@@ -273,8 +274,8 @@ def _search(job: Job, may_lose: float) -> dict[str, Any]:
 def _decompose(job: Job, plan: Plan) -> tuple[nn.Module, int]:
     """Decompose without training; return the network and the batches of its batch norms.
 
-    Statistics are taken anew, unless the recipe leaves it open and the loss on training images
-    says that the old ones fit better, as they do where little was cut.
+    Statistics are taken anew, unless the recipe leaves it open and the old ones recognise as many
+    training images, as they do where little was cut. (The loss would prefer new ones too soon.)
     """
     small = decompose(job.model, plan, calibration=job.calibration)
     count = job.recipe.recalibration or _RECALIBRATION
@@ -282,8 +283,8 @@ def _decompose(job: Job, plan: Plan) -> tuple[nn.Module, int]:
     seen = job.data.train.evenly_spaced(_COMPARED)
     if job.recipe.recalibration:
         return anew, count
-    before, after = (evaluate(network, seen, job.data).loss for network in (small, anew))
-    return (anew, count) if after < before else (small, 0)
+    before, after = (evaluate(network, seen, job.data).accuracy for network in (small, anew))
+    return (anew, count) if after > before else (small, 0)
 
 
 def _plan(job: Job, ratio: float | None) -> dict[str, Any]:
