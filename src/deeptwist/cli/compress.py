@@ -280,9 +280,9 @@ def _decompose(job: Job, plan: Plan) -> tuple[nn.Module, int]:
     small = decompose(job.model, plan, calibration=job.calibration)
     count = job.recipe.recalibration or _RECALIBRATION
     anew = recalibrate_batch_norm(small, job.data, count, job.recipe.batch_size)
-    seen = job.data.train.evenly_spaced(_COMPARED)
     if job.recipe.recalibration:
         return anew, count
+    seen = job.data.train.evenly_spaced(_COMPARED)
     before, after = (evaluate(network, seen, job.data).accuracy for network in (small, anew))
     return (anew, count) if after > before else (small, 0)
 

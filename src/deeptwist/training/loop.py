@@ -120,6 +120,9 @@ class Trainer:
     def _step_network(self) -> nn.Module:
         """Return what a training step calls: the network, compiled or recorded where asked."""
         fabric, recipe = self._fabric, self._recipe
+        network = cast(nn.Module, self._wrapped)
+        if recipe.compile is not None:
+            network = _compiled(network, recipe.compile)
         if recipe.cuda_graphs and fabric.device.type == "cuda":
             if fabric.world_size > 1:
                 raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
@@ -128,11 +131,8 @@ class Trainer:
             images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
             with fabric.autocast():
                 batch = preprocess(images, self._model, self._data)
-                return replay_as_cuda_graphs(self._model, batch)
-        if recipe.compile is not None:
-            return _compiled(self._wrapped, recipe.compile)
-        wrapped: nn.Module = self._wrapped
-        return wrapped
+                network = replay_as_cuda_graphs(self._model, batch)
+        return network
 
     def fit(self, callbacks: Callbacks) -> None:
         """Train to the end, from the step reached so far.
