@@ -180,6 +180,12 @@ def test_a_compiled_step_is_the_same(one_batch: ImageData, tmp_path: Path) -> No
         trained(one_batch, tmp_path / "unknown", compile="inducter")
 
 
+def test_only_inductor_compiles_to_cuda_graphs() -> None:
+    make_recipe({"model": "resnet20", "cuda_graphs": True, "compile": "inductor"})
+    with pytest.raises(DeepTwistError, match="inductor or none, not aot_eager"):
+        make_recipe({"model": "resnet20", "cuda_graphs": True, "compile": "aot_eager"})
+
+
 def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     digits = load_digits()

@@ -53,11 +53,12 @@ def test_the_paper_s_schedules(network: Network, expected: tuple[object, ...]) -
     assert recipe.compression.min_in_channels == (1 if network == "resnet32" else 128)
 
 
-@pytest.mark.parametrize("profile", ["paper", "long", "short", "smoke"])
+@pytest.mark.parametrize("profile", ["paper", "long", "ten", "short", "smoke"])
 def test_every_training_has_a_folder_of_its_own(profile: Profile) -> None:
     outcomes: dict[str, Recipe] = {}
+    only = {"long": "resnet32", "ten": "vgg19"}.get(profile)
     for experiment in EXPERIMENTS.values():
-        if profile != "long" or experiment.NETWORK == "resnet32":
+        if only in (None, experiment.NETWORK):
             named = experiment.recipes(preset_of(profile, experiment.NETWORK))
             assert len(set(map(outcome_of, named.values()))) == len(named)
             for recipe in map(outcome_of, named.values()):
@@ -158,6 +159,7 @@ def test_figure_5_counts_weights() -> None:
         ("fig2", "short", (0, 1, 2)),
         *((name, "short", (0,)) for name in ("table1", "fig6", "interval", "noise", "tail")),
         *((name, "long", (0,)) for name in ("fig3", "fig4")),
+        ("table2", "ten", (0,)),
     ],
 )
 def test_what_was_run_is_drawn_again(
@@ -181,7 +183,8 @@ def test_curves_that_were_not_kept_are_said_so(tmp_path: Path) -> None:
 
 
 def test_long_runs_are_gathered_over_seeds(tmp_path: Path) -> None:
-    shutil.copytree(RESULTS / "long", tmp_path / "long")
+    for name in ("deeptwist-tucker-4x", "finetune-tucker-4x"):
+        shutil.copytree(RESULTS / "long" / name, tmp_path / "long" / name)
     source = RESULTS / "long" / "deeptwist-tucker-4x"
     for seed, mode, points in [(0, "deeptwist", 0), (1, "deeptwist", 1), (0, "dense", 5)]:
         folder = shutil.copytree(source, tmp_path / "long-32" / f"{mode}-{seed}")

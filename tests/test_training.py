@@ -189,12 +189,14 @@ def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("mode", ["dense", "deeptwist", "finetune"])
+@pytest.mark.parametrize("backend", [None, "inductor"])
 def test_cuda_graphs_train_as_separate_launches_do(
-    digits: ImageData, tmp_path: Path, mode: Mode
+    digits: ImageData, tmp_path: Path, mode: Mode, backend: str | None
 ) -> None:
+    settings: list[dict[str, Any]] = [{}, {"cuda_graphs": True, "compile": backend}]
     summaries = [
-        train(run_of(digits, mode=mode, cuda_graphs=graphs), tmp_path / str(graphs))
-        for graphs in (False, True)
+        train(run_of(digits, mode=mode, **values), tmp_path / str(len(values)))
+        for values in settings
     ]
     assert summaries[0].loss == pytest.approx(summaries[1].loss, rel=1e-3)
 

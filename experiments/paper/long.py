@@ -100,7 +100,6 @@ def recipes(preset: Preset) -> dict[str, Recipe]:
 def report(results: Results, preset: Preset) -> Report:
     """Return accuracies by mode, decomposition and ratio, what DeepTwist gains, and the curves."""
     finished = [run for name in FOLDERS for run in read_runs(results.out / name).items()]
-    cut = read_cut_runs(results.out / CUT)
     groups = [
         Group(
             recipe,
@@ -110,11 +109,13 @@ def report(results: Results, preset: Preset) -> Report:
         )
         for recipe, runs in _by_recipe(finished).items()
     ]
-    reached = min(map(len, cut.values()), default=0)
-    ending = f": cut, means over epochs {max(reached - 9, 1)} to {reached}"
-    for recipe, runs in _by_recipe(cut.items()).items():
-        last = {seed: fmean(map(_accuracy, each[:reached][-10:])) for seed, each in runs.items()}
-        groups.append(Group(recipe, last, runs, ending=ending))
+    cut = _by_recipe(read_cut_runs(results.out / CUT).items())
+    unfinished = [Group(recipe, {}, runs) for recipe, runs in cut.items()]
+    groups += [
+        group
+        for regime, members in _gather(unfinished, "regime").items()
+        for group in _cut(members, [group for group in groups if group.regime == regime])
+    ]
     groups.sort(key=lambda group: (group.regime, group.size, group.recipe.mode, str(group.recipe)))
     tables, figures = [], []
     for regime, members in _gather(groups, "regime").items():
@@ -128,6 +129,21 @@ def report(results: Results, preset: Preset) -> Report:
             figures += _curves(size, labels)
         tables.append(Table(regime, HEADER, rows))
     return Report(tables, figures, [NOTE])
+
+
+def _cut(unfinished: Sequence[Group], finished: Sequence[Group]) -> list[Group]:
+    """Return unfinished runs, and finished ones to compare with, over epochs that all reached."""
+    sizes = {"", *(group.size for group in unfinished)}  # a dense network's is empty
+    members = [*unfinished, *(group for group in finished if group.size in sizes)]
+    reached = min(len(epochs) for group in members for epochs in group.epochs.values())
+    first = max(reached - 9, 1)
+    groups = []
+    for group in members:
+        epochs = {seed: each[:reached] for seed, each in group.epochs.items()}
+        means = {seed: fmean(map(_accuracy, each[first - 1 :])) for seed, each in epochs.items()}
+        ending = f": cut, means over epochs {first} to {reached}"
+        groups.append(Group(group.recipe, means, epochs, ending=ending))
+    return groups
 
 
 def _by_recipe(runs: Iterable[tuple[Recipe, T]]) -> dict[Recipe, dict[int, T]]:

@@ -16,7 +16,7 @@ from deeptwist.training.recipe import (
     read_recipe,
 )
 
-Profile = Literal["paper", "long", "long-32", "short", "smoke"]
+Profile = Literal["paper", "long", "long-32", "ten", "short", "smoke"]
 Network = Literal["resnet32", "vgg19", "resnet34"]
 
 _RECIPES = Path(__file__).parents[2] / "recipes"
@@ -138,8 +138,11 @@ def preset_of(profile: Profile, network: Network) -> Preset:
             tails=(20, 50, 100),
             needs=("weights", "data") if network == "resnet34" else ("weights",),
         )
-    if network != "resnet32":
-        raise DeepTwistError(f"profile {profile} trains resnet32 alone, not {network}")
+    if profile == "ten" and network == "vgg19":
+        return _ten_of_vgg(recipe)
+    if network != "resnet32" or profile == "ten":
+        trained = "vgg19" if profile == "ten" else "resnet32"
+        raise DeepTwistError(f"profile {profile} trains {trained} alone, not {network}")
     size = None if profile == "long-32" else 16
     return Preset(
         profile,
@@ -178,6 +181,36 @@ def _short(network: Network, paper: Recipe) -> Preset:
         intervals=(100, 1000, 10, 300, 30),
         tails=(1, 2),
         needs={"resnet32": ("weights",), "resnet34": ("data",)}.get(network, ()),
+    )
+
+
+def _ten_of_vgg(paper: Recipe) -> Preset:
+    recipe = replace(
+        _SHORT,
+        model="vgg19_bn",
+        interval=200,
+        cuda_graphs=True,
+        compression=paper.compression,
+        fixed=paper.fixed,
+        schedule=ScheduleRecipe(epochs=10),
+        records=replace(_SHORT.records, checkpoint_every=1000),
+    )
+    start = replace(
+        recipe,
+        mode="dense",
+        fixed=None,
+        optimizer=replace(recipe.optimizer, lr=0.05),
+        schedule=ScheduleRecipe(epochs=30),
+    )
+    optimizer = recipe.optimizer
+    return Preset(
+        "ten",
+        f"{recipe.schedule.epochs} epochs, SGD {optimizer.lr} with cosine decay, weight decay "
+        f"{optimizer.weight_decay}, {recipe.precision}, from a dense network with batch norm, "
+        f"trained on the same images for {start.schedule.epochs} epochs from {start.optimizer.lr}",
+        recipe,
+        start=start,
+        needs=(),
     )
 
 

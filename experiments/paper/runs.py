@@ -30,6 +30,7 @@ def outcome_of(recipe: Recipe) -> Recipe:
         recipe,
         weights=None,
         cuda_graphs=plain.cuda_graphs,
+        compile=plain.compile,
         records=plain.records,
         interval=recipe.interval if mode.at_intervals else plain.interval,
         twist=recipe.twist if mode.distorts else plain.twist,

@@ -121,11 +121,12 @@ class Trainer:
         """Return what a training step calls: the network, compiled or recorded where asked."""
         fabric, recipe = self._fabric, self._recipe
         network = cast(nn.Module, self._wrapped)
+        as_graphs = recipe.cuda_graphs and fabric.device.type == "cuda"
+        if as_graphs and fabric.world_size > 1:
+            raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
         if recipe.compile is not None:
-            network = _compiled(network, recipe.compile)
-        if recipe.cuda_graphs and fabric.device.type == "cuda":
-            if fabric.world_size > 1:
-                raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
+            return _compiled(network, recipe.compile, cuda_graphs=as_graphs)
+        if as_graphs:
             count = recipe.batch_size // recipe.optimizer.accumulate
             size = count, *self._data.train.images.shape[1:]
             images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
@@ -427,11 +428,12 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
         )
 
 
-def _compiled(model: nn.Module, backend: str) -> nn.Module:
+def _compiled(model: nn.Module, backend: str, *, cuda_graphs: bool) -> nn.Module:
     """Return a module that runs as torch.compile makes it; it shares the model's weights."""
     if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise unknown_name_error("backend of torch.compile", backend, known)
-    return cast(nn.Module, torch.compile(model, backend=backend))
+    options = {"triton.cudagraphs": True} if cuda_graphs else None
+    return cast(nn.Module, torch.compile(model, backend=backend, options=options))
 
 
 def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:

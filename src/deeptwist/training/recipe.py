@@ -282,7 +282,8 @@ class Recipe:
             a scaled loss; a step that overflows is taken again, at half the scale.
         cuda_graphs: Replay a step's forward and backward passes as CUDA graphs, several times as
             fast for small networks on a GPU; elsewhere it changes nothing.
-        compile: torch.compile's backend for a step's passes, inductor say; none without it.
+        compile: torch.compile's backend for a step's passes, inductor say, which with cuda_graphs
+            replays graphs of its own; none without it.
         checkpoint_gradients: Compute activations again in the backward pass, to save memory; for
             timm's networks that offer it.
         data: The images.
@@ -339,6 +340,8 @@ class Recipe:
             raise ValueError(f"a tail follows distortions, mode {self.mode} has none")
         if self.twist.lr_power and not isinstance(self.interval, int):
             raise ValueError("an interval is a schedule or follows the learning rate, not both")
+        if self.cuda_graphs and self.compile not in (None, "inductor"):
+            raise ValueError(f"cuda_graphs goes with compile: inductor or none, not {self.compile}")
         return self
 
     @property
