@@ -432,7 +432,7 @@ def _compiled(model: nn.Module, backend: str, *, cuda_graphs: bool) -> nn.Module
     """Return a module that runs as torch.compile makes it; it shares the model's weights."""
     if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise unknown_name_error("backend of torch.compile", backend, known)
-    options = {"triton.cudagraphs": True} if cuda_graphs else None
+    options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
     return cast(nn.Module, torch.compile(model, backend=backend, options=options))
 
 
