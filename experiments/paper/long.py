@@ -111,11 +111,9 @@ def report(results: Results, preset: Preset) -> Report:
     ]
     cut = _by_recipe(read_cut_runs(results.out / CUT).items())
     unfinished = [Group(recipe, {}, runs) for recipe, runs in cut.items()]
-    groups += [
-        group
-        for regime, members in _gather(unfinished, "regime").items()
-        for group in _cut(members, [group for group in groups if group.regime == regime])
-    ]
+    by_regime = _gather(groups, "regime")
+    for regime, members in _gather(unfinished, "regime").items():
+        groups += _cut(members, by_regime.get(regime, []))
     groups.sort(key=lambda group: (group.regime, group.size, group.recipe.mode, str(group.recipe)))
     tables, figures = [], []
     for regime, members in _gather(groups, "regime").items():
@@ -137,11 +135,11 @@ def _cut(unfinished: Sequence[Group], finished: Sequence[Group]) -> list[Group]:
     members = [*unfinished, *(group for group in finished if group.size in sizes)]
     reached = min(len(epochs) for group in members for epochs in group.epochs.values())
     first = max(reached - 9, 1)
+    ending = f": cut, means over epochs {first} to {reached}"
     groups = []
     for group in members:
         epochs = {seed: each[:reached] for seed, each in group.epochs.items()}
         means = {seed: fmean(map(_accuracy, each[first - 1 :])) for seed, each in epochs.items()}
-        ending = f": cut, means over epochs {first} to {reached}"
         groups.append(Group(group.recipe, means, epochs, ending=ending))
     return groups
 

@@ -19,6 +19,7 @@ from deeptwist.training.recipe import (
 Profile = Literal["paper", "long", "long-32", "ten", "short", "smoke"]
 Network = Literal["resnet32", "vgg19", "resnet34"]
 
+_ONLY: dict[Profile, Network] = {"long": "resnet32", "long-32": "resnet32", "ten": "vgg19"}
 _RECIPES = Path(__file__).parents[2] / "recipes"
 _DATA: dict[Network, str] = {"resnet32": "cifar10", "vgg19": "cifar10", "resnet34": "imagenet"}
 _EVERY_CONVOLUTION = CompressionRecipe(
@@ -121,6 +122,8 @@ def preset_of(profile: Profile, network: Network) -> Preset:
     Raises:
         DeepTwistError: if it does not train this one.
     """
+    if network != (only := _ONLY.get(profile, network)):
+        raise DeepTwistError(f"profile {profile} trains {only} alone, not {network}")
     compression = _EVERY_CONVOLUTION if network == "resnet32" else _WIDE_CONVOLUTIONS
     if profile == "smoke":
         return _smoke(compression)
@@ -128,6 +131,8 @@ def preset_of(profile: Profile, network: Network) -> Preset:
     recipe = replace(recipe, compression=compression)
     if profile == "short":
         return _short(network, recipe)
+    if profile == "ten":
+        return _ten_of_vgg(recipe)
     if profile == "paper":
         return Preset(
             profile,
@@ -138,11 +143,6 @@ def preset_of(profile: Profile, network: Network) -> Preset:
             tails=(20, 50, 100),
             needs=("weights", "data") if network == "resnet34" else ("weights",),
         )
-    if profile == "ten" and network == "vgg19":
-        return _ten_of_vgg(recipe)
-    if network != "resnet32" or profile == "ten":
-        trained = "vgg19" if profile == "ten" else "resnet32"
-        raise DeepTwistError(f"profile {profile} trains {trained} alone, not {network}")
     size = None if profile == "long-32" else 16
     return Preset(
         profile,
@@ -167,17 +167,10 @@ def _short(network: Network, paper: Recipe) -> Preset:
         recipe = replace(recipe, model=paper.model, batch_size=64, data=data)
     return Preset(
         "short",
-        f"a short schedule: {recipe.schedule.epochs} epochs, SGD {recipe.optimizer.lr} with "
-        f"cosine decay, weight decay {recipe.optimizer.weight_decay}, {recipe.precision}, from a "
-        f"dense network trained on the same images for {epochs} epochs",
+        f"a short schedule: {_describe(recipe)}, from a dense network trained on the same images "
+        f"for {epochs} epochs",
         recipe,
-        start=replace(
-            recipe,
-            mode="dense",
-            fixed=None,
-            optimizer=replace(recipe.optimizer, lr=0.05),
-            schedule=ScheduleRecipe(epochs=epochs),
-        ),
+        start=_dense_start(recipe, epochs),
         intervals=(100, 1000, 10, 300, 30),
         tails=(1, 2),
         needs={"resnet32": ("weights",), "resnet34": ("data",)}.get(network, ()),
@@ -195,22 +188,33 @@ def _ten_of_vgg(paper: Recipe) -> Preset:
         schedule=ScheduleRecipe(epochs=10),
         records=replace(_SHORT.records, checkpoint_every=1000),
     )
-    start = replace(
+    start = _dense_start(recipe, 30)
+    return Preset(
+        "ten",
+        f"{_describe(recipe)}, from a dense network with batch norm, trained on the same images "
+        f"for {start.schedule.epochs} epochs from {start.optimizer.lr}",
+        recipe,
+        start=start,
+        needs=(),
+    )
+
+
+def _dense_start(recipe: Recipe, epochs: int) -> Recipe:
+    """Return the training of the dense network that the runs of a recipe start from."""
+    return replace(
         recipe,
         mode="dense",
         fixed=None,
         optimizer=replace(recipe.optimizer, lr=0.05),
-        schedule=ScheduleRecipe(epochs=30),
+        schedule=ScheduleRecipe(epochs=epochs),
     )
+
+
+def _describe(recipe: Recipe) -> str:
     optimizer = recipe.optimizer
-    return Preset(
-        "ten",
+    return (
         f"{recipe.schedule.epochs} epochs, SGD {optimizer.lr} with cosine decay, weight decay "
-        f"{optimizer.weight_decay}, {recipe.precision}, from a dense network with batch norm, "
-        f"trained on the same images for {start.schedule.epochs} epochs from {start.optimizer.lr}",
-        recipe,
-        start=start,
-        needs=(),
+        f"{optimizer.weight_decay}, {recipe.precision}"
     )
 
 

@@ -120,20 +120,20 @@ class Trainer:
     def _step_network(self) -> nn.Module:
         """Return what a training step calls: the network, compiled or recorded where asked."""
         fabric, recipe = self._fabric, self._recipe
-        network = cast(nn.Module, self._wrapped)
+        wrapped: nn.Module = self._wrapped
         as_graphs = recipe.cuda_graphs and fabric.device.type == "cuda"
         if as_graphs and fabric.world_size > 1:
             raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
         if recipe.compile is not None:
-            return _compiled(network, recipe.compile, cuda_graphs=as_graphs)
-        if as_graphs:
-            count = recipe.batch_size // recipe.optimizer.accumulate
-            size = count, *self._data.train.images.shape[1:]
-            images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
-            with fabric.autocast():
-                batch = preprocess(images, self._model, self._data)
-                network = replay_as_cuda_graphs(self._model, batch)
-        return network
+            return _compiled(wrapped, recipe.compile, cuda_graphs=as_graphs)
+        if not as_graphs:
+            return wrapped
+        count = recipe.batch_size // recipe.optimizer.accumulate
+        size = count, *self._data.train.images.shape[1:]
+        images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
+        with fabric.autocast():
+            batch = preprocess(images, self._model, self._data)
+            return replay_as_cuda_graphs(self._model, batch)
 
     def fit(self, callbacks: Callbacks) -> None:
         """Train to the end, from the step reached so far.
