@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import deeptwist as dt
+from deeptwist.app.models import build_model, load_weights
 from deeptwist.layers.geometry import weight_to_kernel
-from deeptwist.models import build_model, load_weights
 
 METHOD = dt.TiledSVD(tile=(64, 64), rank=8)
 MOVE, INTERVAL, ROUNDS = 0.02, 200, 5

@@ -13,10 +13,10 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 
-from deeptwist.data import ImageData, Split, load_data, normalize
+from deeptwist.app.data import ImageData, Split, load_data, normalize
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.export.runtimes import OnnxNetwork
-from deeptwist.quantize import quantize_onnx
+from deeptwist.export.int8 import quantize_onnx
+from deeptwist.measure.runtimes import OnnxNetwork
 
 
 def main() -> None:

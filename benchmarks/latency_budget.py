@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.models import build_model
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.latency import LatencySetting
-from deeptwist.plan.timing import median_ratio, time_interleaved
+from deeptwist.app.models import build_model
+from deeptwist.measure.latency import LatencySetting
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.timing import median_ratio, time_interleaved
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
 LATENCY = 2.0

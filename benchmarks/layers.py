@@ -18,8 +18,8 @@ from torch.nn import functional
 import deeptwist as dt
 from deeptwist.decompositions import Decomposition
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.timing import median_ratio, time_interleaved
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.timing import median_ratio, time_interleaved
 
 SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch
 PAPERS = "the paper's: unfold, batched GEMM"

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.benchmark.memory import peak_memory
-from deeptwist.benchmark.networks import measure, measure_memory, settings_of
-from deeptwist.export.runtimes import Runtime
-from deeptwist.models import build_model
-from deeptwist.plan.environment import describe_machine
+from deeptwist.app.models import build_model
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.memory import peak_memory
+from deeptwist.measure.networks import measure, measure_memory, settings_of
+from deeptwist.measure.runtimes import Runtime
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
 FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, multiple of the rank

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import deeptwist as dt
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.timing import median_ratio, time_interleaved
 from deeptwist.plan.autotune import random_dense, random_input
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.timing import median_ratio, time_interleaved
 
 FORMS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}
 

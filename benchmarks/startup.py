@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from deeptwist.plan.environment import describe_machine
+from deeptwist.measure.machine import describe_machine
 
 COMMANDS = {
     "import torch": ["-c", "import torch"],

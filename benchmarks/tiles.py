@@ -25,9 +25,9 @@ from torch import Tensor
 import deeptwist as dt
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.timing import time_interleaved
 from deeptwist.plan.autotune import random_dense, random_factored
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.timing import time_interleaved
 
 RATIO = 4
 

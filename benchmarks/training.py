@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from deeptwist.data import ImageData, Split, augment, normalize
-from deeptwist.models import build_model
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.timing import median_ratio
-from deeptwist.training.evaluation import evaluate
-from deeptwist.training.fabric import Fabric
-from deeptwist.training.loop import Callbacks, Trainer
-from deeptwist.training.metrics import DistortionRecord, Record
-from deeptwist.training.recipe import make_recipe
+from deeptwist.app.data import ImageData, Split, augment, normalize
+from deeptwist.app.models import build_model
+from deeptwist.app.training.evaluation import evaluate
+from deeptwist.app.training.fabric import Fabric
+from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.metrics import DistortionRecord, Record
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.timing import median_ratio
 from deeptwist.twist.distortion import DeepTwist
 
 MODEL, BATCH, INTERVAL, IMAGES = "resnet32", 128, 200, 100

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 import deeptwist as dt
-from deeptwist.data import batches, load_data
-from deeptwist.models import build_model, load_weights
-from deeptwist.training.evaluation import preprocess
+from deeptwist.app.data import batches, load_data
+from deeptwist.app.models import build_model, load_weights
+from deeptwist.app.training.evaluation import preprocess
 
 METHODS: dict[str, dt.Decomposition | list[dt.Decomposition]] = {
     "spatial_svd": dt.SpatialSVD(),

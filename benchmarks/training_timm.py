@@ -20,15 +20,15 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from torch.nn import functional
 
-from deeptwist.data import ImageData, ImageFiles, Split, load_data
-from deeptwist.models import build_model
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.timing import median_ratio
-from deeptwist.training.evaluation import preprocess
-from deeptwist.training.fabric import Fabric
-from deeptwist.training.loop import Callbacks, Trainer
-from deeptwist.training.optimizers import make_optimizer
-from deeptwist.training.recipe import make_recipe
+from deeptwist.app.data import ImageData, ImageFiles, Split, load_data
+from deeptwist.app.models import build_model
+from deeptwist.app.training.evaluation import preprocess
+from deeptwist.app.training.fabric import Fabric
+from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.optimizers import make_optimizer
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.timing import median_ratio
 from deeptwist.twist.distortion import DeepTwist
 
 MODEL, SIZE, SCALE, INTERVAL = "torchvision/resnet18", 128, 0.25, 200

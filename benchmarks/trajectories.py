@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.data import ImageData, load_data
-from deeptwist.models import build_model, load_weights
-from deeptwist.plan.environment import describe_machine
-from deeptwist.training.fabric import Fabric
-from deeptwist.training.loop import Callbacks, Trainer
-from deeptwist.training.recipe import make_recipe
+from deeptwist.app.data import ImageData, load_data
+from deeptwist.app.models import build_model, load_weights
+from deeptwist.app.training.fabric import Fabric
+from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.measure.machine import describe_machine
 from deeptwist.twist.distortion import Distortion
 
 # Which layers, by the fewest input channels; the paper's 128 would leave nothing of ResNet-32.

@@ -12,10 +12,10 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from deeptwist.data import load_data
-from deeptwist.training.metrics import DENSE_WEIGHTS, Summary
-from deeptwist.training.recipe import Mode, make_recipe
-from deeptwist.training.run import build_run, train
+from deeptwist.app.data import load_data
+from deeptwist.app.training.metrics import DENSE_WEIGHTS, Summary
+from deeptwist.app.training.recipe import Mode, make_recipe
+from deeptwist.app.training.run import build_run, train
 
 COMPRESSION = {"ratio": 4, "skip_first_conv": True, "linear": False}
 DECOMPOSITIONS = {

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import deeptwist as dt
-from deeptwist.data import ImageData, load_digits, normalize
+from deeptwist.app.data import ImageData, load_digits, normalize
 from deeptwist.integrations.transformers import DeepTwistCallback
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
-from deeptwist.data import ImageData, load_digits, normalize
+from deeptwist.app.data import ImageData, load_digits, normalize
 from deeptwist.integrations.lightning import DeepTwistCallback
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2

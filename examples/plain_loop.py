@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.data import ImageData, batches, load_digits, normalize
+from deeptwist.app.data import ImageData, batches, load_digits, normalize
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
 

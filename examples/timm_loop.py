@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.data import ImageData, batches, load_digits, normalize
+from deeptwist.app.data import ImageData, batches, load_digits, normalize
 
 EPOCHS, BATCH = 4, 64
 

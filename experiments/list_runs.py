@@ -9,9 +9,9 @@ from pathlib import Path
 
 from experiments.paper.runs import read_epochs
 
+from deeptwist.app.training.metrics import RECIPE, SUMMARY
+from deeptwist.app.training.recipe import Recipe, read_recipe
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.metrics import RECIPE, SUMMARY
-from deeptwist.training.recipe import Recipe, read_recipe
 
 COLUMNS = ("run", "way", "lr", "S_D", "seed", "epochs", "last epoch, %", "deployed, %", "variants")
 

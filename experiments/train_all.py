@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from deeptwist.data import ImageData, load_data
+from deeptwist.app.data import ImageData, load_data
+from deeptwist.app.training.recipe import DataRecipe, read_recipe
+from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.recipe import DataRecipe, read_recipe
-from deeptwist.training.run import build_run, train
 
 
 def main() -> None:

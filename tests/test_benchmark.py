@@ -15,14 +15,14 @@ from tests.cases import error_of
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan
-from deeptwist.benchmark.comparison import compare
-from deeptwist.benchmark.layers import compare_layers
-from deeptwist.benchmark.memory import peak_memory
-from deeptwist.benchmark.networks import Setting, measure, measure_memory, settings_of
-from deeptwist.export.runtimes import prepare
-from deeptwist.models import build_model
+from deeptwist.app.benchmark.layers import compare_layers
+from deeptwist.app.models import build_model
+from deeptwist.measure.comparison import compare
+from deeptwist.measure.memory import peak_memory
+from deeptwist.measure.networks import Setting, measure, measure_memory, settings_of
+from deeptwist.measure.runtimes import prepare
+from deeptwist.measure.timing import median_ratio, summarize, time_interleaved
 from deeptwist.plan.autotune import keep_slow_layers
-from deeptwist.plan.timing import median_ratio, summarize, time_interleaved
 
 X = torch.randn(4, 8, 12, 12)
 MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 import deeptwist as dt
 from deeptwist import Plan
-from deeptwist.cli import main
-from deeptwist.cli.runs import train
-from deeptwist.data import load_digits
-from deeptwist.models import build_model, load_weights
-from deeptwist.training.evaluation import evaluate
-from deeptwist.training.recipe import Recipe, make_recipe
+from deeptwist.app.cli import main
+from deeptwist.app.cli.runs import train
+from deeptwist.app.data import load_digits
+from deeptwist.app.models import build_model, load_weights
+from deeptwist.app.training.evaluation import evaluate
+from deeptwist.app.training.recipe import Recipe, make_recipe
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_a_bug_report_s_facts() -> None:
 def test_a_warning_is_said_once_in_one_line(tmp_path: Path) -> None:
     """Torch's own, of a network that makes many, and of one that nobody named."""
     (tmp_path / "noisy.py").write_text(
-        "import warnings\nfrom deeptwist.models import build_model\n"
+        "import warnings\nfrom deeptwist.app.models import build_model\n"
         "def net(**_):\n"
         "    for _ in range(3):\n"
         "        warnings.warn('mind the gap\\nand the rest', stacklevel=1)\n"
@@ -201,7 +201,7 @@ def test_a_recipe_is_read_and_the_command_line_wins_over_it(
         recipes.append(recipe)
         sys.exit(0)
 
-    monkeypatch.setattr("deeptwist.training.run.build_run", build_run)
+    monkeypatch.setattr("deeptwist.app.training.run.build_run", build_run)
     words = ["--lr", "1e-3", "--data", "digits", "--tail.epochs", 3, "--compression.exclude", "a"]
     assert run("train", path, "--out", tmp_path / "x", *words, "--exclude", "b").returncode == 0
     (recipe,) = recipes
@@ -330,7 +330,7 @@ def test_the_demo_erases_only_what_is_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_shows_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deeptwist.cli.demo._BATCH", 8)  # .ci/run times the whole batch
+    monkeypatch.setattr("deeptwist.app.cli.demo._BATCH", 8)  # .ci/run times the whole batch
     for name in ("dense/recipe.yaml", "small/compress.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()

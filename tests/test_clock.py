@@ -13,9 +13,9 @@ import deeptwist as dt
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.latency import Latency, LatencyCache, LatencySetting
+from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.plan.budget import Budgets
-from deeptwist.plan.clock import LayerClock
-from deeptwist.plan.latency import Latency, LatencyCache, LatencySetting
 from deeptwist.plan.layer_filter import LayerFilter
 from deeptwist.plan.network_clock import meet_milliseconds
 from deeptwist.plan.planned_layer import CompressedLayer

@@ -12,12 +12,12 @@ from tests.test_cli import refused, run
 from torch import Tensor, nn
 
 import deeptwist as dt
+from deeptwist.app.data import batches, load_digits, normalize
+from deeptwist.app.models import build_model
+from deeptwist.app.training.evaluation import evaluate
+from deeptwist.app.training.metrics import read_run
 from deeptwist.compress import RATIOS, largest_ratio
-from deeptwist.data import batches, load_digits, normalize
-from deeptwist.export.runtimes import OnnxNetwork
-from deeptwist.models import build_model
-from deeptwist.training.evaluation import evaluate
-from deeptwist.training.metrics import read_run
+from deeptwist.measure.runtimes import OnnxNetwork
 
 DIGITS = load_digits()
 

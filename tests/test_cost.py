@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
+from deeptwist.app.models import build_model
 from deeptwist.decompose import with_implementation
 from deeptwist.layers.cost import MEGA, macs, paper_flops
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import IM2COL
-from deeptwist.models import build_model
 
 IMAGE = (1, 3, 32, 32)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from deeptwist.data import (
+from deeptwist.app.data import (
     ImageData,
     Split,
     augment,
@@ -442,7 +442,7 @@ def test_a_hugging_face_folder_gives_the_same_images(folder: Path, error_of: Err
 
 MEMORY = """
 import resource, sys, torch
-from deeptwist.data import load_data, train_batches
+from deeptwist.app.data import load_data, train_batches
 torch.set_num_threads(1)
 for root in sys.argv[1:]:
     data = load_data(root, preset="imagenet", image_size=8, workers=1)

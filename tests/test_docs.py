@@ -15,7 +15,7 @@ from cyclopts import MissingArgumentError
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.cli.app import app
+from deeptwist.app.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -21,8 +21,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, decompose, plan, save
+from deeptwist.app.models import build_model
 from deeptwist.export import BATCHES, Exported, export_onnx, export_program, export_state_dict
-from deeptwist.models import build_model
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -419,8 +419,8 @@ def images(split: str, per_class: int) -> Tensor:
         return torch.randn(10 * per_class, 3, 32, 32)
     from PIL import Image
 
-    from deeptwist.data import normalize
-    from deeptwist.data.config import IMAGENET_MEAN, IMAGENET_STD
+    from deeptwist.app.data import normalize
+    from deeptwist.app.data.config import IMAGENET_MEAN, IMAGENET_STD
 
     folders = sorted((IMAGES / split).iterdir())
     files = [file for folder in folders for file in sorted(folder.iterdir())[:per_class]]

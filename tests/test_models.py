@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from tests.conftest import SHARED
 from torch import Tensor, nn
 
-from deeptwist.data import load_data, normalize
-from deeptwist.models import MODELS, build_model, load_weights
-from deeptwist.models.resnet_cifar import PadShortcut
+from deeptwist.app.data import load_data, normalize
+from deeptwist.app.models import MODELS, build_model, load_weights
+from deeptwist.app.models.resnet_cifar import PadShortcut
 
 ErrorOf = Callable[..., str]
 RESNET32 = SHARED / "weights" / "resnet32-cifar10.safetensors"

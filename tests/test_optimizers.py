@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from deeptwist.data import ImageData, Split, load_digits
+from deeptwist.app.data import ImageData, Split, load_digits
+from deeptwist.app.training.fabric import Fabric, MixedPrecision
+from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.optimizers import lr_factor, make_optimizer
+from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe, make_recipe
+from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.fabric import Fabric, MixedPrecision
-from deeptwist.training.loop import Callbacks, Trainer
-from deeptwist.training.optimizers import lr_factor, make_optimizer
-from deeptwist.training.recipe import OptimizerRecipe, ScheduleRecipe, make_recipe
-from deeptwist.training.run import build_run, train
 from deeptwist.twist.distortion import DeepTwist
 
 

@@ -24,9 +24,9 @@ from tests.test_cli import refused, run
 from torch import nn
 
 from deeptwist import Plan
-from deeptwist.models import build_model
-from deeptwist.training.metrics import read_run
-from deeptwist.training.recipe import Recipe, read_recipe
+from deeptwist.app.models import build_model
+from deeptwist.app.training.metrics import read_run
+from deeptwist.app.training.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -23,9 +23,9 @@ from deeptwist import (
     Tucker,
     plan,
 )
+from deeptwist.app.models import build_model
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.models import build_model
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
 
 

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from deeptwist import SVD, TiledSVD, Tucker, plan
-from deeptwist.models import build_model
-from deeptwist.training.loop import steps_per_epoch
-from deeptwist.training.modes import MODES, find_mode
-from deeptwist.training.recipe import (
+from deeptwist.app.models import build_model
+from deeptwist.app.training.loop import steps_per_epoch
+from deeptwist.app.training.modes import MODES, find_mode
+from deeptwist.app.training.recipe import (
     CompressionRecipe,
     Mode,
     OptimizerRecipe,
@@ -189,6 +189,6 @@ def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
 
 
 def test_a_default_recipe_fits_the_digits() -> None:
-    from deeptwist.data import load_digits
+    from deeptwist.app.data import load_digits
 
     assert steps_per_epoch(load_digits(), Recipe(model="resnet20").batch_size) == 11

@@ -16,18 +16,23 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.benchmark.comparison import Comparison
-from deeptwist.errors import DeepTwistError
-from deeptwist.plan.timing import Timing
-from deeptwist.report import formatting, write_report
-from deeptwist.report.charts import detail_charts, gain_charts
-from deeptwist.report.comparison import RunGroup, group_runs, summary_sentence
-from deeptwist.report.config_table import config_table
-from deeptwist.report.latency_chart import LatencyChart
-from deeptwist.report.plotting import Chart, Curve, render
-from deeptwist.report.styles import DASHED, MUTED, NO_LINE, SERIES, SOLID, PlotStyle, assign_styles
-from deeptwist.training import metrics
-from deeptwist.training.metrics import (
+from deeptwist.app.report import formatting, write_report
+from deeptwist.app.report.charts import detail_charts, gain_charts
+from deeptwist.app.report.comparison import RunGroup, group_runs, summary_sentence
+from deeptwist.app.report.config_table import config_table
+from deeptwist.app.report.latency_chart import LatencyChart
+from deeptwist.app.report.plotting import Chart, Curve, render
+from deeptwist.app.report.styles import (
+    DASHED,
+    MUTED,
+    NO_LINE,
+    SERIES,
+    SOLID,
+    PlotStyle,
+    assign_styles,
+)
+from deeptwist.app.training import metrics
+from deeptwist.app.training.metrics import (
     DistortionRecord,
     Epoch,
     Evaluation,
@@ -36,7 +41,10 @@ from deeptwist.training.metrics import (
     Variant,
     read_run,
 )
-from deeptwist.training.recipe import make_recipe
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.errors import DeepTwistError
+from deeptwist.measure.comparison import Comparison
+from deeptwist.measure.timing import Timing
 from deeptwist.twist.distortion import Distortion
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} &amp; $x$ \x07"
@@ -323,9 +331,9 @@ def test_what_is_imported() -> None:
     code = (
         "import sys, deeptwist\n"
         "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "import deeptwist.training.metrics\n"
+        "import deeptwist.app.training.metrics\n"
         "before = set(sys.modules)\n"
-        "import deeptwist.report\n"
+        "import deeptwist.app.report\n"
         "assert not {'matplotlib.pyplot'} & (set(sys.modules) - before)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.cli import main
-from deeptwist.data import load_data, load_digits
-from deeptwist.training.checkpoints import read_checkpoint, write_checkpoint
-from deeptwist.training.metrics import read_run
-from deeptwist.training.recipe import make_recipe
-from deeptwist.training.run import TrainingRun, build_run
-from deeptwist.training.run import train as train_run
+from deeptwist.app.cli import main
+from deeptwist.app.data import load_data, load_digits
+from deeptwist.app.training.checkpoints import read_checkpoint, write_checkpoint
+from deeptwist.app.training.metrics import read_run
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.app.training.run import TrainingRun, build_run
+from deeptwist.app.training.run import train as train_run
 
 # Everything that has a state: distortions with their bases, batch norm, dropout, an average, a
 # best network, a tail.
@@ -138,7 +138,9 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["deeptwist.training.run", "deeptwist.cli.app", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(
+    ["deeptwist.app.training.run", "deeptwist.app.cli.app", "sklearn.datasets"]
+)
 
 
 def start(
@@ -434,9 +436,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from deeptwist.data import load_data, load_digits
-from deeptwist.training.run import build_run, train
-from deeptwist.training.recipe import make_recipe
+from deeptwist.app.data import load_data, load_digits
+from deeptwist.app.training.run import build_run, train
+from deeptwist.app.training.recipe import make_recipe
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(

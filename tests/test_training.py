@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.data import ImageData, Split, load_digits, normalize
-from deeptwist.models import build_model, load_weights
-from deeptwist.training.evaluation import evaluate
-from deeptwist.training.metrics import DistortionRecord, Epoch, Record, read_run
-from deeptwist.training.post_training import recalibrate_batch_norm
-from deeptwist.training.recipe import Mode, Recipe, make_recipe
-from deeptwist.training.run import TrainingRun, build_run, train
+from deeptwist.app.data import ImageData, Split, load_digits, normalize
+from deeptwist.app.models import build_model, load_weights
+from deeptwist.app.training.evaluation import evaluate
+from deeptwist.app.training.metrics import DistortionRecord, Epoch, Record, read_run
+from deeptwist.app.training.post_training import recalibrate_batch_norm
+from deeptwist.app.training.recipe import Mode, Recipe, make_recipe
+from deeptwist.app.training.run import TrainingRun, build_run, train
 
 SHORT = {
     "model": "tests:network",
@@ -299,7 +299,7 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
 
 
 def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: ImageData) -> None:
-    from deeptwist.training.ablations import NoiseInPlaceOfDistortion
+    from deeptwist.app.training.ablations import NoiseInPlaceOfDistortion
 
     model = network()
     made = run_of(digits, model=model).plan

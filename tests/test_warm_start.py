@@ -10,8 +10,8 @@ from tests.cases import METHODS, at, build, difference, error_of, read
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
-from deeptwist.benchmark.memory import peak_memory
 from deeptwist.decompositions.linalg import power_step, refine, truncated_svd
+from deeptwist.measure.memory import peak_memory
 
 X = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 SEED = st.integers(0, 2**16)

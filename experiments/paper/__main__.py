@@ -7,8 +7,8 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from experiments.paper.runner import Options, Runner
 
-from deeptwist import cli
-from deeptwist.cli.console import progress_bar
+from deeptwist.app import cli
+from deeptwist.app.cli.console import progress_bar
 from deeptwist.errors import DeepTwistError, unknown_name_error
 
 _NAMES = "fig2 fig3 fig4 fig5 table1 fig6 table2 fig7 interval noise tail long"

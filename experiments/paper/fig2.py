@@ -10,7 +10,7 @@ from experiments.paper.plotting import Curve, draw
 from experiments.paper.presets import Level, Network, Preset
 from experiments.paper.results import Report, Results, Table, count_holds, number
 
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Figure 2"
 NETWORK: Network = "resnet32"

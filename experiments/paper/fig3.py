@@ -12,8 +12,8 @@ from experiments.paper.plotting import Curve, Points, draw
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Report, Results, Table, count_holds, is_higher, number
 
-from deeptwist.training.metrics import Run
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.metrics import Run
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Figure 3"
 NETWORK: Network = "resnet32"

@@ -15,7 +15,7 @@ from experiments.paper.plotting import Curve, Points, draw
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import NOT_RUN, Report, Results, Table, count_holds
 
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Figure 4"
 NETWORK: Network = "resnet32"

@@ -16,8 +16,8 @@ from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Report, Results, Table
 from torch import Tensor
 
+from deeptwist.app.training.recipe import Recipe
 from deeptwist.decompositions import TiledSVD
-from deeptwist.training.recipe import Recipe
 
 PLACE = "Figure 5"
 NETWORK: Network = "resnet32"  # of no matter

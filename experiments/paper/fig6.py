@@ -9,7 +9,7 @@ from experiments.paper.plotting import Curve, draw
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Report, Results, Table, count_holds
 
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Figure 6"
 NETWORK: Network = "resnet32"

@@ -18,7 +18,7 @@ from experiments.paper.results import (
     number,
 )
 
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Figure 7"
 NETWORK: Network = "resnet34"

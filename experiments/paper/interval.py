@@ -11,7 +11,7 @@ from experiments.paper.plotting import Curve, draw, known
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import NOT_RUN, Report, Results, Table
 
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Section 2"
 NETWORK: Network = "resnet32"

@@ -18,8 +18,8 @@ from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Figure, Report, Results, Table, mean_and_deviation, signed
 from experiments.paper.runs import read_cut_runs, read_runs
 
-from deeptwist.training.metrics import Summary
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.metrics import Summary
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "A long training"
 NETWORK: Network = "resnet32"

@@ -9,7 +9,7 @@ from experiments.paper.fig2 import ACCURACY, pair
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Report, Results, Table, count_holds
 
-from deeptwist.training.recipe import Mode, Recipe
+from deeptwist.app.training.recipe import Mode, Recipe
 
 PLACE = "Sections 1 and 2"
 NETWORK: Network = "resnet32"

@@ -8,11 +8,11 @@ from typing import Any
 from experiments.paper.results import Figure
 from matplotlib.axes import Axes
 
-from deeptwist.report import plotting
-from deeptwist.report.styles import DASHED, INK, NO_LINE, SERIES, SOLID, PlotStyle
+from deeptwist.app.report import plotting
+from deeptwist.app.report.styles import DASHED, INK, NO_LINE, SERIES, SOLID, PlotStyle
 
 _MARKERS = "os^DvPX"
-_SHEET = files("deeptwist.report").joinpath("style.css").read_text(encoding="utf-8")
+_SHEET = files("deeptwist.app.report").joinpath("style.css").read_text(encoding="utf-8")
 _STYLE = (
     _SHEET.partition("\n* {")[0]  # its colours
     + "svg { background: var(--card); }\n"
@@ -83,7 +83,7 @@ def draw(
         title: see `Figure`.
         curves: see `Curve`.
         start: accuracy before compression, to draw a dotted line at.
-        options: further fields of `deeptwist.report.plotting.Chart`.
+        options: further fields of `deeptwist.app.report.plotting.Chart`.
     """
     drawn = [(known(curve.points), curve.style, curve.name) for curve in curves]
     if start is not None:

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from deeptwist.errors import DeepTwistError
-from deeptwist.training.recipe import (
+from deeptwist.app.training.recipe import (
     CompressionRecipe,
     DataRecipe,
     Mode,
@@ -15,6 +14,7 @@ from deeptwist.training.recipe import (
     ScheduleRecipe,
     read_recipe,
 )
+from deeptwist.errors import DeepTwistError
 
 Profile = Literal["paper", "long", "long-32", "ten", "short", "smoke"]
 Network = Literal["resnet32", "vgg19", "resnet34"]

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deeptwist.app.training.metrics import METRICS, Run
 from deeptwist.errors import DeepTwistError
-from deeptwist.training.metrics import METRICS, Run
 
 NOT_RUN = "not run"
 

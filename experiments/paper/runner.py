@@ -11,12 +11,12 @@ from experiments.paper.results import Report, Results
 from experiments.paper.runs import Progress, outcome_of, read_images, read_runs, run_name, train_run
 
 from deeptwist._version import __version__
-from deeptwist.cli.options import Several
+from deeptwist.app.cli.options import Several
+from deeptwist.app.training.metrics import DENSE_WEIGHTS, SUMMARY, Run
+from deeptwist.app.training.recipe import Recipe
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.files import write_text
-from deeptwist.plan.environment import describe_machine
-from deeptwist.training.metrics import DENSE_WEIGHTS, SUMMARY, Run
-from deeptwist.training.recipe import Recipe
+from deeptwist.measure.machine import describe_machine
 
 Trial = tuple[str, int]  # a run's name in its experiment, and its seed
 

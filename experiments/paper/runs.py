@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deeptwist.data import load_data
+from deeptwist.app.data import load_data
+from deeptwist.app.training.metrics import METRICS, RECIPE, SUMMARY, Run, read_run
+from deeptwist.app.training.recipe import Recipe, read_recipe
+from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
-from deeptwist.training.metrics import METRICS, RECIPE, SUMMARY, Run, read_run
-from deeptwist.training.recipe import Recipe, read_recipe
-from deeptwist.training.run import build_run, train
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 read_images = cache(load_data)  # runs share their images

@@ -9,7 +9,7 @@ from experiments.paper.plotting import Curve, draw, known
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Report, Results, Table, count_holds, number
 
-from deeptwist.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe
 
 PLACE = "Table 1"
 NETWORK: Network = "resnet32"

@@ -13,9 +13,9 @@ from experiments.paper.presets import Network, Preset, preset_of
 from experiments.paper.results import Report, Results, Table, count_holds, number
 
 from deeptwist import Plan
+from deeptwist.app.models import build_model
+from deeptwist.app.training.recipe import Recipe
 from deeptwist.layers.cost import MEGA
-from deeptwist.models import build_model
-from deeptwist.training.recipe import Recipe
 
 PLACE = "Table 2"
 NETWORK: Network = "vgg19"

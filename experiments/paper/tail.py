@@ -14,7 +14,7 @@ from experiments.paper.plotting import Curve, draw
 from experiments.paper.presets import Network, Preset
 from experiments.paper.results import Report, Results, Table, count_holds
 
-from deeptwist.training.recipe import Recipe, TailRecipe
+from deeptwist.app.training.recipe import Recipe, TailRecipe
 
 PLACE = "Beyond Section 4.1"
 NETWORK: Network = "resnet32"

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from deeptwist.decompositions import TiledSVD as TiledSVD
     from deeptwist.decompositions import Tucker as Tucker
     from deeptwist.errors import DeepTwistError as DeepTwistError
-    from deeptwist.inspect.fuse import fuse as fuse
+    from deeptwist.inspection.fuse import fuse as fuse
     from deeptwist.plan.calibration import Calibration as Calibration
     from deeptwist.plan.calibration import calibrate as calibrate
     from deeptwist.plan.calibration import recalibrate_batch_norm as recalibrate_batch_norm
     from deeptwist.plan.plan import Plan as Plan
     from deeptwist.plan.planner import plan as plan
-    from deeptwist.serialization import load as load
-    from deeptwist.serialization import save as save
+    from deeptwist.save import load as load
+    from deeptwist.save import save as save
     from deeptwist.twist.distortion import DeepTwist as DeepTwist
 
 # Imported on first use: `deeptwist --help` must not wait for torch.
@@ -45,11 +45,11 @@ _MODULES = {
     "calibrate": "plan.calibration",
     "compress": "compress",
     "decompose": "decompose",
-    "fuse": "inspect.fuse",
-    "load": "serialization",
+    "fuse": "inspection.fuse",
+    "load": "save",
     "plan": "plan.planner",
     "recalibrate_batch_norm": "plan.calibration",
-    "save": "serialization",
+    "save": "save",
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -1,5 +1,5 @@
 """``python -m deeptwist``."""
 
-from deeptwist.cli import main
+from deeptwist.app.cli import main
 
 main()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError, first_line, unknown_name_error
-from deeptwist.inspect.modes import FORWARD_ERRORS, as_tuple
-from deeptwist.inspect.swap import swap
-from deeptwist.inspect.verify import check_runs, run_counted
-from deeptwist.inspect.weights import (
+from deeptwist.inspection.modes import FORWARD_ERRORS, as_tuple
+from deeptwist.inspection.swap import swap
+from deeptwist.inspection.verify import check_runs, run_counted
+from deeptwist.inspection.weights import (
     class_reason,
     get_layer,
     has_hooks,

@@ -2,10 +2,7 @@
 
 import contextlib
 import io
-import logging
-import os
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export.signature import Signature, run_model
+from deeptwist.measure.runtimes import suppress_output
 
 
 def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
@@ -33,7 +31,7 @@ def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
         {a: dims.get(name, Dim.DYNAMIC) for a, name in x.items()} for x in signature.free_axes
     ]
     try:
-        with quiet():
+        with suppress_output():
             program = torch.export.export(plain, zeros, dynamic_shapes=tuple(shapes))
     except Exception as error:  # a forward may fail to be traced in any way
         raise DeepTwistError(
@@ -100,7 +98,7 @@ def _convert_program(plain: nn.Module, signature: Signature, names: dict[str, An
     """Return the ONNX model by torch's exporter of today."""
     program = trace(plain, signature)
     try:
-        with quiet():
+        with suppress_output():
             converted = torch.onnx.export(
                 program, dynamo=True, dynamic_shapes=tuple(signature.free_axes), **names
             )
@@ -129,7 +127,7 @@ def _convert_by_script(plain: nn.Module, signature: Signature, names: dict[str, 
     axes = dict(zip(names["input_names"], signature.free_axes, strict=True))
     example = tuple(x[: signature.batch] for x in signature.example)
     try:
-        with quiet():
+        with suppress_output():
             torch.onnx.export(plain, example, dynamo=False, dynamic_axes=axes, **names)
     except Exception as error:
         raise DeepTwistError(_reason(error)) from error
@@ -166,26 +164,3 @@ def _reason(error: BaseException) -> str:
         line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")
     ]
     return textwrap.shorten(points[0] if points else first_line(error), 300)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch's exporters from talking; what they only log is looked up in the result."""
-    disabled = logging.root.manager.disable
-    # Their messages come from a dozen loggers, some with a level of their own.
-    logging.disable(logging.CRITICAL)
-    stderr = os.dup(2)  # which the older one writes to from C++
-    try:
-        with (
-            open(os.devnull, "w") as nothing,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            os.dup2(nothing.fileno(), 2)
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        logging.disable(disabled)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
-from deeptwist.export.convert import check_free_axes, convert, quiet, told_with, trace
+from deeptwist.export.convert import check_free_axes, convert, told_with, trace
 from deeptwist.export.signature import Inputs, make_signature
 from deeptwist.export.verify import run_in_onnxruntime, verify
 from deeptwist.files import atomic_write
-from deeptwist.inspect.modes import output_tensors
-from deeptwist.inspect.swap import stored_modules, swap
-from deeptwist.inspect.weights import distinct
+from deeptwist.inspection.modes import output_tensors
+from deeptwist.inspection.swap import stored_modules, swap
+from deeptwist.inspection.weights import distinct
+from deeptwist.measure.runtimes import suppress_output
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 
@@ -145,7 +146,7 @@ def export_program(
     with _writing(Path(path)) as temporary:
         program = trace(plain, signature)
         traced = program.module()
-        with temporary.open("wb") as file, quiet():
+        with temporary.open("wb") as file, suppress_output():
             torch.export.save(program, file)
         sizes, worst = verify(
             plain, signature, lambda inputs: output_tensors(traced(*inputs)), tolerance

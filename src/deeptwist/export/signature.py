@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspect.modes import FORWARD_ERRORS, output_tensors
+from deeptwist.inspection.modes import FORWARD_ERRORS, output_tensors
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
 _GROWTHS = 1, 8, 32  # by which a free height is larger, twice that a width, where the model runs

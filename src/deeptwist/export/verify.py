@@ -6,14 +6,14 @@ At several batch sizes, and at several image sizes where these are free: torch's
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.errors import DeepTwistError, first_line, require_extra
+from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export.signature import Inputs, Signature, run_model
+from deeptwist.measure.runtimes import onnxruntime_session
 
 Run = Callable[[Inputs], list[Tensor]]
 
@@ -74,24 +74,6 @@ def _difference(
 
 def _tolerance(y: Tensor) -> float:
     return torch.finfo(y.dtype).eps ** 0.5 if y.is_floating_point() else 0.0
-
-
-def onnxruntime_session(path: Path, threads: int) -> Any:
-    """Open an ONNX file in onnxruntime, on the processor.
-
-    Raises:
-        DeepTwistError: if onnxruntime is missing, or cannot load the graph.
-    """
-    with require_extra("onnx"):
-        import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what goes wrong is raised too
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its types are not public
-        raise DeepTwistError(f"onnxruntime cannot load the graph: {first_line(error)}") from error
 
 
 def run_in_onnxruntime(path: Path) -> Run:

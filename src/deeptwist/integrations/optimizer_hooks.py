@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.weights import get_layer, weight_parameters
+from deeptwist.inspection.weights import get_layer, weight_parameters
 from deeptwist.twist.distortion import DeepTwist
 
 

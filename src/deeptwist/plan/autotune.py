@@ -3,26 +3,21 @@
 How long a layer takes does not depend on its numbers, so layers of random ones are timed.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
+from deeptwist.measure.timing import Samples, median_ratio, time_interleaved
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
-from deeptwist.plan.timing import Samples, median_ratio, time_interleaved
 
 _ROUNDS = 9
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def choose_by_clock(
@@ -138,43 +133,3 @@ def keep_slow_layers(plan: Plan, speedups: Mapping[str, float], min_speedup: flo
 def most_expensive_call(layer: CompressedLayer) -> LayerCall:
     """Return the layer's use that takes the most MACs."""
     return max(layer.calls, key=lambda call: call.count * layer.convolution.macs(call.size))
-
-
-def at_batch(call: LayerCall, examples: int, batch: int) -> LayerCall:
-    """Return a call recorded on so many examples as a batch makes it."""
-    return LayerCall(max(1, call.count * batch // examples), call.size)
-
-
-def random_input(convolution: ConvGeometry, call: LayerCall, reference: Tensor) -> Tensor:
-    """Return standard normal numbers of a call's shape; images in channels_last."""
-    x = torch.randn(call.count, convolution.in_channels, *call.size).to(reference)
-    return x.to(memory_format=torch.channels_last) if convolution.dims == 2 else x
-
-
-def random_dense(convolution: ConvGeometry, reference: Tensor) -> nn.Module:
-    """Return the layer of this geometry with random weights, ready to be timed."""
-    kernel = torch.randn(convolution.kernel_shape).to(reference)
-    bias = reference.new_zeros(convolution.out_channels)
-    return _for_inference(convolution.make_module(kernel, bias), convolution)
-
-
-def random_factored(
-    convolution: ConvGeometry,
-    decomposition: Decomposition,
-    reference: Tensor,
-    implementation: str | None,
-) -> FactoredLayer:
-    """Return the factored layer in one of its forms with random weights, ready to be timed."""
-    # Scaled so that a whole network of such layers neither overflows nor vanishes.
-    kernels = [
-        (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
-        for part in decomposition.parts(convolution)
-    ]
-    bias = reference.new_zeros(convolution.out_channels)
-    layer = decomposition.make_layer(convolution, kernels, bias, implementation)
-    return _for_inference(layer, convolution)
-
-
-def _for_inference(layer: Layer, convolution: ConvGeometry) -> Layer:
-    layer = layer.eval().requires_grad_(False)
-    return layer.to(memory_format=torch.channels_last) if convolution.dims == 2 else layer

@@ -9,8 +9,8 @@ from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.plan.allocation import Candidate, allocate
-from deeptwist.plan.clock import LayerClock
 from deeptwist.plan.layer_errors import LayerErrors
 
 _RATIOS = tuple(1.1 * 1.155**step for step in range(24))  # tried by layer: 1.1 to 30

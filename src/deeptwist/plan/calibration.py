@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspect.layers import inspect_model
-from deeptwist.inspect.modes import eval_mode
-from deeptwist.inspect.weights import input_padding
+from deeptwist.inspection.layers import inspect_model
+from deeptwist.inspection.modes import eval_mode
+from deeptwist.inspection.weights import input_padding
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.moments import SecondMoment
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from deeptwist.decompositions import Decomposition
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.layers import Layer
-from deeptwist.inspect.weights import read_weight
+from deeptwist.inspection.layers import Layer
+from deeptwist.inspection.weights import read_weight
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
 from deeptwist.layers.moments import SecondMoment
 from deeptwist.plan.calibration import to_device

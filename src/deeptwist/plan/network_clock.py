@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.swap import swap
-from deeptwist.inspect.weights import get_layer, input_padding, read_weight
-from deeptwist.plan.autotune import random_factored
-from deeptwist.plan.environment import describe_machine
-from deeptwist.plan.latency import Latency, LatencySetting
+from deeptwist.inspection.swap import swap
+from deeptwist.inspection.weights import get_layer, input_padding, read_weight
+from deeptwist.measure.latency import Latency, LatencySetting
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.random_layers import random_factored
+from deeptwist.measure.timing import time_interleaved
 from deeptwist.plan.plan import Plan
-from deeptwist.plan.timing import time_interleaved
 
 _TRIES = 6
 _LARGEST = 30.0  # times as fast that layers are asked to be

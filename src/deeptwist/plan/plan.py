@@ -12,7 +12,7 @@ import torch
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.layers import cost
 from deeptwist.layers.tiled import IM2COL
-from deeptwist.plan.latency import Latency
+from deeptwist.measure.latency import Latency
 from deeptwist.plan.planned_layer import (
     CompressedLayer,
     KeptLayer,

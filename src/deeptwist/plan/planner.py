@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.export.runtimes import Runtime
-from deeptwist.inspect.layers import Inspection, Layer, inspect_model
-from deeptwist.inspect.modes import as_tuple
+from deeptwist.inspection.layers import Inspection, Layer, inspect_model
+from deeptwist.inspection.modes import as_tuple
 from deeptwist.layers.cost import LayerCall
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.latency import LatencyCache, LatencySetting
+from deeptwist.measure.layer_clock import LayerClock
+from deeptwist.measure.runtimes import Runtime
 from deeptwist.plan.autotune import choose_by_clock
 from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
 from deeptwist.plan.calibration import Calibration
-from deeptwist.plan.clock import LayerClock
-from deeptwist.plan.latency import LatencyCache, LatencySetting
 from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layer_filter import LayerFilter, Override
 from deeptwist.plan.network_clock import meet_milliseconds, time_network

@@ -24,8 +24,8 @@ from deeptwist.decompose import (
 )
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspect.verify import compare
-from deeptwist.inspect.weights import computes_weight, get_layer, read_weight, write_weight
+from deeptwist.inspection.verify import compare
+from deeptwist.inspection.weights import computes_weight, get_layer, read_weight, write_weight
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspect.weights import as_weight, computes_weight, get_layer
+from deeptwist.inspection.weights import as_weight, computes_weight, get_layer
 from deeptwist.layers.geometry import kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.config import Momentum, check_momentum_name

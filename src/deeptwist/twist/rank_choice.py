@@ -8,7 +8,7 @@ from torch import nn
 
 from deeptwist.decompose import get_planned_module
 from deeptwist.decompositions import from_dict
-from deeptwist.inspect.layers import Layer
+from deeptwist.inspection.layers import Layer
 from deeptwist.plan.allocation import Candidate, allocate
 from deeptwist.plan.budget import layer_costs, smaller_forms
 from deeptwist.plan.layer_errors import LayerErrors

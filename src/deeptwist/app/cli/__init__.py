@@ -1,0 +1,80 @@
+"""The command line: `main` is the entry point."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a command; bad input ends with one line and exit code 2, never with a traceback.
+
+    Args:
+        words: what was written after ``deeptwist``; the process's own arguments if not given.
+    """
+    try:
+        from deeptwist.app.cli.app import app
+    except ModuleNotFoundError as error:
+        sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
+    if {"--version", "--verbose"} <= set(sys.argv[1:] if words is None else words):
+        from deeptwist.measure.machine import describe_environment
+
+        print(describe_environment())
+    else:
+        run(app, words)
+
+
+def run(app: "App", words: Sequence[str] | None) -> None:
+    """Run a command of an application, with the answers to bad input that `main` gives.
+
+    Args:
+        app: its commands.
+        words: what was written after its name; the process's own arguments if not given.
+    """
+    from cyclopts import CycloptsError
+    from pydantic import ValidationError
+
+    from deeptwist.app.training.recipe import explain
+    from deeptwist.errors import DeepTwistError
+
+    _log_once()
+    try:
+        app(words, exit_on_error=False, print_error=False)
+    except (DeepTwistError, CycloptsError) as error:
+        cause = error.__cause__
+        sys.exit(_complain(str(explain(cause) if isinstance(cause, ValidationError) else error)))
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        sys.exit(_complain(f"not enough memory: {str(error).strip().splitlines()[0]}"))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone, as 'head' does: nothing to say
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _log_once() -> None:
+    """Have every warning, Python's too, said once, in one line, on standard error."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = [*record.getMessage().strip().splitlines(), ""][0]
+        if record.name == "py.warnings":  # after the file and the line that it comes from
+            message = message.rpartition("Warning: ")[2]
+        is_first = message not in said
+        said.add(message)
+        record.msg, record.args = message, ()
+        return is_first
+
+    handler = logging.StreamHandler()
+    handler.addFilter(is_new)
+    logging.captureWarnings(True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+def _complain(message: str) -> int:
+    print(f"deeptwist: {' '.join(message.split())}", file=sys.stderr)
+    return 2

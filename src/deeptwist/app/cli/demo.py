@@ -1,0 +1,99 @@
+"""The whole job on embedded data, in two minutes: a small network that has work to save."""
+
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deeptwist.app.cli.compress import run_compress
+from deeptwist.app.cli.console import progress_bar
+from deeptwist.app.cli.options import CompressOptions
+from deeptwist.app.data import load_digits
+from deeptwist.app.training.metrics import DENSE_WEIGHTS
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.app.training.run import build_run, train
+from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
+
+_MARK = ".demo"  # what tells a demo's folder from a folder of the user's own
+_DENSE, _SMALL = "dense", "small"
+_BATCH = 256  # to time: the images are 8×8, and fewer would measure the calls, not the work
+
+
+class DigitsNet(nn.Module):
+    """Five 3×3 convolutions of up to 256 channels with batch norm, for images of 8×8."""
+
+    def __init__(self, num_classes: int, in_channels: int):
+        super().__init__()
+        widths = (in_channels, 64, 128, 128, 256, 256)
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(pairwise(widths)):
+            stride = 2 if number == 3 else 1
+            layers.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (b, num_classes) for images (b, in_channels, h, w)."""
+        logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
+        return logits
+
+
+def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
+    """Train a dense network on scikit-learn's handwritten digits, and compress it five times.
+
+    Args:
+        out: where the dense run and the job go; an earlier demo there is replaced.
+        epochs: of each training.
+        seed: of the initial weights and of the order of the images.
+
+    Returns:
+        What every stage of the job came to.
+
+    Raises:
+        DeepTwistError: if a number is not one of a training's, or the folder holds something else
+            or cannot be written.
+    """
+    recipe = {
+        "model": f"{__name__}:{DigitsNet.__name__}",
+        "batch_size": 64,
+        "seed": seed,
+        "schedule": {"epochs": epochs},
+    }
+    dense = make_recipe(recipe | {"mode": "dense", "optimizer": {"lr": 0.05}})
+    compression = {"decomposition": "spatial_svd", "ratio": 5, "rank_multiple": 8}
+    small = make_recipe(
+        recipe
+        | {
+            "weights": str(out / _DENSE / DENSE_WEIGHTS),
+            "mode": "finetune",
+            "optimizer": {"lr": 0.02},
+            "calibration_images": 256,
+            "compression": {**compression, "skip_first_conv": True, "linear": False},
+        }
+    )
+    _clear(out)
+    run = build_run(dense, load_digits(), name=_DENSE)
+    print(f"[0] train a dense network for {epochs} epochs, then compress it", file=sys.stderr)
+    with progress_bar("train the dense network", run.steps) as advance:
+        train(run, out / _DENSE, on_step=advance)
+    options = CompressOptions(batch=(_BATCH,), int8=True)
+    return run_compress(small, options, out / _SMALL, resume=False)
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo's runs, or nothing at all where the folder is somebody's own."""
+    folders = [out / name for name in (_DENSE, _SMALL) if (out / name).exists()]
+    if folders and not (out / _MARK).is_file():
+        raise DeepTwistError(f"{out} is not an earlier demo's: choose another --out or remove it")
+    try:
+        for folder in folders:
+            shutil.rmtree(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / _MARK, "dense/ and small/ are the demo's: the next one replaces them.\n")
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {out}: {error.strerror}") from error

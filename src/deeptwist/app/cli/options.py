@@ -1,0 +1,269 @@
+"""Options that several commands share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from cyclopts import Parameter
+
+from deeptwist.app.training.recipe import CompressionRecipe
+from deeptwist.errors import DeepTwistError, check_int
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from deeptwist.measure.networks import Setting
+    from deeptwist.plan.calibration import Calibration
+    from deeptwist.plan.plan import Plan
+
+Model = Annotated[
+    str,
+    Parameter(
+        help="resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory."
+    ),
+]
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
+AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
+PlanOptions = Annotated[CompressionRecipe | None, Parameter(name="*")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions:
+    """The network's weights.
+
+    Attributes:
+        weights: A checkpoint (.safetensors, or .pt/.pth/.th, read without unpickling code).
+        num_classes: Outputs of the network; the data set's where there is one.
+    """
+
+    weights: Path | None = None
+    num_classes: int | None = None
+
+    def build(
+        self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
+    ) -> "nn.Module":
+        """Return the network with its weights; options win over what the data set says."""
+        from deeptwist.app.models import build_model, load_weights
+
+        if in_channels == 3:
+            in_channels = None  # what every network takes by itself
+        network = build_model(
+            model, num_classes=self.num_classes or num_classes, in_channels=in_channels
+        )
+        if self.weights is not None:
+            load_weights(network, self.weights)
+        return network.eval()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(WeightOptions):
+    """The network's weights and input.
+
+    Attributes:
+        input: Input size without the batch, such as 3x224x224.
+        image_size: Side of square images, in place of --input 3xSIDExSIDE.
+    """
+
+    input: str | None = None
+    image_size: int | None = None
+
+    def build(
+        self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
+    ) -> "nn.Module":
+        """Return the network with its weights; options win over what the data set says."""
+        if self.input is not None and in_channels is None and not model.startswith("torchvision/"):
+            in_channels = _parse_size(self.input)[0]
+        return super().build(model, num_classes=num_classes, in_channels=in_channels)
+
+    def size(self, model: str) -> tuple[int, ...]:
+        """Return the network's input size without the batch."""
+        if self.image_size is not None:
+            if self.input is not None:
+                raise DeepTwistError("--input and --image-size say the same: leave one of them out")
+            check_int("image_size", self.image_size)
+            return 3, self.image_size, self.image_size
+        return _parse_size(self.input or ("3x224x224" if "/" in model else "3x32x32"))
+
+    def example_input(self, model: str, batch: int = 2) -> "Tensor":
+        """Return standard normal numbers of the network's input size."""
+        import torch
+
+        shape = self.size(model)
+        try:
+            return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+        except (RuntimeError, TypeError) as error:  # more than memory, or an integer, holds
+            size = "×".join(map(str, (batch, *shape)))
+            raise DeepTwistError(f"no memory for an input of {size} numbers") from error
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Images that ranks and factors are chosen on.
+
+    Attributes:
+        calibrate: Data set whose training images' outputs the layers are to keep: digits, cifar10,
+            or a folder with train/ of class folders.
+        calibration_images: How many of them.
+    """
+
+    calibrate: str | None = None
+    calibration_images: int = 1024
+
+    def inputs(self, model: "nn.Module", example: "Tensor") -> "list[Tensor]":
+        """Return the images in batches, of the example's size; none where there is no data set."""
+        from deeptwist.app.data import load_data
+        from deeptwist.app.training.evaluation import training_inputs
+
+        if self.calibrate is None:
+            return []
+        check_int("calibration_images", self.calibration_images)
+        size = None if self.calibrate in ("digits", "cifar10") else example.shape[-1]
+        data = load_data(self.calibrate, image_size=size)
+        return [*training_inputs(data, model, self.calibration_images)]
+
+    def moments(self, model: "nn.Module", inputs: "list[Tensor]") -> "Calibration | None":
+        """Return the calibration on what `inputs` returned; `None` where that is none."""
+        from deeptwist.plan.calibration import calibrate
+
+        return calibrate(model, inputs) if inputs else None
+
+
+NO_CALIBRATION = CalibrationOptions()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """A plan at ratios from 1.5 to 8 instead of one.
+
+    Attributes:
+        sweep: Plan at many ratios, and mark where the loss begins to run away.
+        data: Data set for a sweep: calibrates on its training images, and tells accuracy without
+            training on its test images.
+        test_images: How many of those, at most.
+        page: Draw the sweep on this HTML page.
+    """
+
+    sweep: Annotated[bool, Parameter(negative=())] = False
+    data: str | None = None
+    test_images: int = 1000
+    page: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_int("test_images", self.test_images)
+        if not self.sweep and (self.data is not None or self.page is not None):
+            raise DeepTwistError("--data and --page are a sweep's: add --sweep")
+
+
+NO_SWEEP = SweepOptions()
+
+
+def small_network(
+    model: str,
+    network: NetworkOptions,
+    options: CompressionRecipe | None,
+    artefact: Path | None,
+    calibration: CalibrationOptions = NO_CALIBRATION,
+    *,
+    recalibrate: bool = False,
+) -> "tuple[nn.Module, nn.Module, Plan]":
+    """Return a network dense and decomposed, as saved or as planned here, with the plan.
+
+    Args:
+        model: the network's name.
+        network: see `NetworkOptions`.
+        options: of a plan.
+        artefact: a folder with a decomposed network.
+        calibration: images to choose ranks and factors on.
+        recalibrate: take batch norm's statistics anew on them.
+
+    Raises:
+        DeepTwistError: if both an artefact and options of a plan are given, or the plan
+            compresses no layer.
+    """
+    from deeptwist.decompose import decompose
+    from deeptwist.plan.calibration import recalibrate_batch_norm
+    from deeptwist.plan.planner import plan_from_model
+    from deeptwist.save import load
+
+    if artefact is not None and options is not None:
+        raise DeepTwistError(
+            "the network in --artefact is decomposed already: leave out the options of a plan"
+        )
+    dense, example = network.build(model), network.example_input(model)
+    if artefact is not None:
+        small = load(artefact, model=network.build(model))
+        return dense, small, plan_from_model(small, dense, example)
+    inputs = calibration.inputs(dense, example)
+    if recalibrate and not inputs:
+        raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
+    moments = calibration.moments(dense, inputs)
+    plan = (options or CompressionRecipe()).make_plan(dense, example, calibration=moments)
+    if not plan.compressed:
+        raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
+    small = decompose(dense, plan, calibration=moments)
+    return dense, recalibrate_batch_norm(small, inputs) if recalibrate else small, plan
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Settings to time networks in; several values of one option are all combined.
+
+    Attributes:
+        batch: Images in the batch.
+        threads: Processor threads; torch's choice if not given.
+        dtype: Type of weights and images.
+        runtime: What runs the networks.
+        rounds: Samples of each network.
+        layers: Time each layer by itself too (in the first of these settings).
+    """
+
+    batch: Several[int] = (16,)
+    threads: Several[int] = ()
+    dtype: Several[Literal["float32", "bfloat16", "float16"]] = ("float32",)
+    runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager",)
+    rounds: int = 15
+    layers: Annotated[bool, Parameter(negative="--no-layers")] = True
+
+    def settings(self) -> "list[Setting]":
+        """Return every combination of the values."""
+        import torch
+
+        from deeptwist.measure.networks import settings_of
+
+        check_int("rounds", self.rounds, 2)
+        for name, counts in (("batch", self.batch), ("threads", self.threads)):
+            for count in counts:
+                check_int(name, count)
+        threads = self.threads or (torch.get_num_threads(),)
+        return settings_of(self.batch, threads, self.dtype, self.runtime)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(BenchmarkOptions):
+    """What the whole job takes besides a recipe.
+
+    Attributes:
+        goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
+            keeps it without training is searched.
+        int8: Quantise both networks by onnxruntime too.
+        runtime: What runs the networks; ONNX files are written where onnxruntime is among them.
+    """
+
+    goal: str | None = None
+    int8: bool = False
+    runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
+    layers: Annotated[bool, Parameter(show=False)] = False
+
+
+def _parse_size(text: str) -> tuple[int, ...]:
+    parts = text.lower().replace("×", "x").split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DeepTwistError(f"cannot read sizes {text!r}: write them like 3x224x224")
+    return tuple(int(part) for part in parts)

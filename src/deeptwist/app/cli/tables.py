@@ -1,0 +1,128 @@
+"""Tables of measurements and of runs."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from deeptwist.app.cli.console import print_table
+
+if TYPE_CHECKING:
+    from deeptwist.app.benchmark.layers import LayerComparison
+    from deeptwist.app.training.metrics import Summary
+    from deeptwist.measure.networks import Measurement
+
+
+def print_layers(layers: "Sequence[LayerComparison]") -> None:
+    """Print one row for each layer that was timed by itself; nothing where none was."""
+    if not layers:
+        return
+    header = ["layer", "dense ms", "factored ms", "MAC ratio", "speed-up", "efficiency", ""]
+    rows = [
+        [
+            layer.name,
+            f"{layer.times.dense.median:.2f}",
+            f"{layer.times.decomposed.median:.2f}",
+            f"{layer.macs_ratio:.2f}",
+            f"{layer.times.speedup:.2f}×",
+            f"{layer.efficiency:.2f}",
+            "" if layer.is_worth_it else "not worth it",
+        ]
+        for layer in layers
+    ]
+    print_table("each layer by itself", header, rows)
+    print()
+
+
+def print_networks(name: str, measurements: "Sequence[Measurement]", macs_ratio: float) -> None:
+    """Print one row for each setting that the whole network was timed in."""
+    header = ["setting", "dense ms", "decomposed ms", "quartiles", "speed-up", "efficiency", ""]
+    rows = []
+    for measurement in measurements:
+        setting, times = measurement.setting, measurement.times
+        label = f"{setting.runtime}, {setting.dtype}, {setting.threads} threads, " + (
+            f"batch {setting.batch}"
+        )
+        if times is None:
+            rows.append([label, "", "", "", "", "", measurement.reason or ""])
+            continue
+        small = times.decomposed
+        rows.append(
+            [
+                label,
+                f"{times.dense.median:.2f}",
+                f"{small.median:.2f}",
+                f"{small.lower:.2f} – {small.upper:.2f}",
+                f"{times.speedup:.2f}×",
+                f"{times.speedup / macs_ratio:.2f}",
+                "" if times.speedup > 1 else "not worth it",
+            ]
+        )
+    print_table(f"{name}, {macs_ratio:.2f}× fewer MACs", header, rows)
+
+
+def print_compressed(title: str, result: dict[str, Any]) -> None:
+    """Print what `deeptwist compress` came to: its files, and a table of before and after."""
+    results = result["results"]
+    print(f"small network: {results['verify']['path']}\nreport: {results['report']['path']}\n")
+    dense, small, counts = results["dense"], results["verify"], results["plan"]
+    rows = [_accuracy_row("accuracy", dense, small)]
+    for name, label in (("parameters", "weights"), ("macs", "MACs")):
+        rows.append(_count_row(label, counts[f"dense_{name}"], counts[name]))
+    for row in results["time"]["settings"]:
+        label = f"ms, {row['runtime']}, batch {row['batch']}"
+        rows.append(
+            _time_row(label, row["times"]) if row["times"] else [label, "", "", row["reason"]]
+        )
+    if "export" in results:
+        rows.append(
+            _count_row("bytes, ONNX", results["export"]["dense"], results["export"]["small"])
+        )
+    if "int8" in results:
+        int8 = results["int8"]
+        rows += [
+            _accuracy_row("int8: accuracy", int8["dense"], int8["small"]),
+            _time_row(f"int8: ms, onnxruntime, batch {int8['batch']}", int8["times"]),
+            _count_row("int8: bytes, ONNX", int8["dense"]["bytes"], int8["small"]["bytes"]),
+        ]
+    if "goal" in result:
+        is_kept = small["accuracy"] >= result["goal"]
+        rows.append(["goal", "", f"{result['goal']:.2%}", "met" if is_kept else "not met"])
+    print_table(title, ["", "dense", "small", ""], rows)
+
+
+def _accuracy_row(label: str, dense: dict[str, Any], small: dict[str, Any]) -> list[str]:
+    before, after = dense["accuracy"], small["accuracy"]
+    change = f"{100 * (after - before):+.2f} points".replace("-", "−")
+    return [label, f"{before:.2%}", f"{after:.2%}", change]
+
+
+def _count_row(label: str, dense: int, small: int) -> list[str]:
+    return [label, f"{dense:,}", f"{small:,}", f"{dense / max(1, small):.2f}× fewer"]
+
+
+def _time_row(label: str, times: dict[str, Any]) -> list[str]:
+    medians = [f"{times[side]['median']:.2f}" for side in ("dense", "decomposed")]
+    return [label, *medians, f"{times['speedup']:.2f}× as fast"]
+
+
+def print_summaries(title: str, summaries: "Sequence[Summary]") -> None:
+    """Print one row for each run, then one for each network derived from it."""
+    header = ["run", "accuracy", "untrained", "parameters", "MACs", "file", "latency", "speed-up"]
+    rows = [
+        [
+            summary.name,
+            f"{summary.accuracy:.2%}",
+            "" if summary.accuracy_untrained is None else f"{summary.accuracy_untrained:.2%}",
+            f"{summary.parameters:,}",
+            f"{summary.macs:,}",
+            f"{summary.bytes / 1024:,.0f} kB",
+            "" if summary.latency is None else f"{summary.latency.decomposed.median:.2f} ms",
+            "" if summary.latency is None else f"{summary.latency.speedup:.2f}×",
+        ]
+        for summary in summaries
+    ]
+    rows += [
+        [f"{summary.name}, {variant.name}", f"{variant.accuracy:.2%}", *[""] * 6]
+        for summary in summaries
+        for variant in summary.variants
+    ]
+    print_table(title, header, rows)

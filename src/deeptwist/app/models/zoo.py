@@ -1,0 +1,128 @@
+"""Networks by name: the paper's, torchvision's, timm's and the user's own."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+from torch import nn
+
+from deeptwist.app.models.resnet_cifar import ResNet
+from deeptwist.app.models.vgg_cifar import VGG19
+from deeptwist.errors import DeepTwistError, require_extra, unknown_name_error
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{6 * blocks + 2}": partial(ResNet, blocks) for blocks in (3, 5, 7, 9, 18)},
+    "vgg19": VGG19,
+    "vgg19_bn": partial(VGG19, batch_norm=True),
+}
+
+
+def build_model(
+    name: str, *, num_classes: int | None = None, in_channels: int | None = None
+) -> nn.Module:
+    """Build a network with random weights; nothing is ever downloaded.
+
+    Args:
+        name: one of `MODELS`, ``"torchvision/NAME"`` (its image classifiers), ``"timm/NAME"``, or
+            ``"package.module:factory"``, looked for in the current directory first.
+        num_classes: logits that come out; the network's own default if not given.
+        in_channels: channels of the images; the network's own default if not given.
+
+    Returns:
+        The network. A factory of the user's is handed whichever of the two numbers are given and
+        named in its signature, and nothing else.
+
+    Raises:
+        DeepTwistError: if no such network exists, or the package that holds it is not installed.
+    """
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    given = {key: value for key, value in sizes.items() if value is not None}
+    source, _, network = name.partition("/")
+    if name in MODELS:
+        return MODELS[name](**given)
+    if source == "torchvision":
+        return _from_torchvision(network, **given)
+    if source == "timm":
+        return _from_timm(network, num_classes, in_channels)
+    if ":" in name:
+        return _from_factory(name, given)
+    others = [f"{package}/{network or 'NAME'}" for package in ("torchvision", "timm")]
+    raise unknown_name_error("model", name, [*MODELS, *others, "package.module:factory"])
+
+
+def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Module:
+    with require_extra():
+        import torchvision.models as models
+    # The other tasks' networks would download a backbone, and none returns plain logits.
+    classifiers = models.list_models(module=models)
+    if network not in classifiers:
+        raise unknown_name_error("torchvision model", network, classifiers)
+    if in_channels != 3:
+        raise DeepTwistError(
+            f"torchvision/{network} takes 3 input channels, not {in_channels}: "
+            "the timm/ networks take any number"
+        )
+    model: nn.Module = models.get_model(network, weights=None, **given)
+    return model
+
+
+def _from_timm(network: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    with require_extra("timm"):
+        import timm
+    known = {*timm.list_models(), *timm.list_pretrained()}  # bare, and with a weights' tag
+    if network not in known:
+        raise unknown_name_error("timm model", network, known)
+    model: nn.Module = timm.create_model(
+        network, pretrained=False, num_classes=num_classes, in_chans=in_channels
+    )
+    return model
+
+
+def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    module = _import_user_module(module_name)
+    if not hasattr(module, attribute):
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise unknown_name_error(f"factory in {module_name}", attribute, public)
+    factory = getattr(module, attribute)
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise DeepTwistError(f"{name} is of type {type(factory).__name__}, not a function to call")
+    model = factory(**_matching_kwargs(factory, given, name))
+    if not isinstance(model, nn.Module):
+        raise DeepTwistError(f"{name} returned type {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _matching_kwargs(
+    factory: Callable[..., object], given: dict[str, int], name: str
+) -> dict[str, int]:
+    signature = inspect.signature(factory)
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+        given = {key: value for key, value in given.items() if key in signature.parameters}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from error
+    return given
+
+
+def _import_user_module(module: str) -> ModuleType:
+    if not module or module.startswith("."):
+        raise DeepTwistError(f"module {module!r} has no full name: write 'package.module:factory'")
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is there but lacks one of its own imports keeps its traceback.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise DeepTwistError(
+            f"no module {error.name!r} in {directory} or among the installed packages"
+        ) from error
+    finally:
+        sys.path.remove(directory)

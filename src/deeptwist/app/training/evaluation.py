@@ -1,0 +1,140 @@
+"""Accuracy and loss on a split."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deeptwist.app.data import ImageData, Split, batches, normalize
+from deeptwist.app.training.metrics import Evaluation
+from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.inspection.modes import FORWARD_ERRORS, eval_mode
+from deeptwist.twist.distributed import process_rank, world_size
+
+
+def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
+    """Turn stored pixels into a model's input: normalised, of its type, on its device.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        model: whose first parameter says which type and device.
+        data: says how pixels are normalised.
+
+    Returns:
+        (B, C, H, W), channels_last.
+    """
+    first = next(model.parameters())
+    x = normalize(images.to(first.device), data.mean, data.std)
+    return x.to(first.dtype, memory_format=torch.channels_last)
+
+
+def training_inputs(data: ImageData, model: nn.Module, count: int) -> Iterator[Tensor]:
+    """Yield batches of so many training images, not augmented, the same ones every time.
+
+    Args:
+        data: whose training split is read.
+        model: see `preprocess`.
+        count: images, rounded up to whole batches of up to 128.
+    """
+    shuffle, size = torch.Generator().manual_seed(0), min(count, 128)
+    chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
+    return (preprocess(images, model, data) for images, _ in chosen)
+
+
+def test_inputs(data: ImageData, model: nn.Module, count: int) -> Tensor:
+    """Return a model's input for so many test images, from the first on, over again if need be."""
+    total = len(data.test.labels)
+    first = data.test.subset(torch.arange(min(count, total)))
+    images = torch.cat([x for x, _ in batches(first, 128, generator=None)])
+    return preprocess(images[torch.arange(count) % len(images)], model, data)
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits (B, classes) in a network's output.
+
+    Of a tuple these are the first tensor: torchvision's GoogLeNet and Inception v3 put their
+    auxiliary heads' logits after it while they train.
+
+    Raises:
+        DeepTwistError: if the output is something else.
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(first, Tensor):
+        raise DeepTwistError(
+            f"the model gives a {type(output).__name__} where a tensor of logits belongs: wrap it "
+            "in a module that returns those"
+        )
+    return first
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    data: ImageData,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluate a model in evaluation mode, on its own device; processes share the images out.
+
+    Args:
+        model: gives logits (B, classes); not wrapped to communicate by itself.
+        split: the images and labels.
+        data: says how pixels are normalised and how many classes there are.
+        on_batch: called after every batch of `batch_size_for`.
+
+    Raises:
+        DeepTwistError: if the model cannot run on the images, or its outputs are not one logit
+            per class.
+    """
+    share = split.subset(torch.arange(process_rank(), len(split.labels), world_size()))
+    # images, loss, right, right among five
+    totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
+    with eval_mode(model):
+        for images, labels in batches(share, batch_size_for(data), generator=None):
+            totals += _totals(_logits(model, images, data), labels)
+            on_batch()
+    if world_size() > 1:
+        dist.all_reduce(totals)
+    count, loss, right, right_of_five = totals.tolist()
+    return Evaluation(
+        loss=loss / count,
+        accuracy=right / count,
+        top5=right_of_five / count if len(data.classes) > 5 else None,
+    )
+
+
+def batch_size_for(data: ImageData) -> int:
+    """Return how many images are evaluated at once: fewer if they are large."""
+    return max(1, min(500, 2**23 // math.prod(data.shape)))
+
+
+def _logits(model: nn.Module, images: Tensor, data: ImageData) -> Tensor:
+    x = preprocess(images, model, data)
+    try:
+        logits = logits_of(model(x)).float()
+    except FORWARD_ERRORS as error:
+        if isinstance(error, DeepTwistError):
+            raise
+        raise DeepTwistError(
+            f"{type(model).__name__} cannot run on images of {data.name}, "
+            f"{tuple(x.shape[1:])}: {first_line(error)}"
+        ) from error
+    if logits.shape != (len(images), len(data.classes)):
+        raise DeepTwistError(
+            f"the model gives outputs of shape {tuple(logits.shape[1:])}, "
+            f"{data.name} has {len(data.classes)} classes"
+        )
+    return logits
+
+
+def _totals(logits: Tensor, labels: Tensor) -> Tensor:
+    labels = labels.to(logits.device)
+    right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = functional.cross_entropy(logits, labels, reduction="none").double()
+    parts = torch.ones_like(loss), loss, right[:, 0].double(), right.any(1).double()
+    return torch.stack([part.sum() for part in parts])

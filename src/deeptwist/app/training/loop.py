@@ -1,0 +1,452 @@
+"""The training loop, on Lightning Fabric, which brings devices, precision and processes.
+
+Fabric rather than Lightning's Trainer, so that the loop stays readable and DeepTwist is one call
+in it. What is random in a step is drawn from the seed and the step's own number, so that a
+training that was cut goes on with the same numbers.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from deeptwist.app.data import ImageData, Split, train_batches
+from deeptwist.app.training.evaluation import evaluate, logits_of, preprocess
+from deeptwist.app.training.fabric import Fabric
+from deeptwist.app.training.metrics import DistortionRecord, Epoch, Evaluation, Record
+from deeptwist.app.training.optimizers import frozen_modules, lr_factor, make_optimizer
+from deeptwist.app.training.recipe import Recipe
+from deeptwist.decompose import numbers
+from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.twist.distortion import DeepTwist
+
+T = TypeVar("T")
+
+_LOSSES_AT_ONCE = 50  # steps between looks at the losses, for which an accelerator is waited
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that are called during training.
+
+    Attributes:
+        on_record: with every epoch's and every distortion's record.
+        on_step: after every optimizer step.
+        on_checkpoint: when a checkpoint is due, and at the end.
+    """
+
+    on_record: Callable[[Record], None] = lambda record: None
+    on_step: Callable[[], None] = lambda: None
+    on_checkpoint: Callable[[], None] = lambda: None
+
+
+class Trainer:
+    """A network in training with all that a step changes: it can be cut anywhere and continued.
+
+    Attributes:
+        step: optimizer steps so far.
+        steps: optimizer steps in all.
+        average: the moving average of the network's weights, `None` if the recipe has none.
+        best: the best accuracy on the validation split so far, and the weights that had it;
+            `None` without a validation split.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        data: ImageData,
+        recipe: Recipe,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        twist: DeepTwist | None = None,
+        teacher: nn.Module | None = None,
+        validation: Split | None = None,
+    ):
+        """Set a network up for training.
+
+        Args:
+            fabric: launched; the network ends on its device.
+            model: changed in place.
+            data: trained on `recipe.schedule.epochs` times, evaluated on after each.
+            recipe: optimizer, schedule, precision and what else changes a step.
+            optimizer: of the model's parameters; made as the recipe says without it.
+            twist: attached to `model`, to distort its weights on the way.
+            teacher: gives the logits that a distillation learns from.
+            validation: images to choose the best weights on, after each distortion; after each
+                epoch where there are none.
+
+        Raises:
+            DeepTwistError: if the training split does not fill one batch, a batch cannot be shared
+                evenly among the processes, or the model does not offer what the recipe asks for.
+        """
+        self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
+        self._twist, self._teacher, self._validation = twist, teacher, validation
+        self._steps_per_epoch = steps_per_epoch(data, recipe.batch_size)
+        _check_shares(recipe, fabric.world_size)
+        self.step = 0
+        self.steps = recipe.schedule.epochs * self._steps_per_epoch
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+        model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
+        if recipe.checkpoint_gradients:
+            _checkpoint_gradients(model)
+        self.average: AveragedModel | None = None
+        if recipe.ema is not None:
+            ema = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+        self._wrapped, self._optimizer = fabric.setup(
+            model, optimizer or make_optimizer(model, recipe.optimizer)
+        )
+        self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
+        self._network = self._step_network()
+        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        self._scaler: torch.amp.GradScaler | None = scaler
+        for copied in (teacher, self.average):
+            if copied is not None:
+                copied.to(fabric.device)
+        self._epoch_loss = torch.zeros((), device=fabric.device)  # sum over its steps so far
+        self._epoch_seconds = 0.0
+        self._unchecked: list[Tensor] = []  # losses that were not looked at so far
+        torch.manual_seed(recipe.seed)  # dropout
+
+    def _step_network(self) -> nn.Module:
+        """Return what a training step calls: the network, compiled or recorded where asked."""
+        fabric, recipe = self._fabric, self._recipe
+        wrapped: nn.Module = self._wrapped
+        as_graphs = recipe.cuda_graphs and fabric.device.type == "cuda"
+        if as_graphs and fabric.world_size > 1:
+            raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
+        if recipe.compile is not None:
+            return _compiled(wrapped, recipe.compile, cuda_graphs=as_graphs)
+        if not as_graphs:
+            return wrapped
+        count = recipe.batch_size // recipe.optimizer.accumulate
+        size = count, *self._data.train.images.shape[1:]
+        images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
+        with fabric.autocast():
+            batch = preprocess(images, self._model, self._data)
+            return replay_as_cuda_graphs(self._model, batch)
+
+    def fit(self, callbacks: Callbacks) -> None:
+        """Train to the end, from the step reached so far.
+
+        Raises:
+            DeepTwistError: if the loss is not finite, naming the step.
+        """
+        every = self._recipe.records.checkpoint_every
+        self._model.train()
+        for module in frozen_modules(self._model, self._recipe.optimizer):
+            module.eval()
+        started = time.perf_counter()
+        for x, labels in self._batches():
+            self._unchecked.append(self._update(x, labels))
+            self._epoch_loss += self._unchecked[-1]
+            self._lr_scheduler.step()
+            if self.average is not None:
+                self.average.update_parameters(self._model)
+            self.step += 1
+            ends = self.step % self._steps_per_epoch == 0
+            saves = self.step % every == 0 or self.step == self.steps
+            if ends or saves or len(self._unchecked) == _LOSSES_AT_ONCE:
+                self._check_losses()
+            self._epoch_seconds += time.perf_counter() - started
+
+            if self._twist is not None:
+                self._distort(self._twist, callbacks)
+            if ends:
+                self._end_epoch(callbacks)
+            if saves:
+                self._broadcast_buffers()
+                callbacks.on_checkpoint()
+            callbacks.on_step()
+            started = time.perf_counter()
+
+    def finish(self, callbacks: Callbacks) -> nn.Module:
+        """Return the network to deploy: distorted a last time and decomposed, if it was twisted."""
+        if self._twist is None:
+            return self._model
+        small, record = self._recorded(self._twist, self._twist.finish)
+        assert record is not None
+        callbacks.on_record(record)
+        return small
+
+    def best_model(self) -> nn.Module:
+        """Return a copy of the network with its best weights, its last ones if none are known."""
+        model = copy.deepcopy(self._model)
+        if self.best is not None:
+            model.load_state_dict(self.best[1])
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to go on bit for bit, in plain containers and tensors."""
+        return {
+            "step": self.step,
+            "best": self.best,
+            "epoch_loss": self._epoch_loss,
+            "epoch_seconds": self._epoch_seconds,
+            "random": torch.get_rng_state(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned.
+
+        Raises:
+            AttributeError, LookupError, RuntimeError, TypeError, ValueError: if the state is of
+                another training.
+        """
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self._epoch_loss.copy_(state["epoch_loss"])
+        self._epoch_seconds = float(state["epoch_seconds"])
+        self.best = state["best"]
+        self.step = int(state["step"])
+        torch.set_rng_state(state["random"])
+
+    def _parts(self) -> dict[str, Any]:
+        """Return everything that has a state dict of its own, by its name in checkpoints."""
+        parts = {
+            "model": self._model,
+            "optimizer": self._optimizer,
+            "lr_scheduler": self._lr_scheduler,
+            "twist": self._twist,
+            "average": self.average,
+            "scaler": self._scaler,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's share of every batch that is left, as the network takes it."""
+        remaining = train_batches(
+            self._data,
+            self._recipe.batch_size,
+            seed=self._recipe.seed,
+            steps=range(self.step, self.steps),
+            share=(self._fabric.global_rank, self._fabric.world_size),
+            device=self._fabric.device,
+        )
+        for images, labels in remaining:
+            yield preprocess(images, self._model, self._data), labels
+
+    def _update(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Take an optimizer step; return its loss.
+
+        One that fp16 skips, as gradients overflowed, is no step: it is taken again on the same
+        images, at the smaller scale that followed.
+        """
+        clip_norm, scaler = self._recipe.optimizer.clip_norm, self._scaler
+        while True:
+            loss = self._mean_over_processes(self._backward(x, labels))
+            if clip_norm is not None:
+                self._fabric.clip_gradients(
+                    self._wrapped, self._optimizer, max_norm=clip_norm, error_if_nonfinite=False
+                )
+            scale = 0.0 if scaler is None else scaler.get_scale()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            if scaler is None or scaler.get_scale() >= scale:
+                return loss
+            if scale <= 1:  # no overflow of the scaled loss
+                raise DeepTwistError(
+                    f"the loss is {loss:g} at step {self.step + 1}, its gradients are not finite "
+                    f"in fp16: lower optimizer.lr={self._recipe.optimizer.lr}, or choose bf16-mixed"
+                )
+
+    def _backward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradients of this process's share of a batch; return its loss, detached."""
+        parts = self._recipe.optimizer.accumulate
+        total = torch.zeros((), device=x.device)
+        chunks = zip(x.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        for number, (images, targets) in enumerate(chunks, start=1):
+            with self._fabric.no_backward_sync(self._wrapped, enabled=number < parts):
+                loss = self._loss(images, targets) / parts
+                self._fabric.backward(loss)
+            total = total + loss.detach()
+        return total
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        recipe = self._recipe
+        logits = logits_of(self._network(x)).to(x.dtype)  # which autocast left in half precision
+        loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if self._teacher is None or recipe.distillation is None:
+            return loss
+        with torch.no_grad(), self._fabric.autocast():
+            taught = logits_of(self._teacher.eval()(x))
+        weight, temperature = recipe.distillation.weight, recipe.distillation.temperature
+        return (1 - weight) * loss + weight * distillation_loss(logits, taught, temperature)
+
+    def _mean_over_processes(self, mean: Tensor) -> Tensor:
+        """Return the loss over all processes' images."""
+        if self._fabric.world_size == 1:
+            return mean
+        return cast(Tensor, self._fabric.all_reduce(mean.clone(), reduce_op="mean"))
+
+    def _check_losses(self) -> None:
+        """Look at the losses since the last look.
+
+        Raises:
+            DeepTwistError: if one is not finite, naming its step.
+        """
+        losses = numbers(self._unchecked)
+        self._unchecked.clear()
+        for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise DeepTwistError(
+                    f"the loss is {loss} at step {step}: "
+                    f"lower optimizer.lr={self._recipe.optimizer.lr}"
+                )
+
+    def _distort(self, twist: DeepTwist, callbacks: Callbacks) -> None:
+        try:
+            _, record = self._recorded(twist, twist.step)
+        except DeepTwistError:
+            self._check_losses()  # a loss that was not finite explains weights that are not
+            raise
+        if record is not None:
+            callbacks.on_record(record)
+            self._keep_best()
+
+    def _recorded(
+        self, twist: DeepTwist, distort: Callable[[Callable[[], float] | None], T]
+    ) -> tuple[T, DistortionRecord | None]:
+        """Return the result of `distort`, and the record of the distortion if there was one."""
+        count = self._recipe.records.images
+        evaluations: list[tuple[Evaluation, Evaluation]] = []
+        evaluating = 0.0
+
+        def loss() -> float:
+            nonlocal evaluating
+            self._broadcast_buffers()
+            started = time.perf_counter()
+            subsets = self._data.train.evenly_spaced(count), self._data.test.evenly_spaced(count)
+            train, test = (self._evaluate(subset) for subset in subsets)
+            evaluations.append((train, test))
+            evaluating += time.perf_counter() - started
+            return train.loss
+
+        known, started = len(twist.history), time.perf_counter()
+        result = distort(loss if count else None)
+        seconds = time.perf_counter() - started - evaluating
+        if len(twist.history) == known:
+            return result, None
+        train, test = zip(*evaluations, strict=True) if evaluations else ((), ())
+        return result, DistortionRecord(twist.history[-1], self.learning_rate, seconds, train, test)
+
+    def _end_epoch(self, callbacks: Callbacks) -> None:
+        self._broadcast_buffers()
+        if self._twist is None:
+            self._keep_best()
+        images = self._steps_per_epoch * self._recipe.batch_size
+        callbacks.on_record(
+            Epoch(
+                epoch=self.step // self._steps_per_epoch,
+                step=self.step,
+                train_loss=float(self._epoch_loss) / self._steps_per_epoch,
+                test=self._evaluate(self._data.test),
+                lr=self.learning_rate,
+                seconds=self._epoch_seconds,
+                images_per_second=images / self._epoch_seconds,
+            )
+        )
+        self._epoch_loss.zero_()
+        self._epoch_seconds = 0.0
+
+    def _keep_best(self) -> None:
+        if self._validation is None:
+            return
+        accuracy = self._evaluate(self._validation).accuracy
+        if self.best is None or accuracy > self.best[0]:
+            weights = {n: t.detach().clone() for n, t in self._model.state_dict().items()}
+            self.best = accuracy, weights
+
+    def _evaluate(self, split: Split) -> Evaluation:
+        with self._fabric.autocast():
+            return evaluate(self._model, split, self._data)
+
+    def _broadcast_buffers(self) -> None:
+        """Give every process the first one's batch-norm statistics, as the next step would."""
+        if self._fabric.world_size > 1:
+            for buffer in self._model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the rate that the next step has."""
+        return float(self._lr_scheduler.get_last_lr()[0])
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(self._recipe.schedule, step, self.steps, self._steps_per_epoch)
+
+
+def steps_per_epoch(data: ImageData, batch_size: int) -> int:
+    """Return the optimizer steps in an epoch; an incomplete last batch is left out.
+
+    Raises:
+        DeepTwistError: if the training split does not fill one batch.
+    """
+    steps = len(data.train.labels) // batch_size
+    if steps == 0:
+        raise DeepTwistError(
+            f"batch_size {batch_size} is more than the {len(data.train.labels)} "
+            f"training images of {data.name}"
+        )
+    return steps
+
+
+def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """Return T²·KL(teacher ‖ student) of the softened outputs (Hinton et al., 2015, section 2)."""
+    student, teacher = (functional.log_softmax(x / temperature, 1) for x in (logits, taught))
+    return temperature**2 * functional.kl_div(
+        student, teacher, reduction="batchmean", log_target=True
+    )
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise DeepTwistError(
+            f"{type(model).__name__} offers no gradient checkpointing: leave out "
+            "checkpoint_gradients, or choose one of timm's networks that does"
+        )
+    switch()
+
+
+def _check_shares(recipe: Recipe, processes: int) -> None:
+    parts = recipe.optimizer.accumulate
+    if recipe.batch_size % (processes * parts):
+        in_parts = f" in {parts} parts" if parts > 1 else ""
+        raise DeepTwistError(
+            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes{in_parts}"
+        )
+
+
+def _compiled(model: nn.Module, backend: str, *, cuda_graphs: bool) -> nn.Module:
+    """Return a module that runs as torch.compile makes it; it shares the model's weights."""
+    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise unknown_name_error("backend of torch.compile", backend, known)
+    options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
+    return cast(nn.Module, torch.compile(model, backend=backend, options=options))
+
+
+def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a module that runs a model in training mode, forward and backward, as CUDA graphs.
+
+    Args:
+        model: on a GPU; what its state dict holds is not changed.
+        x: like every input to come, of the same shape, type and memory format.
+    """
+    state = copy.deepcopy(model.state_dict())  # its batch norms see the recording's passes
+    torch.set_autocast_cache_enabled(False)  # a cached cast would not be part of the graph
+    # In a module of its own: the graphs take the place of its `forward`, not of the model's.
+    replayed = nn.Sequential(model).train()
+    torch.cuda.make_graphed_callables(replayed, (x,), allow_unused_input=True)
+    model.load_state_dict(state)
+    return replayed

@@ -1,0 +1,116 @@
+"""A copy of a model in which some modules are others, whatever else the model holds on to."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.inspection.weights import InProjection, get_layer, has_compiled_forward
+
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType)
+
+
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy of a model with other modules in the places of some of its own.
+
+    The replacements are not copied, the modules that they replace neither. Tensors with a graph
+    are detached in the copy; what cannot be copied, as a lock, is shared with it.
+
+    Args:
+        model: any network; left as it is.
+        replacements: by the name of a module, the one that takes its place wherever it is used.
+
+    Raises:
+        DeepTwistError: if the model cannot be copied.
+    """
+    # Seeded with the replacements, deepcopy never copies the weights that they replace.
+    dense = {name: get_layer(model, name) for name in replacements}
+    memo: dict[int, Any] = {id(dense[name]): new for name, new in replacements.items()}
+    projections = {n: module for n, module in dense.items() if isinstance(module, InProjection)}
+    memo |= {id(module.weight): None for module in projections.values()}
+    for value in _referenced(model, frozenset(memo)):
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        elif not _is_copyable(value):
+            memo[id(value)] = value
+    try:
+        small = copy.deepcopy(model, memo)
+    except Exception as error:  # what a class does in __deepcopy__ is its own
+        raise DeepTwistError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}"
+        ) from error
+    for name in projections:
+        attention = small.get_submodule(name.rpartition(".")[0])
+        attention.register_module(InProjection.NAME, replacements[name])
+        del attention.in_proj_weight
+        attention.in_proj_weight = replacements[name].weight  # what stands for one: no parameter
+    for module in small.modules():
+        # `torch.compile(model.forward)` would go on running the original.
+        if has_compiled_forward(module):
+            del module.forward
+    return small
+
+
+def stored_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of those modules that functions stored on a model still refer to."""
+    wanted = {id(module): name for name, module in modules.items()}
+    return [wanted[id(v)] for v in _referenced(model, frozenset()) if id(v) in wanted]
+
+
+def _referenced(root: object, skipped: frozenset[int]) -> Iterator[object]:
+    """Every object that can be reached from one, without what is only code."""
+    visited, waiting = set(skipped), [root]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _ATOMS) or id(value) in visited:
+            continue
+        visited.add(id(value))
+        yield value
+        waiting += _parts(value)
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return []
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [*value]
+    if isinstance(value, FunctionType):
+        # Of its globals, only the networks that it names: all else is code.
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        return [
+            *cells,
+            *(value.__defaults__ or ()),
+            *(x for x in named if isinstance(x, nn.Module)),
+        ]
+    # A method and its object, a partial and its arguments, an object and its attributes.
+    parts = [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords")]
+    return [*parts, getattr(value, "__dict__", None)]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _is_copyable(value: object) -> bool:
+    """Whether `copy.deepcopy` can take an object: locks, generators and open files it cannot."""
+    kind = type(value)
+    if isinstance(value, nn.Module | FunctionType | dict | list | tuple | set | frozenset):
+        return True
+    if hasattr(kind, "__deepcopy__") or kind in copy._deepcopy_dispatch:  # type: ignore[attr-defined]
+        return True
+    try:
+        value.__reduce_ex__(4)
+    except Exception:  # it says so in ways of its own
+        return False
+    return True

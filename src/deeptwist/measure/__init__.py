@@ -1,0 +1,1 @@
+"""Clocks: what runs networks and layers, and how long they take here."""

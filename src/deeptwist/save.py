@@ -1,0 +1,260 @@
+"""A decomposed model on disk: a folder with ``config.json`` and ``model.safetensors``.
+
+Nothing is pickled. Loading replays the layer swaps on a model that the caller makes, then
+loads strictly; nothing in the folder names code to run.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deeptwist._version import __version__
+from deeptwist.decompose import get_planned_module, replace_layers
+from deeptwist.decompositions import FactoredLayer, from_dict
+from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.files import atomic_write
+from deeptwist.inspection.swap import stored_modules
+from deeptwist.inspection.weights import distinct, get_layer
+from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LARGEST_CONFIG = 16 * 2**20  # bytes; a network of ten thousand layers takes a fifth
+
+
+def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:
+    """Write a decomposed model to a folder, each file under a temporary name first.
+
+    Args:
+        model: what `DeepTwist.finish` or `decompose` gave.
+        path: the folder; made where it is missing, its artefact replaced where there is one.
+        base_model: a name for the network that was decomposed, for the reader; its class
+            where none is given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DeepTwistError: if the model has no factored layer, or one whose tensors are no longer
+            those that it was made with, or if the folder cannot be written.
+    """
+    layers = {
+        name: {
+            "convolution": module.convolution.to_dict(),
+            "decomposition": module.decomposition.to_dict(),
+            "implementation": module.implementation,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLayer)
+    }
+    if not layers:
+        raise DeepTwistError(
+            f"this {type(model).__name__} has no factored layer: decompose it first"
+        )
+    for name, held in layers.items():
+        _check_readable(model.get_submodule(name), _planned(name, held))
+    tensors, aliases = distinct(model)
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Both are complete before either takes its place.
+        with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as config:
+            save_file(tensors, weights)
+            values = {
+                "format_version": FORMAT_VERSION,
+                "deeptwist_version": __version__,
+                "base_model": base_model or type(model).__name__,
+                "weights_sha256": _sha256(weights),
+                "aliases": aliases,
+                "module_versions": _module_versions(model),
+                "layers": layers,
+            }
+            config.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DeepTwistError(f"cannot write {folder}: {reason}") from error
+    return folder
+
+
+def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Read a folder that `save` wrote.
+
+    Args:
+        path: the folder.
+        model: the network that was decomposed, or a factory of it; its weights do not matter.
+
+    Returns:
+        The decomposed model, in evaluation mode, in the types that were saved, on the CPU.
+
+    Raises:
+        DeepTwistError: if a file is missing, damaged or of an unknown format, or if the model
+            is not the one that was decomposed, or is on the meta device.
+    """
+    folder = Path(path)
+    config = _read_config(folder / CONFIG)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise DeepTwistError(f"no {WEIGHTS} in {folder}")
+    if _sha256(weights) != config["weights_sha256"]:
+        raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
+    layers = tuple(_planned(name, values) for name, values in config["layers"].items())
+    base = model if isinstance(model, nn.Module) else model()
+    if not isinstance(base, nn.Module):
+        raise DeepTwistError(f"the factory gave a {type(base).__name__}, not a model")
+    if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
+        raise DeepTwistError(
+            f"this {type(base).__name__} is on the meta device, where nothing can be read into it: "
+            "make it on the CPU"
+        )
+    for layer in layers:  # before anything takes the memory that the file says it needs
+        get_planned_module(base, layer)
+    kernels = {layer.name: _empty_kernels(layer) for layer in layers}
+    small = replace_layers(base, Plan(layers), kernels).cpu()
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise DeepTwistError(
+            f"{weights} is not a valid safetensors file: {first_line(error)}"
+        ) from error
+    stored = stored_modules(small, {x.name: get_layer(base, x.name) for x in layers})
+    if stored:
+        raise DeepTwistError(
+            f"a function stored on this {type(base).__name__} refers to the dense layer "
+            f"{stored[0]!r} and would go on running it: load first, store it afterwards"
+        )
+    state.update(_aliased(state, config["aliases"]))
+    _load_strictly(small, state, config)
+    return small.eval()
+
+
+def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
+    """Refuse a layer whose tensors are not those that `load` will look for."""
+    kernels = _empty_kernels(layer, "meta")
+    bias = torch.empty(layer.convolution.out_channels, device="meta")
+    made = layer.decomposition.make_layer(layer.convolution, kernels, bias, layer.implementation)
+    strangers = module.state_dict().keys() - made.state_dict().keys()
+    if strangers:
+        raise DeepTwistError(
+            f"layer {layer.name!r} holds {min(strangers)!r}, which {layer.decomposition} does not: "
+            "save it before its parametrizations are removed, or export it"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DeepTwistError(f"no {CONFIG} in {path.parent}: not a folder that deeptwist saved")
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise DeepTwistError(f"{path} is too large for a configuration: not read")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DeepTwistError(f"{path} is not JSON: {first_line(error)}") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise DeepTwistError(
+            f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
+        )
+    assert isinstance(config, dict)
+    kinds = {"layers": dict, "aliases": dict, "base_model": str, "weights_sha256": str}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise DeepTwistError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
+    if not all(isinstance(name, str) for name in config["aliases"].values()):
+        raise DeepTwistError(f"{path} is damaged: an alias is not a name")
+    versions = config.get("module_versions", {})  # not in folders that 0.1 saved
+    if not isinstance(versions, dict) or not all(type(v) is int for v in versions.values()):
+        raise DeepTwistError(f"{path} is damaged: 'module_versions' is not versions by module")
+    return config
+
+
+def _planned(name: str, values: Any) -> CompressedLayer:
+    try:
+        convolution = ConvGeometry.from_dict(values["convolution"])
+        return CompressedLayer(
+            name=name,
+            kind="",
+            convolution=convolution,
+            decomposition=from_dict(values["decomposition"]),
+            implementation=values.get("implementation", values.get("executor")),  # before 0.2
+        )
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise DeepTwistError(
+            f"{CONFIG} is damaged at layer {name!r}: {first_line(error)}"
+        ) from error
+
+
+def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
+    parts = layer.decomposition.parts(layer.convolution)
+    return [torch.empty(part.kernel_shape, device=device) for part in parts]
+
+
+def _module_versions(model: nn.Module) -> dict[str, int]:
+    """Return the versions of the modules' states, but for 1: what a state dict has as metadata."""
+    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    versions = {name: values.get("version") for name, values in metadata.items()}
+    return {name: version for name, version in versions.items() if version not in (None, 1)}
+
+
+def _aliased(state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of a state's further names.
+
+    Raises:
+        DeepTwistError: if a further name has a tensor itself, or stands for none.
+    """
+    for alias, name in aliases.items():
+        if alias in state or name not in state:
+            raise DeepTwistError(
+                f"{CONFIG} is damaged: {alias!r} is to be {name!r}, and {WEIGHTS} does not agree"
+            )
+    return {alias: state[name] for alias, name in aliases.items()}
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], config: Mapping[str, Any]) -> None:
+    expected = model.state_dict(keep_vars=True)
+    base_model = config["base_model"]
+    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or extra:
+        raise DeepTwistError(
+            f"the artefact is of another model ({base_model!r}): "
+            f"{len(missing)} tensors missing {sorted(missing)[:2]}, "
+            f"{len(extra)} unexpected {sorted(extra)[:2]}"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise DeepTwistError(
+                f"the artefact is of another model ({base_model!r}): {name!r} is "
+                f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
+            )
+        saved = state[name].dtype
+        if saved != tensor.dtype:
+            if not (saved.is_floating_point and tensor.is_floating_point()):
+                raise DeepTwistError(
+                    f"the artefact is of another model ({base_model!r}): {name!r} is {saved} "
+                    f"there and {tensor.dtype} here"
+                )
+            tensor.data = tensor.data.to(saved)
+    # Copied, not assigned: what is tied stays tied, and no memory of the file's is held on to.
+    versioned = OrderedDict(state)
+    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    versions = config.get("module_versions")
+    if versions is not None:
+        metadata = {
+            name: {**values, "version": versions.get(name, 1)} for name, values in metadata.items()
+        }
+    versioned._metadata = metadata  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
