@@ -520,18 +520,6 @@ def test_a_state_that_is_none_changes_nothing(state: Any) -> None:
     assert (twist.steps, twist.history) == (1, records)
 
 
-def test_a_state_of_version_0_1_loads_and_the_next_distortion_is_exact() -> None:
-    model, twist = twisted()
-    twin = copy.deepcopy(model)
-    record = {"step": 4, "weight_shift": 0.1, "layer_shifts": {"0": 0.1}, "loss_increase": None}
-    old = {**record, "iterations": 2, "fallbacks": {"0": 1}}
-    twist.load_state_dict({"steps": 4, "records": [old], "starts": {"0": [(torch.ones(1, 2, 3),)]}})
-    assert (twist.steps, asdict(twist.history[0])) == (4, record)
-    twist.distort()
-    DeepTwist(twin, twist.plan, 1).distort()
-    assert same_bits(model, bits(twin))
-
-
 def test_the_factors_of_another_rank_are_refused() -> None:
     model, twist = twisted()
     twist.step()

@@ -202,8 +202,7 @@ def train(place: int, count: int) -> dict[str, Any]:
     model = network().double()
     model[1].eval()  # its statistics are of a process's own batch
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    options: dict[str, Any] = {"ramp_steps": 5, "momentum": "project", "optimizer": optimizer}
-    twist = DeepTwist(model, twisted(SVD(), model).plan, 3, **options)
+    twist = DeepTwist(model, twisted(SVD(), model).plan, 3)
     outer = DistributedDataParallel(model) if count > 1 else model
     for _ in range(10):
         x, y = X.double()[place::count], Y[place::count]

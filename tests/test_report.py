@@ -829,10 +829,6 @@ def test_settings_are_named_and_defaults_that_say_nothing_left_out() -> None:
 
 def test_settings_of_other_modes_are_left_out() -> None:
     interval = "interval S_D, steps between distortions"
-    schedule = "momentum at a distortion"
-    assert schedule not in settings_of()
-    assert settings_of("deeptwist", "twist.momentum=project")[schedule] == "project"
-    assert schedule not in settings_of("finetune", "twist.momentum=project")
     assert interval in settings_of("random_noise")
     assert not any(
         interval in settings_of(mode) for mode in ("dense", "finetune", "decompose_at_end")

@@ -41,10 +41,9 @@ RECIPE: dict[str, Any] = {
     "tail": {"epochs": 1},
     "records": {"images": 50, "checkpoint_every": 3},
 }
-# The same with everything that changes on the way.
+# The same with everything that a recipe may ask for besides.
 SCHEDULED: dict[str, Any] = {
     **RECIPE,
-    "twist": {"ramp": 0.6, "choose_ranks": 0.5, "lr_power": 0.5, "momentum": "project"},
     "interval": 3,
     "calibration_images": 100,
     "compression": {

@@ -4,8 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from deeptwist.inspection.weights import computes_weight, get_layer, read_weight
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
-from deeptwist.twist.config import Momentum
 from deeptwist.twist.distributed import (
     Summary,
     broadcast,
@@ -39,14 +37,10 @@ from deeptwist.twist.distributed import (
     run_on_all_ranks,
     world_size,
 )
-from deeptwist.twist.momentum import change_momentum, check_momentum
-from deeptwist.twist.rank_choice import choose_ranks_anew, with_decompositions
-from deeptwist.twist.schedules import Interval, between, check_interval, is_due, largest_useful
 
 logger = logging.getLogger("deeptwist")
 
-_OLD_KEYS = {"iterations", "fallbacks"}  # of a record, in version 0.1
-_NO_STATE = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+_STATE_ERRORS = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 Loss = Callable[[], Tensor | float]
 Perturb = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -89,12 +83,8 @@ class DeepTwist:
         self,
         model: nn.Module,
         plan: Plan,
-        interval: Interval,
+        interval: int,
         *,
-        ramp_steps: int = 0,
-        choose_ranks_steps: int = 0,
-        momentum: Momentum = "keep",
-        optimizer: torch.optim.Optimizer | None = None,
         example_input: Tensor | tuple[Tensor, ...] | None = None,
         perturb: Perturb | None = None,
     ):
@@ -107,15 +97,7 @@ class DeepTwist:
                 `torch.distributed` job every process attaches to its own, at the same step, and
                 calls `step`, `distort` and `finish`; each factors a share of the layers.
             plan: see `deeptwist.plan`.
-            interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual. Or pairs
-                (from step, every), of which the last that has begun counts.
-            ramp_steps: optimizer steps over which ranks fall, by a cubic, from the largest that
-                are of use to the planned ones; 0 for these from the start, as in the paper.
-            choose_ranks_steps: optimizer steps up to which every distortion chooses the ranks
-                anew, for no more weights and MACs together than planned; `plan` then has them.
-            momentum: of distorted weights: ``"keep"``, as in the paper; ``"reset"`` to zero; or
-                ``"project"`` on the low-rank weights' tangent space, which factors move in.
-            optimizer: whose momentum it is; not needed to keep it.
+            interval: S_D in the paper, in optimizer steps; 100 to 5,000 is usual.
             example_input: what `finish` compares outputs on, moved to the model's device; without
                 it, standard normal numbers of the plan's shapes.
             perturb: for ablations, a layer's name, the step, its weight and the approximation →
@@ -123,24 +105,18 @@ class DeepTwist:
 
         Raises:
             DeepTwistError: if the interval is not positive, the plan compresses nothing, it is
-                for another model, or momentum cannot be changed as asked.
+                for another model, or the model cannot run with factored layers.
         """
-        for name, steps in (("ramp_steps", ramp_steps), ("choose_ranks_steps", choose_ranks_steps)):
-            check_int(name, steps, 0)
+        check_int("interval", interval)
         if not plan.compressed:
             raise DeepTwistError("the plan compresses no layer: print it to see the reasons")
         check_plan(model, plan)
         plan = keep_frozen(model, plan)
         if plan.inputs or example_input is not None:
             dry_run(model, plan, example_input)
-        check_momentum(momentum, optimizer, model, plan)
-        self.model, self.plan, self.steps = model, plan, 0
-        self.interval = check_interval(interval)
+        self.model, self.plan, self.interval, self.steps = model, plan, interval, 0
         self.history: list[Distortion] = []
         self.output_difference: float | None = None
-        self._ramp_steps, self._choose_ranks_steps = ramp_steps, choose_ranks_steps
-        self._largest = [largest_useful(layer) for layer in plan.compressed] if ramp_steps else []
-        self._momentum, self._optimizer = momentum, optimizer
         self._example_input, self._perturb = example_input, perturb
         self._factors: dict[str, Factors] = {}
         self._first: dict[str, Tensor] = {}  # what the first distortion wrote, until the second
@@ -160,7 +136,7 @@ class DeepTwist:
             DeepTwistError: if a weight is not finite; no weight is changed then.
         """
         self.steps += 1
-        return self.distort(loss) if is_due(self.interval, self.steps) else None
+        return self.distort(loss) if self.steps % self.interval == 0 else None
 
     def distort(self, loss: Loss | None = None) -> Distortion:
         """Distort now, whatever the step; see `step`."""
@@ -194,20 +170,14 @@ class DeepTwist:
         }
         if not last:
             self._warn_of_untrained(weights)
-            if self._choose_ranks_steps and self.steps <= self._choose_ranks_steps:
-                choose = partial(choose_ranks_anew, self.model, self.plan)
-                self.plan = run_on_all_ranks(choose, lambda _: None)[0]
-        layers = self._layers(self.plan, self.steps, last)
         (share, _), summaries = run_on_all_ranks(
-            lambda: self._approximate(layers, weights, last), lambda result: result[1]
+            lambda: self._approximate(weights, last), lambda result: result[1]
         )
         check_in_sync(summaries)
         before = mean_over_ranks(loss)
         # No weight has been written so far; from here on nothing can fail before all are.
         shapes = [summary.shapes for summary in summaries]
-        self._factors = self._write(layers, weights, share, shapes)
-        if self._optimizer is not None and self._momentum != "keep" and not last:
-            change_momentum(self._momentum, self._optimizer, self.model, self.plan, self._factors)
+        self._factors = self._write(weights, share, shapes)
         if not self.history and not last:
             self._first = {name: weight.clone() for name, weight in weights.items()}
         shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
@@ -227,27 +197,13 @@ class DeepTwist:
                 ", ".join(map(repr, still)),
             )
 
-    def _layers(self, plan: Plan, step: int, last: bool = False) -> tuple[CompressedLayer, ...]:
-        """Return the compressed layers at the ranks of a step."""
-        if last or step >= self._ramp_steps:
-            return plan.compressed
-        progress = step / self._ramp_steps
-        return tuple(
-            replace(
-                layer,
-                decomposition=between(largest, layer.decomposition, progress),
-                implementation=None,
-            )
-            for layer, largest in zip(plan.compressed, self._largest, strict=True)
-        )
-
     @torch.no_grad()
     def _approximate(
-        self, layers: tuple[CompressedLayer, ...], weights: Mapping[str, Tensor], last: bool
+        self, weights: Mapping[str, Tensor], last: bool
     ) -> "tuple[dict[str, _Approximation], Summary]":
         """Approximate this process's share of the layers: every n-th; nothing is written."""
         check_finite(weights)
-        own = layers[process_rank() :: world_size()]
+        own = self.plan.compressed[process_rank() :: world_size()]
         factors = self._factorize(own, weights, last)
         share = {
             layer.name: self._approximation(layer, weights[layer.name], factors[layer.name], last)
@@ -263,7 +219,7 @@ class DeepTwist:
                 raise DeepTwistError(f"layer {name!r} has an approximation beyond {dtype}")
         return share, Summary(
             steps=self.steps,
-            plan=[(layer.name, str(layer.decomposition)) for layer in layers],
+            plan=[(layer.name, str(layer.decomposition)) for layer in self.plan.compressed],
             norms=dict(zip(weights, norms(weights.values()), strict=True)),
             shifts=shifts,
             shapes={name: [x.shape for x in a.factors.tensors] for name, a in share.items()},
@@ -287,8 +243,8 @@ class DeepTwist:
             if last or start is None:
                 factors[layer.name] = layer.decomposition.decompose(kernel)
             else:
-                key = layer.decomposition, start.decomposition, kernel.shape, kernel.dtype
-                alike.setdefault((*key, kernel.device), []).append(layer)
+                key = layer.decomposition, kernel.shape, kernel.dtype, kernel.device
+                alike.setdefault(key, []).append(layer)
         for group in alike.values():
             names = [layer.name for layer in group]
             refined = group[0].decomposition.refine_together(
@@ -313,7 +269,6 @@ class DeepTwist:
     @torch.no_grad()
     def _write(
         self,
-        layers: tuple[CompressedLayer, ...],
         weights: Mapping[str, Tensor],
         share: "Mapping[str, _Approximation]",
         shapes: list[dict[str, list[torch.Size]]],
@@ -325,7 +280,7 @@ class DeepTwist:
         factors: dict[str, Factors] = {}
         for source, of_source in enumerate(shapes):
             tensors = []
-            for layer in layers:
+            for layer in self.plan.compressed:
                 if layer.name not in of_source:
                     continue
                 weight = weights[layer.name]
@@ -342,7 +297,7 @@ class DeepTwist:
         self._written = {n: w for n, w in weights.items() if computes_weight(modules[n])}
         for name, weight in self._written.items():
             write_weight(modules[name], weight)
-        return {layer.name: factors[layer.name] for layer in layers}
+        return factors
 
     def _record(
         self, shifts: Mapping[str, float], before: float | None, after: float | None
@@ -386,31 +341,25 @@ class DeepTwist:
                 name: [tensor.clone() for tensor in factors.tensors]
                 for name, factors in self._factors.items()
             },
-            "ranks": {layer.name: layer.decomposition.to_dict() for layer in self.plan.compressed},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Invert `state_dict`; without factors, as in states of version 0.1, the next is exact.
+        """Invert `state_dict`.
 
         Raises:
             DeepTwistError: if the state is not one of `state_dict`.
         """
         try:
             steps = int(state["steps"])
-            records = state["history"] if "history" in state else state["records"]
-            history = [
-                Distortion(**{k: copy.deepcopy(v) for k, v in record.items() if k not in _OLD_KEYS})
-                for record in records
-            ]
-            plan, factors = self.plan, {}
-            if self._choose_ranks_steps:
-                plan = with_decompositions(plan, state["ranks"])
-            if state.get("factors"):
-                for layer in self._layers(plan, history[-1].step):
-                    factors[layer.name] = _checked_factors(layer, state["factors"][layer.name])
-        except _NO_STATE as error:
+            history = [Distortion(**copy.deepcopy(record)) for record in state["history"]]
+            stored = state["factors"]
+            factors = {
+                layer.name: _checked_factors(layer, stored[layer.name])
+                for layer in (self.plan.compressed if stored else ())
+            }
+        except _STATE_ERRORS as error:
             raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from error
-        self.plan, self.steps, self.history, self._factors = plan, steps, history, factors
+        self.steps, self.history, self._factors = steps, history, factors
 
 
 @dataclass(frozen=True)

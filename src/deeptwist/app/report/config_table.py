@@ -11,9 +11,6 @@ from deeptwist.app.training.modes import find_mode
 
 _LABELS = {
     "interval": "interval S_D, steps between distortions",
-    "twist.ramp": "ramp of ranks, share of the training",
-    "twist.lr_power": "interval grows as the learning rate falls, power",
-    "twist.momentum": "momentum at a distortion",
     "optimizer.name": "optimizer",
     "lr": "learning rate at the start",
     "optimizer.nesterov": "Nesterov momentum",
@@ -41,7 +38,6 @@ _HIDDEN = (  # in other tables, said in words, or of no consequence
     *(f"compression.{name}" for name in ("decomposition", "ratio", "rank", "fraction", "tile")),
 )
 _NEUTRAL = {
-    "twist.momentum": "keep",
     "optimizer.decay_all": True,
     "optimizer.accumulate": 1,
     "min_in_channels": 1,
@@ -109,8 +105,8 @@ def _is_shown(key: str, value: Any, summary: Summary) -> bool:
     neutral = _NEUTRAL.get(key, _NEUTRAL.get(name))
     if key in _HIDDEN or value is None or value == [] or value == neutral:
         return False
-    if key == "interval" or key.startswith("twist."):
-        return bool(value) and find_mode(summary.mode).at_intervals
+    if key == "interval":
+        return find_mode(summary.mode).at_intervals
     if key.startswith(_ALWAYS_SHOWN_IN):
         return find_mode(summary.mode).compresses
     return key in _ALWAYS_SHOWN or bool(value)

@@ -1,6 +1,5 @@
 """Training modes: which network is trained, when its weights are distorted, what is deployed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,13 +7,10 @@ from deeptwist.errors import unknown_name_error
 
 if TYPE_CHECKING:  # recipes name modes, and the help that shows recipes must not wait for torch
     from torch import Tensor, nn
-    from torch.optim import Optimizer
 
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
-    from deeptwist.twist.config import TwistConfig
     from deeptwist.twist.distortion import DeepTwist
-    from deeptwist.twist.schedules import Interval
 
 
 @dataclass(frozen=True)
@@ -57,12 +53,9 @@ class TrainingMode:
         model: "nn.Module",
         plan: "Plan",
         *,
-        interval: "Interval",
-        twist: "TwistConfig",
+        interval: int,
         seed: int,
         steps: int,
-        lr_factor: Callable[[int], float],
-        optimizer: "Optimizer",
         example_input: "Tensor",
     ) -> "DeepTwist | None":
         """Return what distorts the trained network, `None` in a mode without distortions.
@@ -71,31 +64,20 @@ class TrainingMode:
             model: what `trained_network` returned.
             plan: of the model.
             interval: S_D, where the mode has none of its own.
-            twist: see `TwistConfig`.
             seed: of noise.
             steps: optimizer steps in all.
-            lr_factor: the share of the learning rate that a step has.
-            optimizer: of the model's parameters.
             example_input: see `DeepTwist`.
         """
         from deeptwist.app.training.ablations import NoiseInPlaceOfDistortion
         from deeptwist.twist.distortion import DeepTwist
-        from deeptwist.twist.schedules import follow_learning_rate
 
         if not self.distorts:
             return None
         interval = {"projected": 1, "decompose_at_end": steps + 1}.get(self.name, interval)
-        if self.at_intervals and twist.lr_power:
-            assert isinstance(interval, int)
-            interval = follow_learning_rate(interval, lr_factor, steps, twist.lr_power)
         return DeepTwist(
             model,
             plan,
             interval,
-            ramp_steps=round(twist.ramp * steps),
-            choose_ranks_steps=round(twist.choose_ranks * steps),
-            momentum=twist.momentum,
-            optimizer=optimizer,
             example_input=example_input,
             perturb=NoiseInPlaceOfDistortion(seed) if self.name == "random_noise" else None,
         )

@@ -28,7 +28,6 @@ from deeptwist.app.data.config import DataConfig
 from deeptwist.app.training.compression import CompressionConfig
 from deeptwist.app.training.modes import MODES, TrainingMode, mode_name
 from deeptwist.errors import DeepTwistError, unknown_name_error
-from deeptwist.twist.config import TwistConfig
 
 if TYPE_CHECKING:  # the command line's help must not wait for torch
     from torch import Tensor, nn
@@ -54,13 +53,6 @@ def _sizes(value: object) -> object:
         return value
     sizes = value.lower().replace("×", "x").split("x")
     return sizes if len(sizes) > 1 else value
-
-
-def _pairs(value: object) -> object:
-    """Read a schedule that the command line joins: ``"0:100,8000:400"``."""
-    if isinstance(value, str) and ":" in value:
-        return [pair.split(":") for pair in value.split(",")]
-    return value
 
 
 Sizes = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_sizes), Parameter(n_tokens=1)]
@@ -273,9 +265,7 @@ class Recipe:
         model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory.
         weights: A checkpoint to start from; random weights without it.
         mode: How to train; projected, random_noise and decompose_at_end are the paper's controls.
-        interval: S_D, optimizer steps between distortions; or pairs (from step, every), such as
-            0:100,8000:400, of which the last that has begun counts.
-        twist: How ranks, interval and momentum change on the way; the paper's without it.
+        interval: S_D, optimizer steps between distortions.
         batch_size: Images in a step, of all processes together.
         seed: Of initial weights, of the order of the images and their augmentation.
         precision: Lightning Fabric's name for it: bf16-mixed is bf16 autocast, 16-mixed fp16's with
@@ -307,12 +297,7 @@ class Recipe:
     model: Annotated[str, Parameter(show=False)]  # the command line's first word
     weights: str | None = None
     mode: Annotated[Mode, BeforeValidator(mode_name)] = "deeptwist"
-    interval: Annotated[
-        PositiveInt | tuple[tuple[NonNegativeInt, PositiveInt], ...],
-        BeforeValidator(_pairs),
-        Parameter(n_tokens=1),
-    ] = 200
-    twist: TwistConfig = field(default_factory=TwistConfig)
+    interval: PositiveInt = 200
     batch_size: PositiveInt = 128
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Precision = "32-true"
@@ -338,8 +323,6 @@ class Recipe:
     def _check(self) -> Self:
         if self.tail is not None and not MODES[self.mode].distorts:
             raise ValueError(f"a tail follows distortions, mode {self.mode} has none")
-        if self.twist.lr_power and not isinstance(self.interval, int):
-            raise ValueError("an interval is a schedule or follows the learning rate, not both")
         if self.cuda_graphs and self.compile not in (None, "inductor"):
             raise ValueError(f"cuda_graphs goes with compile: inductor or none, not {self.compile}")
         return self

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from deeptwist.app.training.metrics import (
     Variant,
     read_run,
 )
-from deeptwist.app.training.optimizers import lr_factor, make_optimizer
+from deeptwist.app.training.optimizers import make_optimizer
 from deeptwist.app.training.post_training import recalibrate_batch_norm
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, check_same_recipe, lock_run_dir
@@ -176,7 +175,7 @@ def _train(
     run_dir = RunDir(folder, fabric)
     callbacks = run_dir.train(trainer, on_record, on_step)
     finished = trainer.finish(callbacks)
-    if twist is not None and twist.plan != plan:  # ranks were chosen anew
+    if twist is not None and twist.plan != plan:  # frozen layers are kept
         run = replace(run, plan=twist.plan)
         _write_plan(fabric, folder, run.plan)
     final = _recalibrated(run, finished)
@@ -223,18 +222,14 @@ def _make_trainer(
 ) -> tuple[Trainer, DeepTwist | None]:
     """Return the trainer of a run's network, and what distorts it on the way."""
     recipe, data = run.recipe, run.data
-    optimizer = make_optimizer(network, recipe.optimizer)
-    per_epoch = steps_per_epoch(data, recipe.batch_size)
-    steps = recipe.schedule.epochs * per_epoch
+    optimizer = make_optimizer(network, recipe.optimizer)  # first: it freezes layers
+    steps = recipe.schedule.epochs * steps_per_epoch(data, recipe.batch_size)
     twist = recipe.training_mode.attach(
         network,
         run.plan,
         interval=recipe.interval,
-        twist=recipe.twist,
         seed=recipe.seed,
         steps=steps,
-        lr_factor=partial(lr_factor, recipe.schedule, steps=steps, steps_per_epoch=per_epoch),
-        optimizer=optimizer,
         example_input=test_inputs(data, network, 8),
     )
     trainer = Trainer(
