@@ -16,7 +16,7 @@ from deeptwist.app.data import batches, load_digits, normalize
 from deeptwist.app.models import build_model
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.metrics import read_run
-from deeptwist.compress import RATIOS, largest_ratio
+from deeptwist.compress import RATIOS, Compressed, largest_ratio
 from deeptwist.measure.runtimes import OnnxNetwork
 
 DIGITS = load_digits()
@@ -105,6 +105,26 @@ def test_a_goal_that_cannot_be_kept_is_refused(trained: nn.Module, error_of) -> 
     assert "no ratio from 1.2 on keeps the score at 1.01" in message
 
 
+def test_nothing_is_done_before_it_is_clear_how_small(trained: nn.Module, error_of) -> None:  # type: ignore[no-untyped-def]
+    def never(model: nn.Module) -> float:
+        raise AssertionError
+
+    assert "say how small: ratio=4" in error_of(dt.compress, trained, loader(), never)
+    answer = error_of(dt.compress, trained, loader(), never, goal=0.9, macs=2)
+    assert "leave out macs" in answer
+    assert "no batch" in error_of(dt.compress, trained, [], never, ratio=2)
+
+
+def test_what_came_of_it_prints_as_a_table(trained: nn.Module) -> None:
+    plan = dt.plan(trained, dt.SVD(), ratio=4, example_input=next(loader())[0])
+    header, score, weights, macs = str(Compressed(trained, plan, 0.95, 0.9375)).splitlines()
+    assert header.split() == ["dense", "small"]
+    assert score.split() == ["score", "0.9500", "0.9375", "−0.0125"]
+    counts = f"{plan.dense_parameters:,}", f"{plan.parameters:,}"
+    assert weights.split() == ["weights", *counts, f"{plan.compression_ratio:.2f}×", "fewer"]
+    assert macs.split()[:3] == ["MACs", f"{plan.dense_macs:,}", f"{plan.macs:,}"]
+
+
 @given(st.floats(1.0, 20.0))
 def test_bisection_meets_a_threshold_from_below(threshold: float) -> None:
     """Of a score that falls with the ratio; the oracle is the threshold that it falls at."""
@@ -132,7 +152,7 @@ def job(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[o
     for number in range(1, 12):
         assert f"[{number}/11] " in done.stderr
     assert "[1/11] load: tests.test_compress:network, and the images of digits" in done.stderr
-    assert "1,437 images to train on, 180 to tell results on" in done.stderr
+    assert "1,437 images to train on, 180 test images" in done.stderr
     for row in ("accuracy", "weights", "MACs", "ms, eager, batch 8", "bytes, ONNX", "int8", "goal"):
         assert row in done.stdout
     return words, out
@@ -197,6 +217,13 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     words: list[object], answer: str, tmp_path: Path
 ) -> None:
     assert answer in refused(*WORDS, "--out", tmp_path / "out", *words)
+
+
+def test_another_run_s_folder_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: resnet20")
+    answer = refused(*WORDS, "--out", tmp_path, "--ratio", 4)
+    assert "holds a run of 'deeptwist train': choose another folder" in answer
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_weights_that_are_not_there_end_the_job_in_one_line(tmp_path: Path) -> None:

@@ -1,26 +1,55 @@
-"""The whole job as one function: calibrate, plan, decompose, train if asked, evaluate."""
+"""The whole job: calibrate, search a ratio, plan, decompose, train if asked, export, time, int8.
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+`compress` does it in one call over anyone's loop. Every step is a method of `Job` that keeps what
+it makes and returns what it came to in plain values: who wants to show the steps, keep their
+results, or skip those that are done calls them one by one, as the command line does.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deeptwist.decompose import decompose
 from deeptwist.decompositions import SpatialSVD
 from deeptwist.errors import DeepTwistError
-from deeptwist.plan.calibration import Inputs, calibrate, first_element, recalibrate_batch_norm
-from deeptwist.plan.plan import Plan
+from deeptwist.export import export_onnx
+from deeptwist.export.int8 import quantize_onnx
+from deeptwist.files import write_text
+from deeptwist.inspection.modes import as_tuple
+from deeptwist.measure.comparison import compare_functions
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.networks import Setting
+from deeptwist.measure.runtimes import OnnxNetwork, prepare
+from deeptwist.plan.calibration import (
+    Calibration,
+    Inputs,
+    calibrate,
+    first_element,
+    recalibrate_batch_norm,
+)
+from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
+from deeptwist.save import load
 
+CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
 RATIOS = (1.2, 16.0)  # that a goal is searched between
 BISECTIONS = 6  # to a factor of 1.04
+BUDGETS = ("ratio", "macs", "latency", "latency_ms")  # arguments of `plan` that say how small
+
+Values = dict[str, Any]  # what a step came to, as JSON holds it
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+Table = list[list[str]]
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A network made smaller.
+    """A network made smaller; printed, a table of what it was and what it is.
 
     Attributes:
         model: the small one.
@@ -33,6 +62,17 @@ class Compressed:
     plan: Plan
     before: float
     after: float
+
+    def __str__(self) -> str:
+        change = f"{self.after - self.before:+.4f}".replace("-", "−")
+        score = ["score", f"{self.before:.4f}", f"{self.after:.4f}", change]
+        table = [["", "dense", "small", ""], score, *size_rows(_sizes(self.plan))]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = (
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in table
+        )
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def compress(
@@ -59,28 +99,196 @@ def compress(
         options: of `deeptwist.plan`: `decomposition` (`SpatialSVD` without it), `ratio`, `macs`, …
 
     Raises:
-        DeepTwistError: if the goal cannot be kept, or one of the steps fails.
+        DeepTwistError: if nothing says how small, before any work is done; if the goal cannot be
+            kept; or if one of the steps fails.
     """
-    before, batches = eval_fn(model), [*islice(train_loader, calibration_batches)]
-    moments = calibrate(model, batches, inputs=inputs)
-    options = {"decomposition": SpatialSVD(), "calibration": moments, **options}
+    options = {"decomposition": SpatialSVD(), **options}
+    _check_budget(options, goal)
+    batches = [*map(inputs or first_element, islice(train_loader, calibration_batches))]
+    if not batches:
+        raise DeepTwistError("there is nothing to calibrate on: train_loader gives no batch")
     device = next(model.parameters()).device
-    options["example_input"] = tuple(x.to(device) for x in (inputs or first_element)(batches[0]))
+    options["example_input"] = tuple(x.to(device) for x in batches[0])
 
-    def smaller(ratio: float | None) -> tuple[Plan, nn.Module]:
-        made = plan(model, **options | ({} if ratio is None else {"ratio": ratio}))
-        small = decompose(model, made, calibration=moments)
-        return made, recalibrate_batch_norm(small, batches, inputs=inputs)
+    def make_plan(calibration: Calibration | None, ratio: float | None) -> Plan:
+        asked = options if ratio is None else {**options, "ratio": ratio}
+        return plan(model, calibration=calibration, **asked)
 
-    ratio = None
+    anew = partial(recalibrate_batch_norm, batches=batches, inputs=as_tuple)
+    job = Job(model, make_plan, batches=lambda: batches, recover=anew)
+    before, ratio = eval_fn(model), None
+    job.calibrate()
     if goal is not None:
-        ratio = largest_ratio(lambda ratio: eval_fn(smaller(ratio)[1]), goal)
-        if ratio is None:
+        search = job.search(eval_fn, goal)
+        if not search["kept"]:
             raise DeepTwistError(f"no ratio from {RATIOS[0]} on keeps the score at {goal}")
-    made, small = smaller(ratio)
+        ratio = search["ratio"]
+    job.choose_plan(ratio)
+    small = job.decompose()
     if train_fn is not None:
         train_fn(small)
-    return Compressed(small, made, before, eval_fn(small))
+    return Compressed(small, job.plan, before, eval_fn(small))
+
+
+@dataclass(eq=False)
+class Job:
+    """A network on its way to a smaller one.
+
+    What the steps make is `calibration`, `plan` and `small`. With a folder they are kept there
+    too, and read from it where the step that made them was an earlier process's.
+
+    Attributes:
+        model: the dense network; left as it is.
+        make_plan: a calibration, or none, and a ratio in place of the one asked for → the plan.
+        batches: gives the inputs to calibrate on, a batch at a time.
+        recover: what every decomposed network goes through before it is evaluated or trained, in
+            the search for a ratio too: batch norm's statistics anew, say.
+        folder: of the job; none to keep things in memory.
+        progress: a label and a number of rounds → shows them; gives the call that tells of one.
+    """
+
+    model: nn.Module
+    make_plan: Callable[[Calibration | None, float | None], Plan]
+    batches: Callable[[], Iterable[Inputs | Tensor]]
+    recover: Callable[[nn.Module], nn.Module] = lambda network: network
+    folder: Path | None = None
+    progress: Progress = lambda label, total: nullcontext(lambda: None)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What `calibrate` gave; `None` where that was left out."""
+        path = None if self.folder is None else self.folder / CALIBRATION
+        return Calibration.load(path) if path is not None and path.exists() else None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is done to each layer."""
+        return read_plan(self._file(PLAN))
+
+    @cached_property
+    def small(self) -> nn.Module:
+        """The small network, on the dense one's device."""
+        device = next(self.model.parameters()).device
+        return load(self._file(SMALL), model=self.model).to(device)
+
+    def calibrate(self) -> Values:
+        """Gather what the layers see of the batches."""
+        self.calibration = calibrate(self.model, self.batches(), inputs=as_tuple)
+        if self.folder is not None:
+            self.calibration.save(self.folder / CALIBRATION)
+        return {"layers": len(self.calibration.moments)}
+
+    def search(self, score: Callable[[nn.Module], float], least: float) -> Values:
+        """Find the largest ratio whose network, untrained, keeps a score.
+
+        Args:
+            score: a network → its score, the higher the better.
+            least: the goal.
+
+        Returns:
+            Whether any ratio keeps it, the largest that does or else the smallest there is, and
+            all that were tried.
+        """
+        tried: list[tuple[float, float]] = []
+
+        def score_at(ratio: float) -> float:
+            plan = self.make_plan(self.calibration, ratio)
+            tried.append((ratio, score(self.make_small(plan))))
+            advance()
+            return tried[-1][1]
+
+        with self.progress("search", 2 + BISECTIONS) as advance:
+            ratio = largest_ratio(score_at, least)
+        kept = ratio is not None
+        return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
+
+    def choose_plan(self, ratio: float | None = None) -> Values:
+        """Plan as asked, or at the ratio that was found."""
+        self.plan = self.make_plan(self.calibration, ratio)
+        if self.folder is not None:
+            write_text(self.folder / PLAN, self.plan.to_json())
+        promise = None if self.plan.latency is None else str(self.plan.latency)
+        return {"layers": len(self.plan.compressed), **_sizes(self.plan), "promise": promise}
+
+    def make_small(self, plan: Plan) -> nn.Module:
+        """Return the network of a plan, decomposed and recovered, not trained."""
+        return self.recover(decompose(self.model, plan, calibration=self.calibration))
+
+    def decompose(self) -> nn.Module:
+        """Decompose as planned: the small network is there, to be trained in place or as it is."""
+        self.small = self.make_small(self.plan)
+        return self.small
+
+    def export(self, example_input: Tensor) -> Values:
+        """Write both networks as verified ONNX files of a free batch."""
+        written = {
+            name: export_onnx(network, self._file(f"{name}.onnx"), example_input)
+            for name, network in (("dense", self.model), ("small", self.small))
+        }
+        worst = max(file.worst_difference or 0.0 for file in written.values())
+        return {"difference": worst, **{name: file.bytes for name, file in written.items()}}
+
+    def time(
+        self, example_input: Callable[[int], Tensor], settings: Sequence[Setting], rounds: int
+    ) -> Values:
+        """Time both networks in turn, in every setting; onnxruntime runs what `export` wrote."""
+        rows: list[Values] = []
+        with self.progress("time", len(settings) * rounds) as advance:
+            for setting in settings:
+                x = example_input(setting.batch)
+                try:
+                    runs = [
+                        self._runner(setting, x, name, network)
+                        for name, network in (("dense", self.model), ("small", self.small))
+                    ]
+                except DeepTwistError as error:
+                    rows.append({**asdict(setting), "times": None, "reason": str(error)})
+                    continue
+                times = compare_functions(*runs, rounds=rounds, on_round=advance)
+                rows.append({**asdict(setting), "times": asdict(times)})
+        return {"machine": describe_machine(), "settings": rows}
+
+    def int8(
+        self,
+        evaluate: Callable[[nn.Module], Values],
+        batches: Callable[[], Iterable[Tensor]],
+        example_input: Tensor,
+        *,
+        threads: int,
+        rounds: int,
+    ) -> Values:
+        """Quantise what `export` wrote, evaluate it and time it.
+
+        Args:
+            evaluate: a network → what its evaluation came to.
+            batches: gives the inputs whose activations' ranges are taken.
+            example_input: to time on.
+            threads: of the processor.
+            rounds: samples of each network.
+        """
+        values, runs = {}, []
+        for name in ("dense", "small"):
+            path = self._file(f"{name}-int8.onnx")
+            quantize_onnx(self._file(f"{name}.onnx"), path, batches())
+            network = OnnxNetwork(path, threads)
+            values[name] = {**evaluate(network), "bytes": path.stat().st_size}
+            runs.append(network.prepare(example_input))
+        times = compare_functions(*runs, rounds=rounds)
+        return {**values, "batch": len(example_input), "times": asdict(times)}
+
+    def _file(self, name: str) -> Path:
+        if self.folder is None:
+            raise DeepTwistError(f"a job without a folder has no {name}")
+        return self.folder / name
+
+    def _runner(
+        self, setting: Setting, x: Tensor, name: str, network: nn.Module
+    ) -> Callable[[], object]:
+        if setting.runtime == "onnxruntime":
+            return OnnxNetwork(self._file(f"{name}.onnx"), setting.threads).prepare(x)
+        return prepare(
+            network, x, runtime=setting.runtime, dtype=setting.dtype, threads=setting.threads
+        )
 
 
 def largest_ratio(score: Callable[[float], float], goal: float) -> float | None:
@@ -99,3 +307,32 @@ def largest_ratio(score: Callable[[float], float], goal: float) -> float | None:
         middle = round((low * high) ** 0.5, 2)
         low, high = (middle, high) if score(middle) >= goal else (low, middle)
     return low
+
+
+def size_rows(sizes: Values) -> Table:
+    """Return the rows of a table that tell a plan's weights and MACs, before and after."""
+    return [
+        count_row(label, sizes[f"dense_{name}"], sizes[name])
+        for name, label in (("parameters", "weights"), ("macs", "MACs"))
+    ]
+
+
+def count_row(label: str, dense: int, small: int) -> list[str]:
+    """Return a row that tells a count before and after, and how many times fewer."""
+    return [label, f"{dense:,}", f"{small:,}", f"{dense / max(1, small):.2f}× fewer"]
+
+
+def _sizes(plan: Plan) -> Values:
+    names = "dense_parameters", "parameters", "dense_macs", "macs"
+    return {name: getattr(plan, name) for name in names}
+
+
+def _check_budget(options: Values, goal: float | None) -> None:
+    """Check, before any work, that something says how small the network shall be."""
+    given = [name for name in BUDGETS if options.get(name) is not None]
+    if goal is not None and given:
+        raise DeepTwistError(f"a goal finds the ratio: leave out {', '.join(given)}")
+    methods = options["decomposition"]
+    methods = [methods] if hasattr(methods, "needs_ratio") else methods
+    if goal is None and not given and any(method.needs_ratio for method in methods):
+        raise DeepTwistError("say how small: ratio=4, macs=3, latency=2, or goal=0.9")

@@ -1,12 +1,15 @@
-"""The whole job on a trained network, stage by stage, in one folder."""
+"""The whole job on a trained network: its steps shown, kept in one folder, skipped when done."""
 
 import copy
+import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,19 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from deeptwist._version import __version__
-from deeptwist.app.cli.console import progress_bar
+from deeptwist.app.cli.console import progress_bar, writing
 from deeptwist.app.cli.options import CompressOptions
-from deeptwist.app.cli.stage_messages import (
-    say_accuracy,
-    say_export,
-    say_int8,
-    say_plan,
-    say_search,
-    say_times,
-    say_training,
+from deeptwist.app.cli.tables import (
+    describe_accuracy,
+    describe_export,
+    describe_int8,
+    describe_plan,
+    describe_search,
+    describe_times,
+    describe_training,
 )
-from deeptwist.app.cli.stages import Stages
-from deeptwist.app.data import ImageData, Split, load_data
+from deeptwist.app.data import load_data
+from deeptwist.app.folders import check_folder
 from deeptwist.app.report import write_report
 from deeptwist.app.training.evaluation import (
     batch_size_for,
@@ -35,163 +38,102 @@ from deeptwist.app.training.evaluation import (
     test_inputs,
     training_inputs,
 )
-from deeptwist.app.training.metrics import (
-    ARTEFACT,
-    PLAN,
-    Evaluation,
-    Run,
-    Summary,
-    Variant,
-    read_run,
-)
+from deeptwist.app.training.metrics import RECIPE, Evaluation, Run, Summary, Variant, read_run
 from deeptwist.app.training.post_training import recalibrate_batch_norm
 from deeptwist.app.training.recipe import Recipe
-from deeptwist.app.training.run import TrainingRun, build_run, train
-from deeptwist.compress import BISECTIONS, RATIOS, largest_ratio
+from deeptwist.app.training.run import build_run, train
+from deeptwist.compress import BUDGETS, SMALL, Job, Values
 from deeptwist.decompose import decompose
-from deeptwist.errors import DeepTwistError, require_extra
-from deeptwist.export import export_onnx
-from deeptwist.export.int8 import quantize_onnx
+from deeptwist.errors import DeepTwistError, first_line, require_extra
 from deeptwist.files import write_text
-from deeptwist.measure.comparison import Comparison, compare_functions
-from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.networks import Setting
-from deeptwist.measure.runtimes import OnnxNetwork, prepare
-from deeptwist.plan.calibration import Calibration, calibrate
-from deeptwist.plan.plan import Plan, read_plan
-from deeptwist.save import WEIGHTS, load
+from deeptwist.measure.comparison import Comparison
+from deeptwist.plan.calibration import Calibration
+from deeptwist.plan.plan import Plan
+from deeptwist.save import WEIGHTS
 
 logger = logging.getLogger("deeptwist")
 
-RECORD = "compress.json"
-_CALIBRATION, _REPORT = "calibration.safetensors", "report.html"
-_RECALIBRATION = 8  # batches, where nothing is trained: training leaves statistics that fit
-_COMPARED = 1000  # training images that tell whether the new statistics are the better ones
-_GLANCE = 256  # test images that tell whether the dense network is what it should be
-_INT8 = 512  # training images that activations' ranges are taken from
-_SEARCHED = 1000  # images at most that a ratio is searched on
-
-
-@dataclass(eq=False)
-class Job:
-    """A network, its images, and the folder that the stages write to.
-
-    Attributes:
-        recipe: the network, the data, what is compressed and how it is trained.
-        options: what else was asked for.
-        folder: of the job.
-        dense: the dense network with its images, of which the test images tell results.
-        search: the images that a goal's ratio is searched on; no result is told on them.
-    """
-
-    recipe: Recipe
-    options: CompressOptions
-    folder: Path
-    dense: TrainingRun
-    search: Split
-
-    @property
-    def model(self) -> nn.Module:
-        """The dense network."""
-        return self.dense.model
-
-    @property
-    def data(self) -> ImageData:
-        """The images, without those held out or searched on."""
-        return self.dense.data
-
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """What the calibration gave; `None` where the recipe asks for none."""
-        path = self.folder / _CALIBRATION
-        return Calibration.load(path) if self.recipe.calibration_images else None
-
-    @cached_property
-    def plan(self) -> Plan:
-        """What is done to each layer."""
-        return read_plan(self.folder / PLAN)
-
-    @cached_property
-    def small(self) -> nn.Module:
-        """The small network as it is on the disk."""
-        device = next(self.model.parameters()).device
-        return load(self.folder / ARTEFACT, model=self.model).to(device)
-
-    def inputs(self, count: int) -> Tensor:
-        """Return so many test images as the network gets them."""
-        return test_inputs(self.data, self.model, count)
-
-    def training_inputs(self, count: int) -> Iterator[Tensor]:
-        """Yield so many training images, the same ones every time."""
-        return training_inputs(self.data, self.model, count)
-
-    def make_plan(self, ratio: float | None = None) -> Plan:
-        """Plan with the recipe's choices, at another ratio where one is given."""
-        compression = self.recipe.compression
-        if ratio is not None:
-            compression = replace(compression, ratio=ratio)
-        plan = compression.make_plan(self.model, self.inputs(2), calibration=self.calibration)
-        if not plan.compressed:
-            raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
-        return plan
+RECORD, REPORT = "compress.json", "report.html"
+_SANITY_IMAGES = 256  # test images that tell whether the dense network is what it should be
+_SEARCH_IMAGES = 1000  # at most, that a ratio is searched on
+_NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves statistics that fit
+_NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
+_INT8_IMAGES = 512  # training images that activations' ranges are taken from
 
 
 def run_compress(
     recipe: Recipe, options: CompressOptions, folder: Path, *, resume: bool
 ) -> dict[str, Any]:
-    """Compress a network as asked, and return what every stage came to.
+    """Compress a network as asked, and return what every step came to.
 
     Raises:
-        DeepTwistError: if the folder holds a job and `resume` is not given, or a stage fails.
+        DeepTwistError: if the folder holds a job and `resume` is not given, or a step fails.
     """
     goal = _check(recipe, options)
-    wants_onnx = "onnxruntime" in options.runtime
-    if wants_onnx:
+    has_onnx = "onnxruntime" in options.runtime
+    if has_onnx:
         with require_extra("onnx"):
             import onnxruntime  # noqa: F401 (said before the work, not after it)
             import onnxscript  # noqa: F401
-    job_values = {**recipe.to_dict(), "options": asdict(options)}
-    optional = (recipe.calibration_images > 0, goal is not None, wants_onnx, options.int8)
-    total = 7 + sum(optional)
-    stages = Stages(folder / RECORD, job_values, total, resume=resume)
-    stages.begin("load", f"{recipe.model}, and the images of {recipe.data.source}")
-    job = _load(recipe, options, folder, has_goal=goal is not None)
+    optional = (recipe.calibration_images > 0, goal is not None, has_onnx, options.int8)
+    asked = {**recipe.to_dict(), "options": asdict(options)}
+    record = Record(folder, asked, total=7 + sum(optional), resume=resume)
+    record.begin("load", f"{recipe.model}, and the images of {recipe.data.source}")
+    job = ImageJob(recipe, folder, has_goal=goal is not None)
     counts = (len(split.labels) for split in (job.data.train, job.data.test))
-    stages.end("{:,} images to train on, {:,} to tell results on".format(*counts))
-    _compress(job, stages, goal)
-    if wants_onnx:
-        stages.run("export", "both networks to ONNX, verified", lambda: _export(job), say_export)
-    stages.run("time", "both networks, in turn", lambda: _time(job), say_times)
-    if options.int8:
-        what = "both networks by onnxruntime, calibrated on training images"
-        stages.run("int8", what, lambda: _int8(job), say_int8)
-    stages.run("report", _REPORT, lambda: _report(job, stages.results), lambda path: path)
-    asked = {} if goal is None else {"goal": goal(stages.results["dense"]["accuracy"])}
-    return stages.to_dict() | asked
+    record.end("{:,} images to train on, {:,} test images".format(*counts))
+    _compress(job, record, goal)
+    _deploy(job, record, options)
+    record.run("report", REPORT, lambda: _report(job, record.results), lambda path: path)
+    reached = {} if goal is None else {"goal": goal(record.results["dense"]["accuracy"])}
+    return record.to_dict() | reached
 
 
-def _compress(job: Job, stages: Stages, goal: Callable[[float], float] | None) -> None:
-    recipe, data = job.recipe, job.data
-    count = len(data.test.labels)
-    what = f"the dense {recipe.model} on {count:,} images of {data.name}"
-    dense = stages.run("dense", what, lambda: _evaluate_dense(job), say_accuracy)
+def _compress(job: "ImageJob", record: "Record", goal: Callable[[float], float] | None) -> None:
+    """Do the steps from the dense network to the small one."""
+    recipe, ratio = job.recipe, None
+    what = f"the dense {recipe.model} on {len(job.data.test.labels):,} images of {job.data.name}"
+    dense = record.run("dense", what, job.evaluate_dense, describe_accuracy)
     if recipe.calibration_images:
         what = f"{recipe.calibration_images:,} training images"
-        stages.run("calibrate", what, lambda: _calibrate(job), lambda layers: f"{layers} layers")
-    ratio = None
+        record.run("calibrate", what, job.steps.calibrate, lambda layers: f"{layers} layers")
     if goal is not None:
-        may_lose = dense["accuracy"] - goal(dense["accuracy"])
+        max_loss = dense["accuracy"] - goal(dense["accuracy"])
         what = (
-            f"the largest ratio that costs at most {100 * may_lose:.2f} points on "
-            f"{len(job.search.labels):,} other images"
+            f"the largest ratio that costs at most {100 * max_loss:.2f} points on "
+            f"{len(job.search_images.labels):,} other images"
         )
-        ratio = stages.run("search", what, lambda: _search(job, may_lose), say_search)["ratio"]
-    stages.run("plan", recipe.compression.label, lambda: _plan(job, ratio), say_plan)
+        search = partial(job.search, max_loss)
+        ratio = record.run("search", what, search, describe_search)["ratio"]
+    choose_plan = partial(job.steps.choose_plan, ratio)
+    record.run("plan", recipe.compression.label, choose_plan, describe_plan)
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
-    stages.run("train", what, lambda: _train(job, dense), say_training)
-    what = f"what is in {job.folder / ARTEFACT}"
-    stages.run("verify", what, lambda: _verify(job), say_accuracy)
+    record.run("train", what, partial(job.train, dense), describe_training)
+    what = f"what is in {job.folder / SMALL}"
+    record.run("verify", what, job.verify, describe_accuracy)
+
+
+def _deploy(job: "ImageJob", record: "Record", options: CompressOptions) -> None:
+    """Do the steps with what the small network is used as: files, their times, int8."""
+    settings, rounds = options.settings(), options.rounds
+    if "onnxruntime" in options.runtime:
+        export = partial(job.steps.export, job.example_input(2))
+        record.run("export", "both networks to ONNX, verified", export, describe_export)
+    measure = partial(job.steps.time, job.example_input, settings, rounds)
+    record.run("time", "both networks, in turn", measure, describe_times)
+    if options.int8:
+        setting = next(setting for setting in settings if setting.runtime == "onnxruntime")
+        quantize = partial(
+            job.steps.int8,
+            job.evaluate,
+            partial(job.training_inputs, _INT8_IMAGES),
+            job.example_input(setting.batch),
+            threads=setting.threads,
+            rounds=rounds,
+        )
+        what = "both networks by onnxruntime, calibrated on training images"
+        record.run("int8", what, quantize, describe_int8)
 
 
 def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float] | None:
@@ -205,7 +147,7 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
     compression = recipe.compression
-    sizes = ("ratio", "macs", "latency", "latency_ms", "rank", "fraction", "plan")
+    sizes = (*BUDGETS, "rank", "fraction", "plan")
     given = [name for name in sizes if getattr(compression, name) is not None]
     if options.goal is None:
         if not given and not compression.override:
@@ -225,183 +167,222 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     return (lambda dense: dense - number) if match[1] else (lambda _: number)
 
 
-def _load(recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: bool) -> Job:
-    """Load the images; with a goal, every second test image is there to search on."""
-    data = load_data(recipe.data)
-    search = data.test
-    if has_goal:
-        rows = torch.arange(len(data.test.labels))
-        search = data.test.subset(rows[::2]).evenly_spaced(_SEARCHED)
-        data = replace(data, test=data.test.subset(rows[1::2]))
-    dense = build_run(replace(recipe, mode="dense"), data, name="dense")
-    dense.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Job(recipe, options, folder, dense, search)
+class ImageJob:
+    """A job on images, as a recipe says.
 
-
-# --- what the stages do
-
-
-def _evaluate(job: Job, network: nn.Module) -> dict[str, Any]:
-    total = -(-len(job.data.test.labels) // batch_size_for(job.data))
-    with progress_bar("evaluate", total) as advance:
-        return asdict(evaluate(network, job.data.test, job.data, on_batch=advance))
-
-
-def _evaluate_dense(job: Job) -> dict[str, Any]:
-    bytes_ = sum(x.numel() * x.element_size() for x in job.model.state_dict().values())
-    # On a few images first: those of a large set take minutes.
-    glance = evaluate(job.model, job.data.test.evenly_spaced(_GLANCE), job.data)
-    if glance.accuracy < 1.5 / len(job.data.classes):
-        logger.warning("the dense network guesses: are --weights and --image-size those it needs?")
-    return {**_evaluate(job, job.model), "bytes": bytes_}
-
-
-def _calibrate(job: Job) -> dict[str, Any]:
-    moments = calibrate(job.model, job.training_inputs(job.recipe.calibration_images))
-    moments.save(job.folder / _CALIBRATION)
-    return {"layers": len(moments.moments)}
-
-
-def _search(job: Job, may_lose: float) -> dict[str, Any]:
-    # Against the dense network on the same images: the others may be easier or harder.
-    least = evaluate(job.model, job.search, job.data).accuracy - may_lose
-    tried: list[tuple[float, float]] = []
-
-    def accuracy(ratio: float) -> float:
-        small, _ = _decompose(job, job.make_plan(ratio))
-        tried.append((ratio, evaluate(small, job.search, job.data).accuracy))
-        advance()
-        return tried[-1][1]
-
-    with progress_bar("search", 2 + BISECTIONS) as advance:
-        ratio = largest_ratio(accuracy, least)
-    kept = ratio is not None
-    return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
-
-
-def _decompose(job: Job, plan: Plan) -> tuple[nn.Module, int]:
-    """Decompose without training; return the network and the batches of its batch norms.
-
-    Statistics are taken anew, unless the recipe leaves it open and the old ones recognise as many
-    training images, as they do where little was cut. (The loss would prefer new ones too soon.)
+    Attributes:
+        recipe: the network, the data, what is compressed and how it is trained.
+        folder: of the job.
+        data: the images, without those held out or searched on; the test images tell results.
+        search_images: those that a goal's ratio is searched on; no result is told on them.
+        model: the dense network.
+        steps: those of every job.
     """
-    small = decompose(job.model, plan, calibration=job.calibration)
-    count = job.recipe.recalibration or _RECALIBRATION
-    anew = recalibrate_batch_norm(small, job.data, count, job.recipe.batch_size)
-    if job.recipe.recalibration:
-        return anew, count
-    seen = job.data.train.evenly_spaced(_COMPARED)
-    before, after = (evaluate(network, seen, job.data).accuracy for network in (small, anew))
-    return (anew, count) if after > before else (small, 0)
+
+    def __init__(self, recipe: Recipe, folder: Path, *, has_goal: bool):
+        """Load the images; with a goal, every second test image is there to search on."""
+        data = load_data(recipe.data)
+        self.search_images = data.test
+        if has_goal:
+            rows = torch.arange(len(data.test.labels))
+            self.search_images = data.test.subset(rows[::2]).evenly_spaced(_SEARCH_IMAGES)
+            data = replace(data, test=data.test.subset(rows[1::2]))
+        self._run = build_run(replace(recipe, mode="dense"), data, name="dense")
+        self.recipe, self.folder, self.data = recipe, folder, self._run.data
+        self.model = self._run.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.steps = Job(
+            self.model,
+            self._make_plan,
+            partial(self.training_inputs, recipe.calibration_images),
+            lambda network: self._choose_batch_norm(network)[0],
+            folder,
+            progress_bar,
+        )
+        if not recipe.calibration_images:
+            self.steps.calibration = None
+
+    def example_input(self, count: int) -> Tensor:
+        """Return so many test images as the network gets them."""
+        return test_inputs(self.data, self.model, count)
+
+    def training_inputs(self, count: int) -> Iterator[Tensor]:
+        """Yield so many training images, the same ones every time."""
+        return training_inputs(self.data, self.model, count)
+
+    def evaluate(self, network: nn.Module) -> Values:
+        """Evaluate a network on the test images."""
+        total = -(-len(self.data.test.labels) // batch_size_for(self.data))
+        with progress_bar("evaluate", total) as advance:
+            return asdict(evaluate(network, self.data.test, self.data, on_batch=advance))
+
+    def evaluate_dense(self) -> Values:
+        """Evaluate the dense network; warn soon if it is not what it should be."""
+        # On a few images first: those of a large set take minutes.
+        few = self.data.test.evenly_spaced(_SANITY_IMAGES)
+        if evaluate(self.model, few, self.data).accuracy < 1.5 / len(self.data.classes):
+            logger.warning(
+                "the dense network guesses: are --weights and --image-size those it needs?"
+            )
+        size = sum(x.numel() * x.element_size() for x in self.model.state_dict().values())
+        return {**self.evaluate(self.model), "bytes": size}
+
+    def search(self, max_loss: float) -> Values:
+        """Find the largest ratio that costs no more accuracy, untrained, on the search images."""
+
+        def accuracy(network: nn.Module) -> float:
+            return evaluate(network, self.search_images, self.data).accuracy
+
+        # Against the dense network on the same images: the others may be easier or harder.
+        return self.steps.search(accuracy, accuracy(self.model) - max_loss)
+
+    def train(self, dense: Values) -> Values:
+        """Decompose and train as the recipe says, and write the run's folder."""
+        recipe, is_trained = self.recipe, self.recipe.schedule.epochs > 0
+        calibration, plan = self.steps.calibration, self.steps.plan
+        if not is_trained and not recipe.recalibration:
+            small = decompose(self.model, plan, calibration=calibration)
+            recipe = replace(recipe, recalibration=self._choose_batch_norm(small)[1])
+        run = replace(
+            self._run,
+            recipe=recipe,
+            model=copy.deepcopy(self.model),
+            plan=plan,
+            name=recipe.mode if is_trained else "no training",
+            calibration=calibration,
+            before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
+        )
+        with progress_bar("train", run.steps) as advance:
+            summary = train(run, self.folder, resume=True, latency_batch=None, on_step=advance)
+        return {"accuracy": summary.accuracy, "untrained": summary.accuracy_untrained}
+
+    def verify(self) -> Values:
+        """Evaluate the small network as it is on the disk."""
+        path = self.folder / SMALL
+        size = (path / WEIGHTS).stat().st_size
+        return {**self.evaluate(self.steps.small), "path": str(path), "bytes": size}
+
+    def _make_plan(self, calibration: Calibration | None, ratio: float | None) -> Plan:
+        compression = self.recipe.compression
+        if ratio is not None:
+            compression = replace(compression, ratio=ratio)
+        return compression.make_plan(self.model, self.example_input(2), calibration=calibration)
+
+    def _choose_batch_norm(self, small: nn.Module) -> tuple[nn.Module, int]:
+        """Return a decomposed network and the batches of its batch norms.
+
+        Statistics are taken anew, unless the recipe leaves it open and the old ones recognise as
+        many training images, as they do where little was cut. (The loss would prefer new ones too
+        soon.)
+        """
+        count = self.recipe.recalibration or _NORM_BATCHES
+        anew = recalibrate_batch_norm(small, self.data, count, self.recipe.batch_size)
+        if self.recipe.recalibration:
+            return anew, count
+        seen = self.data.train.evenly_spaced(_NORM_IMAGES)
+        before, after = (evaluate(net, seen, self.data).accuracy for net in (small, anew))
+        return (anew, count) if after > before else (small, 0)
 
 
-def _plan(job: Job, ratio: float | None) -> dict[str, Any]:
-    plan = job.make_plan(ratio)
-    write_text(job.folder / PLAN, plan.to_json())
-    counts = ("dense_parameters", "parameters", "dense_macs", "macs")
-    values = {name: getattr(plan, name) for name in counts}
-    promise = None if plan.latency is None else str(plan.latency)
-    return {"layers": len(plan.compressed), **values, "promise": promise}
+class Record:
+    """The steps of a job in a folder: each is announced, timed, recorded, and done once.
+
+    Attributes:
+        results: of every step that is done, by its name.
+        seconds: that each took.
+    """
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any], total: int, *, resume: bool):
+        """Begin a job, or go on with one.
+
+        Args:
+            folder: of the job; the record is one JSON file in it.
+            asked: what was asked for, in plain values: only the same job is gone on with.
+            total: number of steps.
+            resume: whether the folder may hold some of them already.
+
+        Raises:
+            DeepTwistError: if it holds a job and `resume` is not given, or another job or run.
+        """
+        self._path, self._asked, self._total = folder / RECORD, json.loads(json.dumps(asked)), total
+        self._number, self._started = 0, 0.0
+        self.results: dict[str, Values] = {}
+        self.seconds: dict[str, float] = {}
+        known = self._read()
+        check_folder(folder, "job", known, self._asked, resume=resume)
+        if known is None and (folder / RECIPE).exists():
+            raise DeepTwistError(
+                f"{folder} holds a run of 'deeptwist train': choose another folder"
+            )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def run(
+        self, name: str, what: str, work: Callable[[], Values], describe: Callable[..., str]
+    ) -> Values:
+        """Do a step, or read what it came to.
+
+        Args:
+            name: of the step.
+            what: it does, for the line that announces it.
+            work: does it; its result is plain values.
+            describe: the result's values by name → the line that tells it.
+        """
+        self.begin(name, what)
+        if name in self.results:
+            self.end(describe(**self.results[name]), "done already")
+            return self.results[name]
+        self.results[name] = work()
+        self.seconds[name] = time.perf_counter() - self._started
+        with writing(self._path):
+            write_text(self._path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
+        self.end(describe(**self.results[name]))
+        return self.results[name]
+
+    def begin(self, name: str, what: str) -> None:
+        """Announce a step: what it is called and does."""
+        self._number += 1
+        print(f"[{self._number}/{self._total}] {name}: {what}", file=sys.stderr, flush=True)
+        self._started = time.perf_counter()
+
+    def end(self, result: str, took: str | None = None) -> None:
+        """Tell what the step came to, and its time unless that is told otherwise."""
+        took = took or f"{time.perf_counter() - self._started:.1f} s"
+        print(f"      {result} ({took})", file=sys.stderr, flush=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job and its results as plain values."""
+        return {"job": self._asked, "results": self.results, "seconds": self.seconds}
+
+    def _read(self) -> dict[str, Any] | None:
+        """Read the results that are there; return what was asked for, `None` for no record."""
+        try:
+            values = json.loads(self._path.read_text(encoding="utf-8"))
+            self.results, self.seconds = values["results"], values["seconds"]
+            known: dict[str, Any] = values["job"]
+            return known
+        except FileNotFoundError:
+            return None
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise DeepTwistError(f"{self._path} is damaged: {first_line(error)}") from error
 
 
-def _train(job: Job, dense: dict[str, Any]) -> dict[str, Any]:
-    is_trained = job.recipe.schedule.epochs > 0
-    recipe = job.recipe
-    if not is_trained and not recipe.recalibration:
-        recipe = replace(recipe, recalibration=_decompose(job, job.plan)[1])
-    run = replace(
-        job.dense,
-        recipe=recipe,
-        model=copy.deepcopy(job.model),
-        plan=job.plan,
-        name=recipe.mode if is_trained else "no training",
-        calibration=job.calibration,
-        before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
-    )
-    with progress_bar("train", run.steps) as advance:
-        summary = train(run, job.folder, resume=True, latency_batch=None, on_step=advance)
-    return {"accuracy": summary.accuracy, "untrained": summary.accuracy_untrained}
-
-
-def _verify(job: Job) -> dict[str, Any]:
-    path = job.folder / ARTEFACT
-    return {
-        **_evaluate(job, job.small),
-        "path": str(path),
-        "bytes": (path / WEIGHTS).stat().st_size,
-    }
-
-
-def _export(job: Job) -> dict[str, Any]:
-    written = {
-        name: export_onnx(network, job.folder / f"{name}.onnx", job.inputs(2))
-        for name, network in (("dense", job.model), ("small", job.small))
-    }
-    worst = max(file.worst_difference or 0.0 for file in written.values())
-    return {"difference": worst, **{name: file.bytes for name, file in written.items()}}
-
-
-def _time(job: Job) -> dict[str, Any]:
-    settings = job.options.settings()
-    rows = []
-    with progress_bar("time", len(settings) * job.options.rounds) as advance:
-        for setting in settings:
-            try:
-                runs = [
-                    _runner(job, setting, name, network)
-                    for name, network in (("dense", job.model), ("small", job.small))
-                ]
-            except DeepTwistError as error:
-                rows.append({**asdict(setting), "times": None, "reason": str(error)})
-                continue
-            times = compare_functions(*runs, rounds=job.options.rounds, on_round=advance)
-            rows.append({**asdict(setting), "times": asdict(times)})
-    return {"machine": describe_machine(), "settings": rows}
-
-
-def _runner(job: Job, setting: Setting, name: str, network: nn.Module) -> Callable[[], object]:
-    x = job.inputs(setting.batch)
-    if setting.runtime == "onnxruntime":
-        return OnnxNetwork(job.folder / f"{name}.onnx", setting.threads).prepare(x)
-    return prepare(
-        network, x, runtime=setting.runtime, dtype=setting.dtype, threads=setting.threads
-    )
-
-
-def _int8(job: Job) -> dict[str, Any]:
-    (setting, *_) = [s for s in job.options.settings() if s.runtime == "onnxruntime"]
-    x, values, runs = job.inputs(setting.batch), {}, []
-    for name in ("dense", "small"):
-        path = job.folder / f"{name}-int8.onnx"
-        quantize_onnx(job.folder / f"{name}.onnx", path, job.training_inputs(_INT8))
-        network = OnnxNetwork(path, setting.threads)
-        values[name] = {**_evaluate(job, network), "bytes": path.stat().st_size}
-        runs.append(network.prepare(x))
-    times = compare_functions(*runs, rounds=job.options.rounds)
-    return {**values, "batch": setting.batch, "times": asdict(times)}
-
-
-def _report(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _report(job: ImageJob, results: dict[str, Values]) -> Values:
     run = read_run(job.folder)
     timed = next((row for row in results["time"]["settings"] if row["times"]), None)
     latency = None if timed is None else TypeAdapter(Comparison).validate_python(timed["times"])
-    dense = results["dense"]
     summary = replace(run.summary, latency=latency, latency_batch=timed and timed["batch"])
     if "int8" in results:
         int8 = results["int8"]["small"]
         variant = Variant("int8", int8["accuracy"], int8["loss"], "small-int8.onnx")
         summary = replace(summary, variants=(*summary.variants, variant))
-    runs = [Run(_dense_summary(job, summary, dense), [], [], None), replace(run, summary=summary)]
-    path = write_report(runs, job.folder / _REPORT, title=f"deeptwist compress {_name(job)}")
+    dense = _dense_summary(summary, results["dense"])
+    runs = [Run(dense, [], [], None), replace(run, summary=summary)]
+    name = job.recipe.model.rpartition(":")[2]  # without the module that it comes from
+    path = write_report(runs, job.folder / REPORT, title=f"deeptwist compress {name}")
     return {"path": str(path)}
 
 
-def _name(job: Job) -> str:
-    """Return the network's name without the module that it comes from."""
-    return job.recipe.model.rpartition(":")[2]
-
-
-def _dense_summary(job: Job, small: Summary, dense: dict[str, Any]) -> Summary:
+def _dense_summary(small: Summary, dense: Values) -> Summary:
     return replace(
         small,
         name="dense",

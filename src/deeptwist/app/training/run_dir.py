@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from deeptwist.app.folders import check_folder
 from deeptwist.app.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
 from deeptwist.app.training.fabric import Fabric, TensorBoardLogger
 from deeptwist.app.training.loop import Callbacks, Trainer
-from deeptwist.app.training.metrics import METRICS, RECIPE, SUMMARY, Epoch, Record, append_record
+from deeptwist.app.training.metrics import METRICS, RECIPE, Epoch, Record, append_record
 from deeptwist.app.training.recipe import Recipe, read_recipe
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import fsync, write_text
@@ -147,22 +148,9 @@ def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
     Raises:
         DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
     """
-    known = path / RECIPE
-    if not known.exists():
-        if (path / SUMMARY).exists():
-            raise DeepTwistError(f"{path} holds a run of an older version: choose another folder")
-        return
-    if not resume:
-        raise DeepTwistError(
-            f"{path} holds a run: go on with it (--resume), choose another folder or remove it"
-        )
-    before, now = (_comparable(each) for each in (read_recipe(known), recipe))
-    changed = [key for key, value in now.items() if before[key] != value]
-    if changed:
-        raise DeepTwistError(
-            f"{path} holds a run of another recipe ({', '.join(changed)} differ): "
-            "choose another folder"
-        )
+    record = path / RECIPE
+    known = _comparable(read_recipe(record)) if record.exists() else None
+    check_folder(path, "run", known, _comparable(recipe), resume=resume)
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
