@@ -297,7 +297,7 @@ class DeepTwist:
         self._written = {n: w for n, w in weights.items() if computes_weight(modules[n])}
         for name, weight in self._written.items():
             write_weight(modules[name], weight)
-        return factors
+        return {layer.name: factors[layer.name] for layer in self.plan.compressed}
 
     def _record(
         self, shifts: Mapping[str, float], before: float | None, after: float | None
