@@ -143,4 +143,5 @@ def test_the_public_names() -> None:
     methods = {"SVD", "TiledSVD", "SpatialSVD", "Tucker", "CP"}
     assert fixed | methods <= set(deeptwist.__all__) <= set(dir(deeptwist))
     assert all(callable(getattr(deeptwist, name)) for name in fixed | methods)
+    assert set(dir(deeptwist)) == set(deeptwist.__all__)  # nothing that is not ours
     assert not hasattr(deeptwist, "pln")
