@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio, time_interleaved
 from deeptwist.plan.autotune import random_dense, random_input

@@ -167,14 +167,12 @@ def decompose(decomposition: Decomposition, kernel: Tensor) -> Factors:
     return _FACTORS[key]
 
 
-def factored(
-    layer: nn.Module, decomposition: Decomposition, implementation: str | None = None
-) -> tuple[Factors, FactoredLayer]:
+def factored(layer: nn.Module, decomposition: Decomposition) -> tuple[Factors, FactoredLayer]:
     """A layer's factors, and the layer that holds them."""
     convolution, kernel = read(layer)
     factors = decompose(decomposition, kernel)
     kernels = [part.to(kernel.dtype) for part in factors.kernels()]
-    return factors, decomposition.make_layer(convolution, kernels, layer.bias, implementation)
+    return factors, decomposition.make_layer(convolution, kernels, layer.bias)
 
 
 def with_kernel(layer: nn.Module, kernel: Tensor) -> nn.Module:

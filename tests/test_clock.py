@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.latency import Latency, LatencyCache, LatencySetting
 from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.plan.budget import Budgets

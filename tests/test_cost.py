@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from experiments.paper.flops import MEGA, paper_flops, plan_flops
 from tests.cases import METHODS, at
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
 from deeptwist.app.models import build_model
-from deeptwist.decompose import with_implementation
-from deeptwist.layers.cost import MEGA, macs, paper_flops
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.layers.tiled import IM2COL
 
 IMAGE = (1, 3, 32, 32)
 
@@ -40,7 +38,7 @@ def test_table_2_dense(meta_vgg19: nn.Module) -> None:
     made = table2(meta_vgg19, Tucker(fraction=0.5))
     assert len(made.compressed) == 13
     assert round(weights(made, factored=False), 2) == 18.98
-    assert round(made.paper_flops(factored=False) / MEGA, 2) == 647.87
+    assert round(plan_flops(made, factored=False) / MEGA, 2) == 647.87
 
 
 @pytest.mark.parametrize(("rank", "millions"), [(16, 9.49), (11, 6.53), (10, 5.93), (8, 4.75)])
@@ -55,22 +53,30 @@ def test_table_2_tiled_svd(meta_vgg19: nn.Module, rank: int, millions: float) ->
 )
 def test_table_2_tucker_flops(meta_vgg19: nn.Module, fraction: float, millions: float) -> None:
     made = table2(meta_vgg19, Tucker(fraction=fraction))
-    assert round(made.paper_flops(factored=True) / MEGA, 2) == millions
+    assert round(plan_flops(made, factored=True) / MEGA, 2) == millions
 
 
 def test_paper_flops_by_hand() -> None:
     """2K − 1 for each output element that sums K = S·d² products."""
-    work = [
-        (ConvGeometry.from_module(nn.Conv2d(6, 10, 3, padding=1)), (7, 8)),
-        (ConvGeometry(9, 4), ()),
-    ]
-    assert macs(work) == 6 * 9 * 10 * 56 + 36
-    assert paper_flops(work) == (2 * 54 - 1) * 10 * 56 + (2 * 9 - 1) * 4
+    convolution = ConvGeometry.from_module(nn.Conv2d(6, 10, 3, padding=1))
+    linear = ConvGeometry(9, 4)
+    assert convolution.macs((7, 8)) + linear.macs(()) == 6 * 9 * 10 * 56 + 36
+    assert paper_flops(convolution, (7, 8)) == (2 * 54 - 1) * 10 * 56
+    assert paper_flops(linear, ()) == (2 * 9 - 1) * 4
 
 
-@pytest.mark.parametrize("reference", [False, True], ids=["chosen form", "im2col"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_paper_flops_of_a_raw_tile_count_no_zero_taps(stride: int) -> None:
+    """Tiles of 20 columns: products of 8×20 and of 24×R matrices at every output position."""
+    model = nn.Sequential(nn.Conv2d(20, 24, 3, stride=stride, padding=1))
+    made = plan(model, TiledSVD(tile=(24, 20), rank=2), example_input=torch.randn(2, 20, 8, 8))
+    hidden = 9 * 2
+    flops = hidden * (2 * 20 - 1) + 24 * (2 * hidden - 1)
+    assert plan_flops(made, factored=True) == flops * (8 // stride) ** 2
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_whole_models_macs_and_parameters_are_the_models(name: str, reference: bool) -> None:
+def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False),
         nn.BatchNorm2d(16),
@@ -83,8 +89,6 @@ def test_a_whole_models_macs_and_parameters_are_the_models(name: str, reference:
     x = torch.randn(3, 3, 16, 16)
     made = plan(model, METHODS[name], ratio=1.5, example_input=x)
     assert made.compressed
-    if reference and any(IM2COL in layer.implementations for layer in made.compressed):
-        made = with_implementation(made, IM2COL)
     for network, counted, parameters in (
         (model, made.dense_macs, made.dense_parameters),
         (decompose(model, made), made.macs, made.parameters),
@@ -107,12 +111,22 @@ def counted_macs(network: nn.Module, x: Tensor) -> int:
     ],
     ids=["3-D", "7x7"],
 )
-def test_raw_tiles_whose_zeros_cost_more_than_the_dense_layer_take_another_form(
+def test_raw_tiles_whose_zeros_cost_more_than_the_dense_layer_stay_dense(
     conv: nn.Module, shape: tuple[int, ...], tile: tuple[int, int]
 ) -> None:
-    model, x = nn.Sequential(conv), torch.randn(shape)
-    made = plan(model, TiledSVD(tile=tile), ratio=1.5, example_input=x)
-    assert counted_macs(decompose(model, made), x) == made.macs < made.dense_macs
+    made = plan(
+        nn.Sequential(conv), TiledSVD(tile=tile), ratio=1.5, example_input=torch.empty(shape)
+    )
+    (kept,) = made.kept
+    method = TiledSVD(tile=tile).resolve(kept.convolution, 1.5)
+    layer = method.make_layer(
+        kept.convolution,
+        [torch.zeros(part.kernel_shape) for part in method.parts(kept.convolution)],
+        None,
+    )
+    macs = counted_macs(layer, torch.zeros(shape))
+    assert macs > made.dense_macs
+    assert kept.reason == f"would slow down: {macs:,} MACs for {made.dense_macs:,}"
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 16), (7, 3, 16, 16)])
@@ -124,10 +138,13 @@ def test_macs_are_those_of_one_example(shape: tuple[int, ...]) -> None:
 
 def test_a_factored_layer_counts_what_its_decomposition_says() -> None:
     convolution = ConvGeometry.from_module(nn.Conv2d(16, 32, 3, stride=2, padding=1))
-    method = at(TiledSVD(tile=(16, 64)), convolution, 0.5)  # 1×1 convolutions on the windows
-    rank, windows = method.resolved_rank, 4 * 4  # type: ignore[attr-defined]
+    method = at(TiledSVD(tile=(16, 64)), convolution, 0.5)
+    rank = method.resolved_rank  # type: ignore[attr-defined]
     blocks = (144 // 64) * 2  # and two narrower tiles of 16 columns
     edge = max(1, rank * 16 * 16 * (16 + 64) // (16 * 64 * (16 + 16)))
     expected = blocks * rank * (16 + 64) + 2 * edge * (16 + 16)
     assert method.weight_numel(convolution) == expected
-    assert macs(method.workload(convolution, (8, 8), IM2COL)) == expected * windows
+    # Columns 0-63 and 64-127 touch 8 channels each, the other 16 columns 2: whole windows count.
+    first = 9 * (2 * rank * (8 + 8) + 2 * edge * 2)
+    second = 2 * 16 * (2 * rank + edge)
+    assert method.macs(convolution, (8, 8)) == (first + second) * 4 * 4

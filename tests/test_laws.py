@@ -146,15 +146,12 @@ def test_counted_macs_are_the_layers(method: Decomposition, geometry: str) -> No
     resolved = at(method, convolution, 0.5)
     size = tuple(x.shape[-convolution.dims :]) if convolution.dims else ()
     examples = x.shape[0] if convolution.dims else x.shape[:-1].numel()
-    for number, implementation in enumerate(resolved.implementations(convolution)):
-        _, small = factored(layer, resolved, implementation)
-        with FlopCounterMode(display=False) as counter:
-            small(x)
-        work = resolved.workload(convolution, size, implementation)
-        macs = sum(part.macs(part_size) for part, part_size in work)
-        assert counter.get_total_flops() == 2 * examples * macs
-        if number == 0:  # what is taken where nothing else is asked for
-            assert macs == resolved.macs(convolution, size)
+    _, small = factored(layer, resolved)
+    with FlopCounterMode(display=False) as counter:
+        small(x)
+    macs = sum(part.macs(part_size) for part, part_size in resolved.workload(convolution, size))
+    assert counter.get_total_flops() == 2 * examples * macs
+    assert macs == resolved.macs(convolution, size)
 
 
 @pytest.mark.parametrize(("method", "geometry"), pairs())
@@ -165,10 +162,8 @@ def test_the_layer_is_the_convolution_with_the_reconstructed_kernel(
     convolution, _ = read(layer)
     for share in SHARES:
         resolved = at(method, convolution, share)
-        for implementation in resolved.implementations(convolution):
-            factors, small = factored(layer, resolved, implementation)
-            assert small.implementation == implementation
-            assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-11
+        factors, small = factored(layer, resolved)
+        assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-11
 
 
 TILES = st.builds(TiledSVD, tile=st.tuples(st.integers(1, 9), st.integers(1, 40)))
@@ -183,12 +178,11 @@ def test_any_layer_by_any_method_at_any_rank(
     convolution, kernel = read(layer)
     resolved = at(method, convolution, share)
     x = torch.randn(2, convolution.in_channels, *size, dtype=torch.float64)
-    for implementation in resolved.implementations(convolution):
-        factors, small = factored(layer, resolved, implementation)
-        assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-10
-        assert difference(kernel, factors.reconstruct()) < 1 + 1e-9
-        stored = sum(p.numel() for n, p in small.named_parameters() if not n.endswith("bias"))
-        assert stored == resolved.weight_numel(convolution)
+    factors, small = factored(layer, resolved)
+    assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-10
+    assert difference(kernel, factors.reconstruct()) < 1 + 1e-9
+    stored = sum(p.numel() for n, p in small.named_parameters() if not n.endswith("bias"))
+    assert stored == resolved.weight_numel(convolution)
 
 
 @pytest.mark.parametrize(("method", "geometry"), pairs())

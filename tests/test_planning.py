@@ -481,19 +481,13 @@ def test_a_plan_of_format_1_still_loads() -> None:
     document["format"] = 1
     for layer in document["layers"]:
         layer["num_weights"] = layer.pop("weight_numel")
-        layer["executor"] = layer.pop("implementation", None)
+        layer["executor"] = None
         for key in ("decomposition", "reason", "relative_error"):
             layer.setdefault(key, None)
     assert Plan.from_json(json.dumps(document)) == made
 
 
 def test_the_clock_s_choices_are_the_library_s() -> None:
-    tuned = make_plan(TiledSVD(tile=(8, 20)), tune=True)
-    assert all(
-        layer.implementation in layer.implementations
-        for layer in tuned.compressed
-        if len(layer.implementations) > 1
-    )
     slow = make_plan(min_speedup=1e6)
     assert not slow.compressed
     assert all("not worth it: measured" in layer.reason for layer in slow.kept)

@@ -524,14 +524,6 @@ def test_the_version_of_a_modules_state_is_kept(tmp_path: Path) -> None:
     assert torch.equal(load(folder, Versioned)(X), small.eval()(X))
 
 
-def test_a_folder_that_says_executor_loads(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    for layer in config["layers"].values():
-        layer["executor"] = layer.pop("implementation")
-    edit(folder, layers=config["layers"])
-    load(folder, network)
-
-
 @pytest.mark.parametrize(
     "aliases",
     [{"4.bias": "nothing"}, {"4.bias": "4.weight"}, {"a": "b", "b": "a"}, {"a": "a"}],

@@ -1,9 +1,15 @@
+"""Tiles: how they cut a matrix, and the layers that raw ones become."""
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from deeptwist import TiledSVD, decompose, plan
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.lowering import Grid, Segment, segments
+from deeptwist.plan.planner import plan_from_model
 
 SIDE = st.integers(1, 40)
 GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.integers(1, 60)))
@@ -52,3 +58,39 @@ def test_every_tile_is_its_rectangle(grid: Grid) -> None:
             top, left = row.offset + r * row.length, col.offset + c * col.length
             rectangle = matrix[top : top + row.length, left : left + col.length]
             assert torch.equal(patch[r, c], rectangle)
+
+
+def test_windows_hold_the_channels_that_their_tile_touches() -> None:
+    """The zero-padded weight, against the tile's columns laid out by hand."""
+    layer = nn.Conv2d(5, 4, 3, bias=False)
+    decomposition = TiledSVD(tile=(4, 12), rank=4)  # full rank
+    geometry = ConvGeometry.from_module(layer)
+    kernels = decomposition.decompose(layer.weight.detach()[None]).kernels()
+    built = decomposition.make_layer(geometry, kernels, None)
+    full = next(part for part in built.modules() if isinstance(part, nn.Conv2d))
+    # Columns 0-11, 12-23, 24-35 of 45 touch channels 0-1, 1-2, 2-3; 36-44 are channel 4.
+    branch = next(part for part in built.modules() if type(part).__name__ == "SplitConcat")
+    convolutions = list(branch.layers)
+    assert [part.weight.shape[1] for part in convolutions] == [2, 1]
+    weight = convolutions[0].weight.detach().reshape(3, 4, 18)
+    for tile, before in enumerate((0, 3, 6)):  # taps of the window before the tile
+        assert torch.equal(weight[tile, :, before : before + 12], kernels[0][tile, :, :, 0, 0])
+        assert weight[tile].count_nonzero() == kernels[0][tile].count_nonzero()
+    assert full is convolutions[0]
+
+
+def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 24, 3),
+        nn.Conv2d(24, 16, 1),
+    ).eval()
+    x = torch.randn(2, 16, 9, 9)
+    before = plan(network, TiledSVD(tile=(8, 20)), ratio=1.5, example_input=x, exclude=["3"])
+    read_back = plan_from_model(decompose(network, before), network, x)
+    assert [(x.name, x.decomposition) for x in read_back.compressed] == [
+        (x.name, x.decomposition) for x in before.compressed
+    ]
+    assert read_back.order == before.order
+    assert read_back.macs == before.macs

@@ -8,6 +8,7 @@ convolutions alone, counted as the paper counts them, in units of 2²⁰: they a
 
 import torch
 from experiments.paper.fig2 import ACCURACY
+from experiments.paper.flops import MEGA, plan_flops
 from experiments.paper.plotting import Curve, draw
 from experiments.paper.presets import Network, Preset, preset_of
 from experiments.paper.results import Report, Results, Table, count_holds, number
@@ -15,7 +16,6 @@ from experiments.paper.results import Report, Results, Table, count_holds, numbe
 from deeptwist import Plan
 from deeptwist.app.models import build_model
 from deeptwist.app.training.recipe import Recipe
-from deeptwist.layers.cost import MEGA
 
 PLACE = "Table 2"
 NETWORK: Network = "vgg19"
@@ -73,7 +73,7 @@ def report(results: Results, preset: Preset) -> Report:
     plans = {name: each.compression.make_plan(vgg, image) for name, each in vgg_recipes.items()}
     dense = next(iter(plans.values()))
     weights = sum(layer.weight_numel for layer in dense.compressed)
-    sizes = weights / MEGA, dense.paper_flops(factored=False) / MEGA
+    sizes = weights / MEGA, plan_flops(dense, factored=False) / MEGA
     rows = [_row("before compression", sizes, PAPER_DENSE, number(results.start()))]
     points: dict[str, list[tuple[float, float | None]]] = {"Tucker": [], "tiled": []}
     for name, paper in PAPER.items():
@@ -102,7 +102,7 @@ def report(results: Results, preset: Preset) -> Report:
 def _sizes(plan: Plan) -> tuple[float, float]:
     """Return weights and FLOPs of the compressed convolutions, in units of 2²⁰."""
     weights = sum(layer.compressed_numel for layer in plan.compressed)
-    return weights / MEGA, plan.paper_flops(factored=True) / MEGA
+    return weights / MEGA, plan_flops(plan, factored=True) / MEGA
 
 
 def _row(

@@ -3,14 +3,13 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions import FactoredLayer, Factors
-from deeptwist.errors import DeepTwistError, first_line, unknown_name_error
+from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection.modes import FORWARD_ERRORS, as_tuple
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.verify import check_runs, run_counted
@@ -24,7 +23,6 @@ from deeptwist.inspection.weights import (
     weight_parameters,
 )
 from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
-from deeptwist.plan.autotune import tune_implementations
 from deeptwist.plan.calibration import Calibration, to_device
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -133,8 +131,6 @@ def decompose(
     model: nn.Module,
     plan: Plan,
     *,
-    implementation: str | None = None,
-    tune: bool = False,
     calibration: Calibration | None = None,
 ) -> nn.Module:
     """The decomposed model: a copy in which every planned layer is held by its factors.
@@ -145,20 +141,12 @@ def decompose(
     Args:
         model: the network that was planned.
         plan: see `deeptwist.plan`.
-        implementation: the exact form of every layer that has one of this name (``"im2col"``: the
-            paper's), in place of the plan's.
-        tune: whether each layer takes the form that is fastest here, by the clock.
         calibration: what `calibrate` returned; factors then lose least of the layers' outputs,
             in place of the weights, in every layer that it holds.
 
     Raises:
-        DeepTwistError: if a weight is not finite, if the plan is for another model, or if no
-            layer has such an implementation.
+        DeepTwistError: if a weight is not finite, or if the plan is for another model.
     """
-    if tune:
-        plan = tune_implementations(model, plan)
-    if implementation is not None:
-        plan = with_implementation(plan, implementation)
     check_plan(model, plan)
     kernels = {
         name: factors.kernels() for name, factors in factorize(model, plan, calibration).items()
@@ -254,24 +242,6 @@ def example_inputs(
     return tuple(inputs)
 
 
-def with_implementation(plan: Plan, implementation: str) -> Plan:
-    """The plan with this implementation wherever a layer has it.
-
-    Raises:
-        DeepTwistError: if no layer has it.
-    """
-    known = {name for layer in plan.compressed for name in layer.implementations}
-    if implementation not in known:
-        raise unknown_name_error("implementation", implementation, known)
-    compressed = tuple(
-        replace(layer, implementation=implementation)
-        if implementation in layer.implementations
-        else layer
-        for layer in plan.compressed
-    )
-    return replace(plan, compressed=compressed)
-
-
 def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
     """Return the plan with layers that do not train kept dense, and name them in one warning.
 
@@ -322,7 +292,6 @@ def _factored(module: Dense, layer: CompressedLayer, kernels: list[Tensor]) -> F
         layer.convolution,
         [kernel.to(weight.dtype) for kernel in kernels],
         None if bias is None else bias.detach(),
-        layer.implementation,
     )
     padding = input_padding(module)
     if padding is not None:

@@ -52,7 +52,6 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         name: {
             "convolution": module.convolution.to_dict(),
             "decomposition": module.decomposition.to_dict(),
-            "implementation": module.implementation,
         }
         for name, module in model.named_modules()
         if isinstance(module, FactoredLayer)
@@ -141,7 +140,7 @@ def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
     """Refuse a layer whose tensors are not those that `load` will look for."""
     kernels = _empty_kernels(layer, "meta")
     bias = torch.empty(layer.convolution.out_channels, device="meta")
-    made = layer.decomposition.make_layer(layer.convolution, kernels, bias, layer.implementation)
+    made = layer.decomposition.make_layer(layer.convolution, kernels, bias)
     strangers = module.state_dict().keys() - made.state_dict().keys()
     if strangers:
         raise DeepTwistError(
@@ -185,7 +184,6 @@ def _planned(name: str, values: Any) -> CompressedLayer:
             kind="",
             convolution=convolution,
             decomposition=from_dict(values["decomposition"]),
-            implementation=values.get("implementation", values.get("executor")),  # before 0.2
         )
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.ranks import check_ratio, largest_rank, round_down
-from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.factored import FactoredLayer
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
 from deeptwist.layers.moments import SecondMoment
-
-CONVOLUTIONS = "convolutions"  # the implementation of a layer that is one convolution after another
 
 Tensors = tuple[Tensor, ...]
 
@@ -254,17 +252,13 @@ class Decomposition(ABC):
         return sum(part.weight_numel for part in self.parts(convolution))
 
     def workload(
-        self,
-        convolution: ConvGeometry,
-        input_size: Sequence[int],
-        implementation: str | None = None,
+        self, convolution: ConvGeometry, input_size: Sequence[int]
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
         """Return every convolution of the factored layer with the spatial size that it is given.
 
         Args:
             convolution: the geometry of the layer that it stands in for.
             input_size: that layer's spatial input size.
-            implementation: one of `implementations`; the first if not given.
         """
         size, work = tuple(input_size), []
         for stage in self.convolutions(convolution):
@@ -276,16 +270,8 @@ class Decomposition(ABC):
         """Return the factored layer's multiply-accumulates for one example of this spatial size."""
         return sum(part.macs(size) for part, size in self.workload(convolution, input_size))
 
-    def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:
-        """Return the exact forms that the layer can run in, what should be fastest first."""
-        return (CONVOLUTIONS,)
-
     def make_layer(
-        self,
-        convolution: ConvGeometry,
-        kernels: Sequence[Tensor],
-        bias: Tensor | None,
-        implementation: str | None = None,
+        self, convolution: ConvGeometry, kernels: Sequence[Tensor], bias: Tensor | None
     ) -> FactoredLayer:
         """Return the layer that holds these kernels.
 
@@ -293,26 +279,13 @@ class Decomposition(ABC):
             convolution: the geometry of the layer that it stands in for.
             kernels: one for each convolution in `convolutions`.
             bias: (out_channels,) or `None`.
-            implementation: one of `implementations`; the first if not given.
-
-        Raises:
-            DeepTwistError: if the layer has no such implementation.
         """
-        implementations = self.implementations(convolution)
-        if implementation is None:
-            implementation = implementations[0]
-        elif implementation not in implementations:
-            raise unknown_name_error("implementation", implementation, implementations)
-        modules = self.make_modules(convolution, kernels, bias, implementation)
+        modules = self.make_modules(convolution, kernels, bias)
         # What follows from the geometry, as the order of channels, is made on the processor.
-        return FactoredLayer(modules, convolution, self, implementation).to(kernels[0].device)
+        return FactoredLayer(modules, convolution, self).to(kernels[0].device)
 
     def make_modules(
-        self,
-        convolution: ConvGeometry,
-        kernels: Sequence[Tensor],
-        bias: Tensor | None,
-        implementation: str,
+        self, convolution: ConvGeometry, kernels: Sequence[Tensor], bias: Tensor | None
     ) -> list[nn.Module]:
         """Return the modules of `make_layer`, in order."""
         parts = self.parts(convolution)

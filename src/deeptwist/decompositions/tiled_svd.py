@@ -22,7 +22,7 @@ from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 from deeptwist.layers.lowering import Grid, Segment, lower, unlower
 from deeptwist.layers.moments import SecondMoment
-from deeptwist.layers.tiled import WINDOWS, TiledLayerBuilder
+from deeptwist.layers.tiled import TiledLayerBuilder
 
 _CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 
@@ -87,36 +87,21 @@ class TiledSVD(MatrixDecomposition):
         return self._builder(convolution).convolutions
 
     def workload(  # noqa: D102
-        self,
-        convolution: ConvGeometry,
-        input_size: Sequence[int],
-        implementation: str | None = None,
+        self, convolution: ConvGeometry, input_size: Sequence[int]
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
         builder = self._builder(convolution)
         if convolution.dims == 0 and builder.dims == 1:
             input_size = (math.prod(input_size),)
         if self.is_aligned(convolution):
             return super().workload(convolution, input_size)
-        # Tile columns see the input as windows, of which there is one for each output position;
-        # transposed, each input position is one.
+        into, (_, out) = builder.window_convolutions, builder.convolutions
         output_size = convolution.output_size(input_size)
-        windows = tuple(input_size) if convolution.transposed else output_size
-        into, out = builder.convolutions
-        if (implementation or builder.implementations[0]) == WINDOWS:
-            into, windows = builder.window_convolutions, tuple(input_size)
-        return [(part, windows) for part in into] + [(part, output_size) for part in out]
-
-    def implementations(self, convolution: ConvGeometry) -> tuple[str, ...]:  # noqa: D102
-        return self._builder(convolution).implementations
+        return [(part, tuple(input_size)) for part in into] + [(part, output_size) for part in out]
 
     def make_modules(  # noqa: D102
-        self,
-        convolution: ConvGeometry,
-        kernels: Sequence[Tensor],
-        bias: Tensor | None,
-        implementation: str,
+        self, convolution: ConvGeometry, kernels: Sequence[Tensor], bias: Tensor | None
     ) -> list[nn.Module]:
-        return self._builder(convolution).make_modules(kernels, bias, implementation)
+        return self._builder(convolution).make_modules(kernels, bias)
 
     def _builder(self, convolution: ConvGeometry) -> TiledLayerBuilder:
         shape = convolution.kernel_shape

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection.modes import FORWARD_ERRORS, undisturbed
 from deeptwist.inspection.weights import is_metadata
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 
 @dataclass

@@ -22,8 +22,7 @@ from deeptwist.inspection.weights import (
     unsupported_reason,
     weight_parameters,
 )
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

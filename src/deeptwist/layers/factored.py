@@ -21,20 +21,12 @@ class FactoredLayer(nn.Sequential):
     Attributes:
         convolution: the geometry of the layer that it stands in for.
         decomposition: the `deeptwist.Decomposition` whose factors it holds (a later room's type).
-        implementation: which of the decomposition's exact forms it is.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        convolution: ConvGeometry,
-        decomposition: Any,
-        implementation: str,
-    ):
+    def __init__(self, modules: Sequence[nn.Module], convolution: ConvGeometry, decomposition: Any):
         super().__init__(*modules)
         self.convolution = convolution
         self.decomposition = decomposition
-        self.implementation = implementation
         if convolution.dims == 0:
             self.in_features, self.out_features = convolution.in_channels, convolution.out_channels
         else:

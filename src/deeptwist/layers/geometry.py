@@ -251,6 +251,19 @@ class ConvGeometry:
         return text + (", transposed" if self.transposed else "")
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One use of a layer on the example input.
+
+    Attributes:
+        count: leading positions: the batch, and for a linear layer also tokens and the like.
+        size: the spatial input size; ``()`` for a linear layer.
+    """
+
+    count: int
+    size: tuple[int, ...]
+
+
 ParallelConvs = tuple[ConvGeometry, ...]  # side by side, each on its part of the channels
 
 

@@ -5,9 +5,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from deeptwist.layers.geometry import ConvGeometry
 
 
 class SplitConcat(nn.Module):
@@ -50,38 +47,6 @@ def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:
     """The module for this order of channels; none where it changes nothing."""
     identity = torch.arange(len(order))
     return None if torch.equal(order, identity) else ChannelPermutation(order, dims)
-
-
-class Unfold(nn.Module):
-    """The windows that a convolution sees, as channels: `F.unfold` in any number of axes."""
-
-    def __init__(self, convolution: ConvGeometry):
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, s, *size) → (…, s·Πk, *output size), ordered as the lowered kernel's columns."""
-        conv, dims = self.convolution, self.convolution.dims
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        windows = functional.pad(x, self._margins(), mode).contiguous()
-        for kernel, stride, spacing in zip(
-            conv.kernel_size, conv.stride, conv.dilation, strict=True
-        ):
-            # Each axis leaves its taps at the end, and the next one where it was itself.
-            windows = windows.unfold(-dims, spacing * (kernel - 1) + 1, stride)[..., ::spacing]
-        sizes, taps = range(-2 * dims, -dims), range(-dims, 0)
-        return windows.movedim([*taps], [*sizes]).flatten(-2 * dims - 1, -dims - 1)
-
-    def _margins(self) -> list[int]:
-        """Padding before and after each axis, the last axis first, as `F.pad` takes it."""
-        conv, margins = self.convolution, []
-        for axis in reversed(range(conv.dims)):
-            if conv.padding == "same":
-                total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-                margins += [total // 2, total - total // 2]
-            else:
-                margins += [conv.padding[axis]] * 2
-        return margins
 
 
 class PointwiseOnLastDim(nn.Sequential):

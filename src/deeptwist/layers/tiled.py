@@ -1,16 +1,10 @@
 """How a tiled layer runs: the channels' way from tile columns over hidden channels to tile rows.
 
-The second round, tile rows, is always a 1×1 convolution grouped by tile row. The first has several
-exact forms, the implementations:
-
-- ``grouped``: tiles of whole channels are one d×d convolution, grouped by tile column.
-- ``windows``: tiles that cut through channels, as one d×d convolution over the channels that they
-  touch, the other taps zero.
-- ``im2col``: the paper's way, for reference: the input's windows as channels (S·d·d of them), then
-  products of matrices, which a 1×1 convolution grouped by tile column is.
+The first round, tile columns, is one d×d convolution grouped by tile column: over the columns' own
+channels where tiles are aligned, over windows of the channels that they touch, the other taps zero,
+where they cut through channels. The second, tile rows, is a 1×1 convolution grouped by tile row.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -20,13 +14,8 @@ from torch import Tensor, nn
 
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
 from deeptwist.layers.lowering import Grid
-from deeptwist.layers.routing import PointwiseOnLastDim, SplitConcat, Unfold, permutation
+from deeptwist.layers.routing import PointwiseOnLastDim, SplitConcat, permutation
 from deeptwist.layers.sparse_conv import ChannelWindows, window_convolution
-
-GROUPED, WINDOWS, IM2COL = "grouped", "windows", "im2col"
-
-# MACs in the time that it takes to write one number to memory and read it again, on processors.
-_MACS_PER_NUMBER = 40
 
 
 @dataclass(frozen=True)
@@ -65,46 +54,11 @@ class TiledLayerBuilder:
             out.append(pointwise(self.dims, blocks * hidden, blocks * row.length, blocks))
         return tuple(into), tuple(out)
 
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """Every form that is exact for this layer, the one that should be fastest first.
-
-        The rule, per output position: the first round costs its MACs, zero taps included, and
-        `_MACS_PER_NUMBER` for every number that it gathers. What does more MACs than the dense
-        layer comes last.
-        """
-        conv = self.convolution
-        if conv.kernel_numel == 1:
-            return (GROUPED,)
-        if conv.transposed:
-            return (GROUPED,) if self.aligned else (WINDOWS,)
-        if self.aligned:
-            return GROUPED, IM2COL
-        into, out = self.convolutions
-        padded = self.window_convolutions
-        macs = {
-            WINDOWS: sum(part.weight_numel for part in padded),
-            IM2COL: sum(part.weight_numel for part in into),
-        }
-        gathered = {
-            WINDOWS: sum(part.in_channels for part in padded) * math.prod(conv.stride),
-            IM2COL: conv.in_channels * conv.kernel_numel,
-        }
-        second_round = sum(part.weight_numel for part in out)
-
-        def cost(name: str) -> tuple[bool, int]:
-            is_slower = macs[name] + second_round >= conv.weight_numel
-            return is_slower, macs[name] + _MACS_PER_NUMBER * gathered[name]
-
-        return tuple(sorted(macs, key=cost))
-
-    def make_modules(
-        self, kernels: Sequence[Tensor], bias: Tensor | None, implementation: str
-    ) -> list[nn.Module]:
+    def make_modules(self, kernels: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The layer's modules, in order."""
         conv, (into, out) = self.convolution, self.convolutions
         exchange, departure = self._hidden_order(), self._output_order()
-        arrival, columns = self._first_round(kernels[: len(into)], implementation)
+        arrival, columns = self._first_round(kernels[: len(into)])
         biases: Sequence[Tensor | None] = [None] * len(out)
         if bias is not None:
             biases = bias[departure.argsort()].split([part.out_channels for part in out])
@@ -113,7 +67,6 @@ class TiledLayerBuilder:
             for part, k, b in zip(out, kernels[len(into) :], biases, strict=True)
         ]
         stages: list[nn.Module | None] = [
-            Unfold(conv) if implementation == IM2COL else None,
             permutation(arrival, self.dims),
             _abreast(columns, self.dims),
             permutation(exchange, self.dims),
@@ -123,32 +76,21 @@ class TiledLayerBuilder:
         present = [stage for stage in stages if stage is not None]
         return present if self.dims == conv.dims else [PointwiseOnLastDim(*present)]
 
-    def _first_round(
-        self, kernels: Sequence[Tensor], implementation: str
-    ) -> tuple[Tensor, list[nn.Module]]:
+    def _first_round(self, kernels: Sequence[Tensor]) -> tuple[Tensor, list[nn.Module]]:
         """The order in which channels arrive, and a layer for each column patch."""
         into, _ = self.convolutions
-        if implementation == WINDOWS:
-            windows = [self._windows(column) for column in range(len(into))]
-            order = [window.order(self.convolution.groups) for window in windows]
-            return torch.cat(order), [
-                window_convolution(convolution, window, kernel)
-                for convolution, window, kernel in zip(
-                    self.window_convolutions, windows, kernels, strict=True
-                )
+        if self.aligned:
+            return self._input_order(), [
+                part.make_module(kernel, None) for part, kernel in zip(into, kernels, strict=True)
             ]
-        if implementation == IM2COL:
-            into = tuple(self._over_columns(part) for part in into)
-            kernels = [
-                kernel.reshape(part.kernel_shape)
-                for part, kernel in zip(into, kernels, strict=True)
-            ]
-        layers = [
-            part.make_module(kernel, None) for part, kernel in zip(into, kernels, strict=True)
+        windows = [self._windows(column) for column in range(len(into))]
+        order = [window.order(self.convolution.groups) for window in windows]
+        return torch.cat(order), [
+            window_convolution(convolution, window, kernel)
+            for convolution, window, kernel in zip(
+                self.window_convolutions, windows, kernels, strict=True
+            )
         ]
-        return self._input_order(
-            1 if implementation == IM2COL else self.convolution.kernel_numel
-        ), layers
 
     def _windows(self, column: int) -> ChannelWindows:
         taps = self.convolution.kernel_numel
@@ -168,12 +110,9 @@ class TiledLayerBuilder:
             for column, part in enumerate(self.convolutions[0])
         )
 
-    def _over_columns(self, part: ConvGeometry) -> ConvGeometry:
-        columns = part.in_channels * part.kernel_numel
-        return pointwise(self.dims, columns, part.out_channels, part.groups)
-
-    def _input_order(self, taps: int) -> Tensor:
-        """Column patches gather their channels, of `taps` columns each, from every group."""
+    def _input_order(self) -> Tensor:
+        """Column patches gather their channels from every group."""
+        taps = self.convolution.kernel_numel
         width = self.grid.shape[1] // taps
         order = torch.arange(self.convolution.groups * width).unflatten(0, (-1, width))
         spans = [

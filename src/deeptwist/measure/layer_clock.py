@@ -9,8 +9,7 @@ import numpy
 from torch import Tensor, nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.latency import LatencyCache, LatencySetting
 from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.timing import Samples, time_interleaved
@@ -131,7 +130,7 @@ class LayerClock:
         if key not in self._known:
             x = random_input(convolution, call, reference)
             layers = [random_dense(convolution, reference)]
-            layers += [random_factored(convolution, form, reference, None) for form in forms]
+            layers += [random_factored(convolution, form, reference) for form in forms]
             with self.setting.applied():
                 samples = self._measure([self._prepare(layer, x) for layer in layers])
             self._known[key] = [*map(statistics.median, samples)]

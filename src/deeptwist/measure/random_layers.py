@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions import Decomposition, FactoredLayer
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -32,20 +31,16 @@ def random_dense(convolution: ConvGeometry, reference: Tensor) -> nn.Module:
 
 
 def random_factored(
-    convolution: ConvGeometry,
-    decomposition: Decomposition,
-    reference: Tensor,
-    implementation: str | None,
+    convolution: ConvGeometry, decomposition: Decomposition, reference: Tensor
 ) -> FactoredLayer:
-    """Return the factored layer in one of its forms with random weights, ready to be timed."""
+    """Return the factored layer with random weights, ready to be timed."""
     # Scaled so that a whole network of such layers neither overflows nor vanishes.
     kernels = [
         (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
         for part in decomposition.parts(convolution)
     ]
     bias = reference.new_zeros(convolution.out_channels)
-    layer = decomposition.make_layer(convolution, kernels, bias, implementation)
-    return _for_inference(layer, convolution)
+    return _for_inference(decomposition.make_layer(convolution, kernels, bias), convolution)
 
 
 def _for_inference(layer: Layer, convolution: ConvGeometry) -> Layer:

@@ -1,74 +1,32 @@
-"""Choices by the clock: a layer's fastest exact form, and which layers are worth factoring.
+"""Choices by the clock: which layers are worth factoring.
 
 How long a layer takes does not depend on its numbers, so layers of random ones are timed.
 """
 
-import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.layers.cost import LayerCall
+from deeptwist.layers.geometry import LayerCall
 from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.timing import Samples, median_ratio, time_interleaved
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
 
-_ROUNDS = 9
 
-
-def choose_by_clock(
-    model: nn.Module, plan: Plan, *, min_speedup: float | None = None, tune: bool = False
-) -> Plan:
-    """Return the plan with what these two options of `deeptwist.plan` ask to be timed here."""
-    if tune:
-        plan = tune_implementations(model, plan)
-    if min_speedup is None:
-        return plan
-    times = time_layers(plan, next(model.parameters()))
-    speedups = {name: median_ratio(dense, factored) for name, (dense, factored) in times.items()}
-    return keep_slow_layers(plan, speedups, min_speedup)
-
-
-def tune_implementations(model: nn.Module, plan: Plan) -> Plan:
-    """Return the plan with every layer in the implementation that is fastest by the clock.
+def exclude_slow_layers(model: nn.Module, plan: Plan, min_speedup: float) -> Plan:
+    """Return the plan without the layers that are not this much faster factored, timed here.
 
     Args:
         model: the network that was planned; its device and dtype are those that are timed.
         plan: see `deeptwist.plan`.
+        min_speedup: dense ÷ factored milliseconds from which on a layer is compressed.
     """
-    reference = next(model.parameters())
-    fastest: dict[object, str] = {}
-    layers: list[PlannedLayer] = []
-    for layer in plan.layers:
-        if isinstance(layer, CompressedLayer) and len(layer.implementations) > 1:
-            key = layer.convolution, layer.decomposition, layer.calls
-            if key not in fastest:
-                times = time_implementations(layer, reference)
-                fastest[key] = min(times, key=lambda name: times[name])
-            layer = replace(layer, implementation=fastest[key])
-        layers.append(layer)
-    return plan.with_layers(layers)
-
-
-def time_implementations(layer: CompressedLayer, reference: Tensor) -> Mapping[str, float]:
-    """Return the milliseconds of a layer in each of its exact forms, at its most expensive call.
-
-    Args:
-        layer: of a plan.
-        reference: gives the device and the dtype.
-    """
-    x = random_input(layer.convolution, most_expensive_call(layer), reference)
-    forms = {
-        name: random_factored(layer.convolution, layer.decomposition, reference, name)
-        for name in layer.implementations
-    }
-    with torch.inference_mode():
-        samples = time_interleaved([partial(form, x) for form in forms.values()], rounds=_ROUNDS)
-    return {name: statistics.median(times) for name, times in zip(forms, samples, strict=True)}
+    times = time_layers(plan, next(model.parameters()))
+    speedups = {name: median_ratio(dense, factored) for name, (dense, factored) in times.items()}
+    return keep_slow_layers(plan, speedups, min_speedup)
 
 
 def time_layers(
@@ -95,13 +53,11 @@ def time_layers(
     times = {}
     for layer in plan.compressed:
         call = at_batch(most_expensive_call(layer), plan.examples, batch)
-        key = layer.convolution, layer.decomposition, layer.implementation, call
+        key = layer.convolution, layer.decomposition, call
         if key not in measured:
             x = random_input(layer.convolution, call, reference)
             dense = random_dense(layer.convolution, reference)
-            factored = random_factored(
-                layer.convolution, layer.decomposition, reference, layer.implementation
-            )
+            factored = random_factored(layer.convolution, layer.decomposition, reference)
             with torch.inference_mode():
                 first, second = time_interleaved(
                     [partial(dense, x), partial(factored, x)], rounds=rounds

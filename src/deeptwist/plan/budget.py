@@ -7,8 +7,7 @@ from functools import lru_cache
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.plan.allocation import Candidate, allocate
 from deeptwist.plan.layer_errors import LayerErrors

@@ -42,9 +42,7 @@ def time_network(
     factored: dict[str, nn.Module] = {}
     for layer in plan.compressed:
         module = get_layer(model, layer.name)
-        new = random_factored(
-            layer.convolution, layer.decomposition, read_weight(module), layer.implementation
-        )
+        new = random_factored(layer.convolution, layer.decomposition, read_weight(module))
         if (padding := input_padding(module)) is not None:
             new.pad_input(padding)
         factored[layer.name] = new

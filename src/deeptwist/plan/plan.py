@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.layers import cost
-from deeptwist.layers.tiled import IM2COL
 from deeptwist.measure.latency import Latency
 from deeptwist.plan.planned_layer import (
     CompressedLayer,
@@ -84,34 +82,20 @@ class Plan:
     @property
     def dense_macs(self) -> int:
         """MACs of one example through the model as it is."""
-        return self._per_example(self.layers, cost.macs, factored=False)
+        return self._macs(self.layers, factored=False)
 
     @property
     def macs(self) -> int:
         """MACs of one example through the decomposed model."""
-        return self._per_example(self.layers, cost.macs, factored=True)
-
-    def paper_flops(self, *, factored: bool) -> int:
-        """Return the compressed layers' FLOPs of one example, as the paper's Table 2 counts."""
-        layers = [  # in the paper's form: others multiply by zeros besides
-            replace(layer, implementation=IM2COL) if IM2COL in layer.implementations else layer
-            for layer in self.compressed
-        ]
-        return self._per_example(layers, cost.paper_flops, factored=factored)
+        return self._macs(self.layers, factored=True)
 
     def layer_macs(self, layer: PlannedLayer, *, factored: bool) -> int:
         """Return the MACs of one example through one layer."""
-        return self._per_example([layer], cost.macs, factored=factored)
+        return self._macs([layer], factored=factored)
 
-    def _per_example(
-        self,
-        layers: Iterable[PlannedLayer],
-        count: Callable[[cost.Workload], int],
-        *,
-        factored: bool,
-    ) -> int:
+    def _macs(self, layers: Iterable[PlannedLayer], *, factored: bool) -> int:
         total = sum(
-            times * count([(convolution, size)])
+            times * convolution.macs(size)
             for layer in layers
             for convolution, size, times in layer.workload(factored=factored)
         )
@@ -219,12 +203,9 @@ def _read_latency(values: Mapping[str, Any]) -> Latency:
 
 def _upgrade_format_1(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return a layer of format 1, whose kind is told by the fields that are not null."""
-    names = {"num_weights": "weight_numel", "executor": "implementation"}
-    values = {names.get(key, key): value for key, value in layer.items()}
-    values.setdefault("implementation", None)
+    names = {"num_weights": "weight_numel"}
+    values = {names.get(key, key): value for key, value in layer.items() if key != "executor"}
     other_kind = (
-        ("decomposition", "relative_error", "implementation")
-        if values["decomposition"] is None
-        else ("reason",)
+        ("decomposition", "relative_error") if values["decomposition"] is None else ("reason",)
     )
     return {key: value for key, value in values.items() if key not in other_kind}

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deeptwist.decompositions import Decomposition, from_dict
-from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 # Each convolution of a layer with the size and the number of examples that it is given.
 CountedWorkload = list[tuple[ConvGeometry, tuple[int, ...], int]]
@@ -26,11 +25,9 @@ class CompressedLayer:
         relative_error: ‖W − W′‖_F / ‖W‖_F at planning time, or the outputs' where there is a
             calibration: exact for SVDs, a bound for Tucker, an estimate for CP; `None` where the
             weights are unknown, on the meta device for example.
-        implementation: the exact form that the factored layer takes; `None` for the first of
-            `implementations`.
 
     Raises:
-        DeepTwistError: if the layer cannot hold the decomposition or has no such implementation.
+        DeepTwistError: if the layer cannot hold the decomposition.
     """
 
     name: str
@@ -40,21 +37,11 @@ class CompressedLayer:
     aliases: tuple[str, ...] = ()
     calls: tuple[LayerCall, ...] = ()
     relative_error: float | None = None
-    implementation: str | None = None
 
     def __post_init__(self) -> None:
         # A rank that the layer cannot hold would ask for memory without bound.
         if self.decomposition.resolve(self.convolution, None) != self.decomposition:
             raise DeepTwistError(f"layer {self.name!r} cannot hold {self.decomposition}")
-        if self.implementation is not None and self.implementation not in self.implementations:
-            raise unknown_name_error(
-                f"implementation of layer {self.name!r}", self.implementation, self.implementations
-            )
-
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """The exact forms of the factored layer, the one that should be fastest first."""
-        return self.decomposition.implementations(self.convolution)
 
     @property
     def weight_numel(self) -> int:
@@ -85,9 +72,7 @@ class CompressedLayer:
         return [
             (part, size, call.count)
             for call in self.calls
-            for part, size in self.decomposition.workload(
-                self.convolution, call.size, self.implementation
-            )
+            for part, size in self.decomposition.workload(self.convolution, call.size)
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +81,6 @@ class CompressedLayer:
             **_common_fields(self),
             "decomposition": self.decomposition.to_dict(),
             "relative_error": self.relative_error,
-            "implementation": self.implementation,
         }
 
 
@@ -166,11 +150,9 @@ def layer_from_dict(values: dict[str, Any]) -> PlannedLayer:
         if not isinstance(values["reason"], str):
             raise DeepTwistError(f"layer {values['name']!r} has no reason to be kept")
         return KeptLayer(**fields)
-    error, implementation = values["relative_error"], values["implementation"]
-    if not isinstance(error, float | int | None) or not isinstance(implementation, str | None):
-        raise DeepTwistError(
-            f"layer {values['name']!r} has error {error!r}, implementation {implementation!r}"
-        )
+    error = values["relative_error"]
+    if not isinstance(error, float | int | None):
+        raise DeepTwistError(f"layer {values['name']!r} has error {error!r}")
     if convolution is None:
         raise DeepTwistError(f"layer {values['name']!r} has a decomposition without a geometry")
     fields["decomposition"] = from_dict(values["decomposition"])

@@ -11,12 +11,11 @@ from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.inspection.layers import Inspection, Layer, inspect_model
 from deeptwist.inspection.modes import as_tuple
-from deeptwist.layers.cost import LayerCall
-from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.latency import LatencyCache, LatencySetting
 from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.measure.runtimes import Runtime
-from deeptwist.plan.autotune import choose_by_clock
+from deeptwist.plan.autotune import exclude_slow_layers
 from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.layer_errors import LayerErrors
@@ -46,7 +45,6 @@ def plan(
     exclude: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
     min_speedup: float | None = None,
-    tune: bool = False,
     calibration: Calibration | None = None,
     latency_batch: int = 16,
     latency_runtime: Runtime = "eager",
@@ -82,7 +80,6 @@ def plan(
         overrides: pattern → another decomposition, another ratio, or `None` to keep the layer;
             the last pattern that matches counts, before all rules above.
         min_speedup: keep layers that are not this many times as fast factored, timed here.
-        tune: whether the exact forms of every layer are timed and the fastest is taken.
         calibration: what `deeptwist.calibrate` returned; `relative_error` is then the outputs',
             in every layer that it holds. Give it to `deeptwist.decompose` too.
         latency_batch: examples in the batch that milliseconds are measured at.
@@ -114,7 +111,8 @@ def plan(
 
     def attempt(latency: float | None) -> Plan:
         made = planner.plan(Budgets(ratio, macs, latency), allocation, clock)
-        made = choose_by_clock(model, made, min_speedup=min_speedup, tune=tune)
+        if min_speedup is not None:
+            made = exclude_slow_layers(model, made, min_speedup)
         if clock is None:
             return made
         promise = time_network(model, as_tuple(example_input), made, clock.setting)
@@ -298,9 +296,7 @@ def plan_from_model(
                 f"model has ({layer.convolution})"
             )
         else:
-            planned.append(
-                _compress(layer, module.convolution, module.decomposition, module.implementation)
-            )
+            planned.append(_compress(layer, module.convolution, module.decomposition))
     if factored:
         raise DeepTwistError(f"the dense model has no layer {min(factored)!r}")
     return _assemble(model, inputs, inspection, planned)
@@ -356,7 +352,6 @@ def _compress(
     layer: Layer,
     convolution: ConvGeometry,
     decomposition: Decomposition,
-    implementation: str | None = None,
     error: float | None = None,
 ) -> CompressedLayer:
     name, *aliases = layer.names
@@ -368,7 +363,6 @@ def _compress(
         aliases=tuple(aliases),
         calls=layer.calls,
         relative_error=error,
-        implementation=implementation,
     )
 
 

@@ -43,7 +43,6 @@ _NEUTRAL = {
     "min_in_channels": 1,
     "rank_multiple": 1,
     "include": ["*"],
-    "tune": False,
     "latency_batch": 16,
     "latency_runtime": "eager",
 }

@@ -40,7 +40,6 @@ class CompressionConfig:
         include: Compress only layers of these names, globs, or expressions after re:.
         exclude: Keep layers of these names, globs, or expressions after re:.
         min_speedup: Keep layers that are not this many times as fast factored, timed here.
-        tune: Time the exact forms of every layer and take the fastest.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (what pydantic looks for)
@@ -64,7 +63,6 @@ class CompressionConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     min_speedup: float | None = None
-    tune: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.decomposition, str):  # one name, as in most recipes
@@ -144,7 +142,6 @@ class CompressionConfig:
             exclude=self.exclude,
             overrides=overrides,
             min_speedup=self.min_speedup,
-            tune=self.tune,
             calibration=calibration,
         )
 

@@ -173,7 +173,7 @@ class CompressionRecipe(CompressionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         changed = [o.name for o in fields(self) if getattr(self, o.name) != o.default]
-        changed = [name for name in changed if name not in ("plan", "tune", "min_speedup")]
+        changed = [name for name in changed if name not in ("plan", "min_speedup")]
         if self.plan is not None and changed:
             raise ValueError(f"a plan leaves nothing to choose: leave out {', '.join(changed)}")
 
@@ -191,12 +191,14 @@ class CompressionRecipe(CompressionConfig):
     ) -> "Plan":
         """Read or make the plan for a model; see `deeptwist.plan`."""
         from deeptwist.app.training.overrides import parse_override
-        from deeptwist.plan.autotune import choose_by_clock
+        from deeptwist.plan.autotune import exclude_slow_layers
         from deeptwist.plan.plan import read_plan
 
         if self.plan is not None:
             plan = read_plan(Path(self.plan))
-            return choose_by_clock(model, plan, min_speedup=self.min_speedup, tune=self.tune)
+            if self.min_speedup is None:
+                return plan
+            return exclude_slow_layers(model, plan, self.min_speedup)
         overrides = {**dict(map(parse_override, self.override)), **(overrides or {})}
         return super().make_plan(model, example_input, overrides, calibration)
 
