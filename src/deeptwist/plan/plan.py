@@ -20,6 +20,7 @@ from deeptwist.plan.planned_layer import (
 from deeptwist.plan.table import format_table, kept_lines, layer_row, total_row
 
 _FORMAT = 2
+_LARGEST_INPUT = 2**31  # numbers
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Plan:
             for shape, dtype in values["inputs"]:
                 for side in shape:
                     check_int("a side of an input", side, 0)
+                if math.prod(shape) > _LARGEST_INPUT:
+                    raise DeepTwistError(f"an input of {shape} is larger than any network's")
                 if not isinstance(getattr(torch, dtype, None), torch.dtype):
                     raise DeepTwistError(f"an input is of unknown type {dtype!r}")
             layers = values["layers"]
