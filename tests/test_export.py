@@ -420,7 +420,7 @@ def images(split: str, per_class: int) -> Tensor:
     from PIL import Image
 
     from deeptwist.app.data import normalize
-    from deeptwist.app.data.config import IMAGENET_MEAN, IMAGENET_STD
+    from deeptwist.app.data.sources import IMAGENET_MEAN, IMAGENET_STD
 
     folders = sorted((IMAGES / split).iterdir())
     files = [file for folder in folders for file in sorted(folder.iterdir())[:per_class]]

@@ -8,13 +8,12 @@ if TYPE_CHECKING:
     from deeptwist.app.data.dataset import ImageData as ImageData
     from deeptwist.app.data.dataset import ImageFiles as ImageFiles
     from deeptwist.app.data.dataset import Split as Split
+    from deeptwist.app.data.dataset import augment as augment
+    from deeptwist.app.data.dataset import normalize as normalize
     from deeptwist.app.data.loading import batches as batches
     from deeptwist.app.data.loading import train_batches as train_batches
-    from deeptwist.app.data.sources import dataset_signature as dataset_signature
     from deeptwist.app.data.sources import load_data as load_data
     from deeptwist.app.data.sources import load_digits as load_digits
-    from deeptwist.app.data.transforms import augment as augment
-    from deeptwist.app.data.transforms import normalize as normalize
 
 # Imported on first use: recipes read `config`, and their help must not wait for torch.
 _MODULES = {
@@ -22,12 +21,11 @@ _MODULES = {
     "ImageData": "dataset",
     "ImageFiles": "dataset",
     "Split": "dataset",
-    "augment": "transforms",
+    "augment": "dataset",
     "batches": "loading",
-    "dataset_signature": "sources",
     "load_data": "sources",
     "load_digits": "sources",
-    "normalize": "transforms",
+    "normalize": "dataset",
     "train_batches": "loading",
 }
 __all__ = [*_MODULES]

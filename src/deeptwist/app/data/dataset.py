@@ -1,12 +1,13 @@
-"""A data set: images in memory or read one by one, labels, and the preparation that suits them."""
+"""A data set: images in memory or read one by one, labels, and what prepares them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deeptwist.errors import DeepTwistError
@@ -14,7 +15,6 @@ from deeptwist.errors import DeepTwistError
 if TYPE_CHECKING:
     from PIL import Image
 
-Rows = npt.NDArray[np.int64]
 Transform = Callable[["Image.Image | Tensor"], Tensor]  # gives uint8 (C, H, W)
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of float images and int labels
 
@@ -33,7 +33,7 @@ class ImageFiles:
     """
 
     read: Callable[[int], "Image.Image"]
-    rows: Rows
+    rows: npt.NDArray[np.int64]
     transform: Transform
     size: tuple[int, ...]
     workers: int = 0
@@ -124,6 +124,44 @@ class ImageData:
     def shape(self) -> tuple[int, ...]:
         """Return an image's (C, H, W) in evaluation."""
         return tuple(self.test.images.shape[1:])
+
+
+def augment(
+    images: Tensor,  # uint8 (B, C, H, W)
+    draws: Tensor,  # float64 (B, 3), uniform in [0, 1)
+    *,
+    padding: int,
+    flip: bool,
+) -> Tensor:
+    """Crop each image at random from its zero-padded self and mirror it with probability ½.
+
+    This is the standard augmentation for CIFAR (He et al. 2015, section 4.2), of a whole batch on
+    its device. All (2 · padding + 1)² crops are equally likely.
+    """
+    count, _, height, width = images.shape
+    draws = draws.to(images.device, non_blocking=True)
+    if padding:
+        top, left = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
+        padded = F.pad(images, (padding,) * 4)
+        # A view (B, C, 2·padding + 1, 2·padding + 1, H, W) of every crop; indexing copies one each.
+        crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+        images = crops[torch.arange(count, device=images.device), :, top, left]
+    if flip:
+        images = torch.where(draws[:, 2].view(-1, 1, 1, 1) < 0.5, images.flip(3), images)
+    return images
+
+
+def normalize(
+    images: Tensor,  # uint8 (B, C, H, W)
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Return float32 (images / 255 − mean) / std, per channel, on the images' device."""
+    center, scale = (
+        255 * torch.tensor(values).view(-1, 1, 1).to(images.device, non_blocking=True)
+        for values in (mean, std)
+    )
+    return images.float().sub_(center).div_(scale)
 
 
 def _described(tensor: Tensor) -> str:

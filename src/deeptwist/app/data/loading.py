@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform
-from deeptwist.app.data.transforms import augment
+from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform, augment
 from deeptwist.errors import DeepTwistError, first_line
 
 logger = logging.getLogger("deeptwist")

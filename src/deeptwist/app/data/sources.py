@@ -1,22 +1,28 @@
-"""Data sets by name or folder, as memory holds them or as files."""
+"""Data sets by name or folder, listed and prepared: what `load_data` is made of."""
 
 import math
 import os
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deeptwist.app.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from deeptwist.app.data.dataset import ImageData, ImageFiles, Split
-from deeptwist.app.data.files import Listing, list_source
+from deeptwist.app.data.config import DataConfig
+from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform
 from deeptwist.app.data.loading import batches
-from deeptwist.app.data.transforms import eval_transform, mix_transform, train_transform
 from deeptwist.errors import DeepTwistError, first_line, require_extra, unknown_name_error
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NAMED = ("digits", "cifar10")
 _SMALL = 64  # pixels: up to here, images are kept in memory without being asked for
 
@@ -38,7 +44,9 @@ def load_data(config: DataConfig | str, **options: Any) -> ImageData:
             raise DeepTwistError(f"cannot prepare {config}: {error}") from error
     if config.source in _NAMED:
         return _load_named(config)
-    _check_name(config.source)
+    path = Path(config.source)
+    if path.name == config.source and not path.expanduser().is_dir():
+        raise unknown_name_error("data set", config.source, [*_NAMED, "path/to/folder", "hf/NAME"])
     return _load_files(config)
 
 
@@ -51,51 +59,31 @@ def load_digits() -> ImageData:
     return load_data("digits")
 
 
-def dataset_signature(source: str) -> dict[str, Any]:
-    """Return what tells a data set from others of its name: its classes and their sizes.
-
-    Args:
-        source: see `DataConfig`.
-
-    Raises:
-        DeepTwistError: if there is no such data set or it cannot be listed.
-    """
-    if source in _NAMED:
-        return {"name": source}
-    _check_name(source)
-    return {
-        name: dict(zip(split.classes, split.labels.bincount().tolist(), strict=True))
-        for name, split in zip(("train", "test"), list_source(source), strict=True)
-    }
+# --- what prepares images
 
 
 def _load_named(config: DataConfig) -> ImageData:
-    name, is_digits = config.source, config.source == "digits"
     if config.image_size is not None or config.preset == "imagenet":
         raise DeepTwistError(
-            f"{name} has a fixed image size and is kept in memory: leave out image_size and the "
-            "imagenet preset"
+            f"{config.source} has a fixed image size and is kept in memory: leave out image_size "
+            "and the imagenet preset"
         )
     config = replace(config, preset="cifar")
-    if is_digits:  # mean and std are those of the training split; a mirrored 2 is not a digit
+    if config.source == "digits":  # mean and std of the training split; a mirrored 2 is no digit
         config = _with_defaults(config, padding=1, flip=False, mean=(0.305,), std=(0.376,))
-    else:
-        config = _with_defaults(config, padding=4)
-    return _image_data(config, name, *(_digits() if is_digits else _cifar10()))
+        return _image_data(config, config.source, *_digits())
+    return _image_data(_with_defaults(config, padding=4), config.source, *_cifar10())
 
 
 def _load_files(config: DataConfig) -> ImageData:
-    train, test = list_source(config.source)
+    train, test = _list_source(config.source)
     if config.preset is None:
-        size = config.image_size or max(train(0).size)
+        size = config.image_size or max(train.read(0).size)
         config = replace(config, preset="cifar" if size <= _SMALL else "imagenet")
     if config.preset == "imagenet":
         config = _with_defaults(config, image_size=224, crop_pct=0.875)
     config = _with_defaults(config, eval_size=config.image_size)
-    splits = [
-        Split(_files(listing, config, size), listing.labels)
-        for listing, size in ((train, config.image_size), (test, config.eval_size))
-    ]
+    splits = [_files(train, config, config.image_size), _files(test, config, config.eval_size)]
     if config.preset == "cifar":
         splits = [_decoded(split) for split in splits]
     return _image_data(config, Path(config.source).name, splits[0], splits[1], train.classes)
@@ -104,13 +92,10 @@ def _load_files(config: DataConfig) -> ImageData:
 def _with_defaults(config: DataConfig, **defaults: Any) -> DataConfig:
     """Return the config with values where it has `None`."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = min(16, max(1, len(os.sched_getaffinity(0)) // processes))
     defaults = {
-        "flip": True,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "workers": min(16, max(1, len(os.sched_getaffinity(0)) // processes)),
-        **defaults,
-    }
+        "flip": True, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "workers": workers, **defaults
+    }  # fmt: skip
     return replace(config, **{n: v for n, v in defaults.items() if getattr(config, n) is None})
 
 
@@ -120,8 +105,8 @@ def _image_data(
     """Return a data set with the augmentation that the config, which is whole, asks for."""
     height, width = train.images.shape[2:]
     padding = max(1, min(height, width) // 8) if config.padding is None else config.padding
-    mix = mix_transform(config, len(classes))
-    by_batch = isinstance(train.images, Tensor) and not (config.auto_augment or config.erase or mix)
+    transform, mix = _train_transform(config, (height, width), padding), _mix(config, len(classes))
+    on_device = not (config.auto_augment or config.erase or mix)
     assert config.mean is not None
     assert config.std is not None
     return ImageData(
@@ -133,25 +118,182 @@ def _image_data(
         std=config.std,
         padding=padding,
         flip=bool(config.flip),
-        transform=None if by_batch else train_transform(config, (height, width), padding=padding),
+        transform=None if isinstance(train.images, Tensor) and on_device else transform,
         mix=mix,
         workers=config.workers or 0,
     )
 
 
-def _files(listing: Listing, config: DataConfig, size: int | None) -> ImageFiles:
-    transform = eval_transform(config, size)
-    shape = tuple(transform(listing(0)).shape) if size is None else (3, size, size)
-    rows = np.arange(len(listing.labels))
-    return ImageFiles(listing, rows, transform, shape, config.workers or 0, config.skip_unreadable)
+def _train_transform(config: DataConfig, size: tuple[int, int], padding: int) -> Transform:
+    """Return a preset's augmentation of one image to a height and width."""
+    v2, interpolation = _transforms(config)
+    steps = [v2.RandomCrop(size, padding=padding)]
+    if config.preset == "imagenet":
+        steps = [v2.RandomResizedCrop(size, (config.scale, 1.0), interpolation=interpolation)]
+    if config.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if config.auto_augment is not None:
+        kind = v2.TrivialAugmentWide if config.auto_augment == "trivial" else v2.RandAugment
+        steps.append(kind(interpolation=interpolation))
+    steps.append(v2.ToImage())
+    if config.erase:
+        mean = [255 * value for value in config.mean or ()]  # what becomes 0
+        steps.append(v2.RandomErasing(config.erase, value=mean))
+    transform: Transform = v2.Compose([*steps, v2.ToPureTensor()])
+    return transform
+
+
+def _eval_transform(config: DataConfig, size: int | None) -> Transform:
+    """Return evaluation's: the shorter side resized, the centre cropped; none without a size."""
+    v2, interpolation = _transforms(config)
+    transform: Transform = v2.PILToTensor()
+    if size is not None:
+        resized = v2.Resize(int(size / (config.crop_pct or 1)), interpolation=interpolation)
+        transform = v2.Compose([resized, v2.CenterCrop(size), transform])
+    return transform
+
+
+def _mix(config: DataConfig, num_classes: int) -> Mix | None:
+    """Return what blends a pair of images, `None` where the config asks for nothing."""
+    v2, _ = _transforms(config)
+    options = (v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)
+    kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in options if alpha]
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+def _transforms(config: DataConfig) -> tuple[Any, Any]:
+    with require_extra():
+        from torchvision.transforms import InterpolationMode, v2
+    return v2, InterpolationMode(config.interpolation)
+
+
+# --- where images come from
+
+
+@dataclass(frozen=True, eq=False)
+class _Listing:
+    """A split before it is read.
+
+    Attributes:
+        read: row → its image as RGB; a `DeepTwistError` that names one that is damaged.
+        labels: int64 (N,).
+        classes: the name of each label.
+    """
+
+    read: "Callable[[int], Image.Image]"
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+def _list_source(source: str) -> tuple[_Listing, _Listing]:
+    """List the training and the test images of a folder, or of ``hf/`` and a data set."""
+    if source.startswith("hf/"):
+        train, test = _list_hub(source.removeprefix("hf/"))
+    else:
+        root = Path(source).expanduser().resolve()
+        if not root.is_dir():
+            raise DeepTwistError(f"no folder of images at '{root}'")
+        train = _list_folder(root / "train")
+        test = _list_folder(root / ("test" if (root / "test").is_dir() else "val"))
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise DeepTwistError(
+            f"'{source}' has classes in one split only: {', '.join(differing)}: add or delete them"
+        )
+    return train, test
+
+
+def _list_folder(split: Path) -> _Listing:
+    with require_extra():
+        from torchvision.datasets import ImageFolder
+    if not split.is_dir():
+        raise DeepTwistError(
+            f"no folder '{split}': images belong in train/CLASS/ and test/CLASS/ or val/CLASS/"
+        )
+    try:
+        folder = ImageFolder(str(split))
+    except FileNotFoundError as error:
+        raise DeepTwistError(f"no images in '{split}': {first_line(error)}") from error
+    # Encoded in an array, not a list of strings, which every worker would come to copy.
+    names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in folder.samples])
+    read = partial(_read_file, str(split), names)
+    return _Listing(read, torch.tensor(folder.targets), tuple(folder.classes))
+
+
+def _list_hub(name: str) -> tuple[_Listing, ...]:
+    with require_extra("huggingface"):
+        import datasets
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # of the network, of files, of formats
+        raise DeepTwistError(f"cannot load data set hf/{name}: {first_line(error)}") from error
+    tests = [split for split in ("test", "validation", "val") if split in splits]
+    if "train" not in splits or not tests:
+        raise DeepTwistError(f"hf/{name} has the splits {', '.join(splits)}: it needs train, test")
+    features = splits["train"].features
+    columns = [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not columns or not labels:
+        raise DeepTwistError(f"hf/{name} has no column of images, or none of class labels")
+    return tuple(
+        _Listing(
+            partial(_read_row, f"hf/{name}/{split}", splits[split], columns[0]),
+            torch.tensor(splits[split].with_format("numpy")[labels[0]][:], dtype=torch.int64),
+            tuple(splits[split].features[labels[0]].names),
+        )
+        for split in ("train", tests[0])
+    )
+
+
+def _read_file(root: str, names: npt.NDArray[np.bytes_], row: int) -> "Image.Image":
+    from PIL import Image
+
+    path = os.path.join(root, os.fsdecode(names[row]))
+    with _named(f"'{path}'"), Image.open(path) as image:
+        return _to_rgb(image)
+
+
+def _read_row(name: str, dataset: Any, column: str, row: int) -> "Image.Image":
+    with _named(f"{row} of {name}"):
+        return _to_rgb(dataset[int(row)][column])
+
+
+@contextmanager
+def _named(image: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged images surface as OSError, SyntaxError, ValueError, …
+        raise DeepTwistError(
+            f"cannot decode image {image} ({type(error).__name__}): replace or delete it, or "
+            "set data.skip_unreadable"
+        ) from error
+
+
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    """Convert to RGB, grey images of 16 bits by scaling them to 8, where Pillow would cut them off.
+
+    One of mode I, of 32 bits, is taken to hold 16: as that, older Pillows read such PNGs.
+    """
+    if image.mode.startswith("I"):
+        from PIL import Image
+
+        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 · 257
+    return image.convert("RGB")
+
+
+def _files(listing: _Listing, config: DataConfig, size: int | None) -> Split:
+    transform = _eval_transform(config, size)
+    shape = tuple(transform(listing.read(0)).shape) if size is None else (3, size, size)
+    rows, workers = np.arange(len(listing.labels)), config.workers or 0
+    files = ImageFiles(listing.read, rows, transform, shape, workers, config.skip_unreadable)
+    return Split(files, listing.labels)
 
 
 def _decoded(split: Split) -> Split:
-    """Return a split whose images are in memory.
-
-    Raises:
-        DeepTwistError: if an image cannot be decoded, or all would not fit.
-    """
+    """Return a split whose images are in memory, if all of them fit."""
     needed = math.prod(split.images.shape)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
@@ -182,21 +324,12 @@ def _cifar10() -> tuple[Split, Split, tuple[str, ...]]:
         from torchvision.datasets import CIFAR10
     folder = str(Path(os.environ.get("DEEPTWIST_CACHE") or "~/.cache/deeptwist").expanduser())
     try:
-        train, test = (CIFAR10(folder, train=part, download=True) for part in (True, False))
+        parts = [CIFAR10(folder, train=part, download=True) for part in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DeepTwistError(
             f"cannot download CIFAR-10 into {folder} ({first_line(error)}): "
             "give a folder that holds train/CLASS/*.png and test/CLASS/*.png instead"
         ) from error
-    train_split, test_split = (
-        Split(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-        )
-        for part in (train, test)
-    )
-    return train_split, test_split, tuple(train.classes)
-
-
-def _check_name(source: str) -> None:
-    if Path(source).name == source and not Path(source).expanduser().is_dir():
-        raise unknown_name_error("data set", source, [*_NAMED, "path/to/folder", "hf/NAME"])
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = (Split(x, torch.tensor(p.targets)) for x, p in zip(images, parts, strict=True))
+    return train, test, tuple(parts[0].classes)

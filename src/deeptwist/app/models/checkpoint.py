@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,19 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     expected = model.state_dict()
     weights = _without_prefixes(_state_dict(_read(path), path), expected)
-    _check_names(weights, expected, path)
-    _check_shapes(weights, expected, path)
+    # Older files lack BatchNorm's step counter, which load_state_dict then fills in.
+    lacking = (n for n in expected.keys() - weights.keys() if not n.endswith("num_batches_tracked"))
+    named = ("missing", sorted(lacking)), ("unexpected", sorted(weights.keys() - expected.keys()))
+    complaints = [f"{len(names)} {kind} ({_first(names)})" for kind, names in named if names]
+    if complaints:
+        raise DeepTwistError(f"'{path}' is not of this model: tensors {', '.join(complaints)}")
+    wrong = [
+        f"{name} {tuple(value.shape)} where the model has {tuple(expected[name].shape)}"
+        for name, value in weights.items()
+        if value.shape != expected[name].shape
+    ]
+    if wrong:
+        raise DeepTwistError(f"'{path}' is not of this model: {_first(wrong)}")
     model.load_state_dict(weights)
 
 
@@ -81,32 +92,6 @@ def _without_prefixes(weights: dict[str, Tensor], expected: Iterable[str]) -> di
             bare = {name.removeprefix(prefix): value for name, value in weights.items()}
             return _without_prefixes(bare, expected)
     return weights
-
-
-def _check_names(weights: Iterable[str], expected: Iterable[str], path: Path) -> None:
-    stored, wanted = set(weights), set(expected)
-    unexpected = sorted(stored - wanted)
-    # Older files lack BatchNorm's step counter, which load_state_dict then fills in.
-    missing = sorted(n for n in wanted - stored if not n.endswith("num_batches_tracked"))
-    complaints = [
-        f"{len(names)} {kind} ({_first(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if complaints:
-        raise DeepTwistError(f"'{path}' is not of this model: tensors {', '.join(complaints)}")
-
-
-def _check_shapes(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
-) -> None:
-    wrong = [
-        f"{name} {tuple(value.shape)} where the model has {tuple(expected[name].shape)}"
-        for name, value in weights.items()
-        if value.shape != expected[name].shape
-    ]
-    if wrong:
-        raise DeepTwistError(f"'{path}' is not of this model: {_first(wrong)}")
 
 
 def _first(items: list[str], shown: int = 3) -> str:

@@ -1,12 +1,11 @@
 """Networks by name: the paper's, torchvision's, timm's and the user's own."""
 
-import importlib
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 from torch import nn
 
@@ -84,11 +83,28 @@ def _from_timm(network: str, num_classes: int | None, in_channels: int | None) -
 
 def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
     module_name, _, attribute = name.partition(":")
-    module = _import_user_module(module_name)
-    if not hasattr(module, attribute):
-        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise unknown_name_error(f"factory in {module_name}", attribute, public)
-    factory = getattr(module, attribute)
+    if not module_name or module_name.startswith("."):
+        raise DeepTwistError(
+            f"module {module_name!r} has no full name: write 'package.module:factory'"
+        )
+    sys.path.insert(0, directory := os.getcwd())
+    try:
+        factory = pkgutil.resolve_name(name)
+    except ModuleNotFoundError as error:
+        # A module that is there but lacks one of its own imports keeps its traceback.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise DeepTwistError(
+            f"no module {error.name!r} in {directory} or among the installed packages"
+        ) from error
+    except AttributeError as error:
+        if module_name not in sys.modules:  # the module's own mistake
+            raise
+        members = vars(sys.modules[module_name]).items()
+        public = [key for key, value in members if callable(value) and key[0] != "_"]
+        raise unknown_name_error(f"factory in {module_name}", attribute, public) from error
+    finally:
+        sys.path.remove(directory)
     if not callable(factory) or isinstance(factory, nn.Module):
         raise DeepTwistError(f"{name} is of type {type(factory).__name__}, not a function to call")
     model = factory(**_matching_kwargs(factory, given, name))
@@ -100,6 +116,7 @@ def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
 def _matching_kwargs(
     factory: Callable[..., object], given: dict[str, int], name: str
 ) -> dict[str, int]:
+    """Return the sizes that a factory's signature names."""
     signature = inspect.signature(factory)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         given = {key: value for key, value in given.items() if key in signature.parameters}
@@ -108,21 +125,3 @@ def _matching_kwargs(
     except TypeError as error:
         raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from error
     return given
-
-
-def _import_user_module(module: str) -> ModuleType:
-    if not module or module.startswith("."):
-        raise DeepTwistError(f"module {module!r} has no full name: write 'package.module:factory'")
-    directory = os.getcwd()
-    sys.path.insert(0, directory)
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # A module that is there but lacks one of its own imports keeps its traceback.
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise DeepTwistError(
-            f"no module {error.name!r} in {directory} or among the installed packages"
-        ) from error
-    finally:
-        sys.path.remove(directory)
