@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from deeptwist import SVD, DeepTwist, Plan, decompose, load, plan, save
-from deeptwist.inspection.layers import inspect_model
-from deeptwist.inspection.modes import eval_mode
+from deeptwist.inspection.run import eval_mode
+from deeptwist.inspection.usage import inspect_model
 
 X = torch.randn(2, 8, 6, 6)
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from deeptwist import SVD, DeepTwist, Plan, load, plan, save
 from deeptwist.export import Exported, export_onnx
-from deeptwist.inspection.verify import run_counted
+from deeptwist.inspection.proof import run_counted
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)

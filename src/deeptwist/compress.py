@@ -21,7 +21,7 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.export import export_onnx
 from deeptwist.export.int8 import quantize_onnx
 from deeptwist.files import write_text
-from deeptwist.inspection.modes import as_tuple
+from deeptwist.inspection.run import as_tuple
 from deeptwist.measure.comparison import compare_functions
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.networks import Setting

@@ -3,25 +3,16 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions import FactoredLayer, Factors
-from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection.modes import FORWARD_ERRORS, as_tuple
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.proof import check_runs, random_inputs, run_counted
+from deeptwist.inspection.run import FORWARD_ERRORS, as_tuple
 from deeptwist.inspection.swap import swap
-from deeptwist.inspection.verify import check_runs, run_counted
-from deeptwist.inspection.weights import (
-    class_reason,
-    get_layer,
-    has_hooks,
-    input_padding,
-    layer_geometry,
-    read_weight,
-    weight_parameters,
-)
+from deeptwist.inspection.weights import Weight, get_layer, has_hooks, weight_of
 from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
 from deeptwist.plan.calibration import Calibration, to_device
 from deeptwist.plan.plan import Plan
@@ -30,14 +21,13 @@ from deeptwist.plan.planned_layer import CompressedLayer
 logger = logging.getLogger("deeptwist")
 
 Inputs = Tensor | tuple[Tensor, ...]
-Dense = nn.Conv2d | nn.Linear  # what every layer that can be planned looks like: weight and bias
 
 
-def get_planned_module(model: nn.Module, layer: CompressedLayer) -> Dense:
-    """Return the model's module that a planned layer names.
+def planned_weight(model: nn.Module, layer: CompressedLayer) -> Weight:
+    """Return the weight of the model's layer that a planned layer names.
 
     Raises:
-        DeepTwistError: if the model has no such module, or one of another geometry.
+        DeepTwistError: if the model has no such layer, or one of another geometry.
     """
     try:
         module = get_layer(model, layer.name)
@@ -47,15 +37,15 @@ def get_planned_module(model: nn.Module, layer: CompressedLayer) -> Dense:
         ) from error
     if isinstance(module, FactoredLayer):
         raise DeepTwistError(f"layer {layer.name!r} is decomposed already")
-    reason = class_reason(module)
-    if reason is None and layer_geometry(module) != layer.convolution:
-        reason = f"is {type(module).__name__}({getattr(module, 'extra_repr', str)()})"
-    if reason is not None:
-        raise DeepTwistError(
-            f"the plan is for another model: layer {layer.name!r} was ({layer.convolution}), "
-            f"here it {reason}"
-        )
-    return cast(Dense, module)
+    weight = weight_of(module)
+    if isinstance(weight, Weight):
+        if weight.geometry == layer.convolution:
+            return weight
+        weight = f"is {type(module).__name__}({module.extra_repr()})"
+    raise DeepTwistError(
+        f"the plan is for another model: layer {layer.name!r} was ({layer.convolution}), "
+        f"here it {weight}"
+    )
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
@@ -69,7 +59,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     if twice:
         raise DeepTwistError(f"the plan has layer {min(twice)!r} twice")
     for layer in plan.compressed:
-        get_planned_module(model, layer)
+        planned_weight(model, layer)
     parameters = sum(p.numel() for p in model.parameters())
     if plan.inputs and plan.dense_parameters != parameters:
         raise DeepTwistError(
@@ -88,9 +78,7 @@ def factorize(
         DeepTwistError: if a weight is not finite, naming the layer; or if the plan is for
             another model.
     """
-    weights = {
-        layer.name: read_weight(get_planned_module(model, layer)) for layer in plan.compressed
-    }
+    weights = {layer.name: planned_weight(model, layer).read() for layer in plan.compressed}
     check_finite(weights)
     moments = calibration.moments if calibration else {}
     factors = {}
@@ -112,18 +100,19 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
     """
     # By their norms first, asked for together: to ask every number takes longer than a distortion,
     # and an accelerator is waited for once.
-    for (name, weight), norm in zip(weights.items(), norms(weights.values()), strict=True):
+    norms = frobenius_norms(weights.values())
+    for (name, weight), norm in zip(weights.items(), norms, strict=True):
         if not math.isfinite(norm) and not weight.isfinite().all():
             raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
 
 
-def norms(weights: Iterable[Tensor]) -> list[float]:
-    """‖W‖_F of every weight; infinite where its square is beyond the computing type."""
-    return numbers([torch.linalg.vector_norm(w, dtype=compute_dtype(w.dtype)) for w in weights])
+def frobenius_norms(weights: Iterable[Tensor]) -> list[float]:
+    """Return ‖W‖_F of every weight; infinite where its square is beyond the computing type."""
+    return to_floats([torch.linalg.vector_norm(w, dtype=compute_dtype(w.dtype)) for w in weights])
 
 
-def numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """Scalars, on any devices, as numbers; an accelerator is waited for once."""
+def to_floats(scalars: Sequence[Tensor]) -> list[float]:
+    """Return tensors of one number, on any devices; an accelerator is waited for once."""
     return torch.stack([x.to(scalars[0].device) for x in scalars]).tolist() if scalars else []
 
 
@@ -152,30 +141,21 @@ def decompose(
         name: factors.kernels() for name, factors in factorize(model, plan, calibration).items()
     }
     small = replace_layers(model, plan, kernels)
-    if plan.inputs:
-        _check_decomposed(model, small, plan)
-    return small
-
-
-def _check_decomposed(model: nn.Module, small: nn.Module, plan: Plan) -> None:
-    """Prove, on inputs of the planned shapes, that the factored layers run in a decomposed model.
-
-    Raises:
-        DeepTwistError: if one does not run, a dense original does, or the model cannot run.
-    """
+    if not plan.inputs:
+        return small
     inputs = example_inputs(model, plan)
-    dense = {layer.name: get_layer(model, layer.name) for layer in plan.compressed}
     try:
-        check_runs(small, dense, inputs, {x.name: len(x.calls) for x in plan.compressed})
+        check_runs(
+            model, small, {layer.name: len(layer.calls) for layer in plan.compressed}, inputs
+        )
     except DeepTwistError:
-        raise
-    except FORWARD_ERRORS as error:
         try:
             run_counted(model, inputs, {})
         except FORWARD_ERRORS:  # random numbers are no input for this network
             logger.warning("%s cannot run on random inputs: unchecked", type(model).__name__)
-            return
-        raise DeepTwistError(f"the decomposed model cannot run: {first_line(error)}") from error
+        else:
+            raise
+    return small
 
 
 def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -> None:
@@ -197,49 +177,21 @@ def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -
 
     kernels = {}
     for layer in plan.compressed:
-        device = read_weight(get_planned_module(model, layer)).device
+        device = planned_weight(model, layer).parameters[0].device
         parts = layer.decomposition.parts(layer.convolution)
         kernels[layer.name] = [random_kernel(part, device) for part in parts]
     small = replace_layers(model, plan, kernels)
-    inputs = example_inputs(model, plan, example_input)
-    dense = {layer.name: get_layer(model, layer.name) for layer in plan.compressed}
-    advice = "exclude the layer that it names, or pass another example_input"
-    try:
-        check_runs(small, dense, inputs)
-    except DeepTwistError:
-        raise
-    except FORWARD_ERRORS as error:
-        raise DeepTwistError(
-            f"{type(model).__name__} cannot run with factored layers: {first_line(error)}: {advice}"
-        ) from error
+    check_runs(model, small, dict.fromkeys(kernels), example_inputs(model, plan, example_input))
 
 
 def example_inputs(
     model: nn.Module, plan: Plan, example_input: Inputs | None = None
 ) -> tuple[Tensor, ...]:
-    """Return inputs on the model's device: those given, or random ones of the planned shapes.
-
-    Random ones have the planned types; a model that was planned in one floating-point type and is
-    another as a whole gets its own.
-    """
+    """Return inputs on the model's device: those given, or random ones of the planned shapes."""
+    if example_input is None:
+        return random_inputs(model, plan.inputs)
     device = next(model.parameters()).device
-    if example_input is not None:
-        return tuple(x.to(device) for x in as_tuple(example_input))
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for shape, name in plan.inputs:
-        dtype: torch.dtype = getattr(torch, name)
-        if dtype.is_floating_point and len(types) == 1:
-            (dtype,) = types
-        is_number = dtype.is_floating_point or dtype.is_complex
-        x = torch.zeros(shape, dtype=dtype)
-        inputs.append(
-            (
-                torch.randn(shape, generator=generator, device="cpu").to(dtype) if is_number else x
-            ).to(device)
-        )
-    return tuple(inputs)
+    return tuple(x.to(device) for x in as_tuple(example_input))
 
 
 def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
@@ -249,8 +201,7 @@ def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
     """
 
     def is_frozen(layer: CompressedLayer) -> bool:
-        parameters = weight_parameters(get_layer(model, layer.name))
-        return not any(parameter.requires_grad for parameter in parameters)
+        return not any(p.requires_grad for p in planned_weight(model, layer).parameters)
 
     frozen = [layer for layer in plan.compressed if is_frozen(layer)]
     if not frozen or len(frozen) == len(plan.compressed):
@@ -261,16 +212,17 @@ def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
     return plan.with_layers(kept.get(layer.name, layer) for layer in plan.layers)
 
 
-def with_plain_weights(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
+def materialize_weights(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy in which layers that compute their weight hold these; the model if none do."""
     plain: dict[str, nn.Module] = {}
     for layer in plan.compressed:
         if layer.name not in weights:
             continue
-        module = get_planned_module(model, layer)
+        weight = planned_weight(model, layer)
         kernel = weight_to_kernel(weights[layer.name], layer.convolution)
-        bias = None if module.bias is None else module.bias.detach()
-        dense, padding = layer.convolution.make_module(kernel, bias), input_padding(module)
+        bias = None if weight.bias is None else weight.bias.detach()
+        dense = layer.convolution.make_module(kernel, bias)
+        padding = weight.padding
         plain[layer.name] = dense if padding is None else nn.Sequential(padding, dense)
     return swap(model, plain) if plain else model
 
@@ -279,29 +231,28 @@ def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tens
     """Return a copy of the model with a factored layer, of these kernels, for every planned one."""
     factored: dict[str, nn.Module] = {}
     for layer in plan.compressed:
-        module = get_planned_module(model, layer)
-        if has_hooks(module):
+        weight = planned_weight(model, layer)
+        if has_hooks(weight.module):
             logger.warning("layer %r carries hooks, which its factors will not", layer.name)
-        factored[layer.name] = _factored(module, layer, kernels[layer.name])
+        factored[layer.name] = _make_factored(weight, layer, kernels[layer.name])
     return swap(model, factored)
 
 
-def _factored(module: Dense, layer: CompressedLayer, kernels: list[Tensor]) -> FactoredLayer:
-    weight, bias = read_weight(module), module.bias
+def _make_factored(dense: Weight, layer: CompressedLayer, kernels: list[Tensor]) -> FactoredLayer:
+    """Return the factored layer of these kernels, in the dense one's type, mode and place."""
+    weight, bias = dense.read(), dense.bias
     factored = layer.decomposition.make_layer(
         layer.convolution,
         [kernel.to(weight.dtype) for kernel in kernels],
         None if bias is None else bias.detach(),
     )
-    padding = input_padding(module)
-    if padding is not None:
-        factored.pad_input(padding)
+    if dense.padding is not None:
+        factored.pad_input(dense.padding)
     is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
     if weight.dim() == 4 and is_channels_last and not weight.is_contiguous():
         factored = factored.to(memory_format=torch.channels_last)
-    factored.train(module.training)
-    is_trained = any(parameter.requires_grad for parameter in weight_parameters(module))
-    factored.requires_grad_(is_trained)
+    factored.train(dense.module.training)
+    factored.requires_grad_(any(parameter.requires_grad for parameter in dense.parameters))
     if bias is not None:
         for name, parameter in factored.named_parameters():
             if name.endswith("bias"):

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deeptwist._version import __version__
-from deeptwist.decompose import get_planned_module, replace_layers
+from deeptwist.decompose import planned_weight, replace_layers
 from deeptwist.decompositions import FactoredLayer, from_dict
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import atomic_write
 from deeptwist.inspection.swap import stored_modules
-from deeptwist.inspection.weights import distinct, get_layer
+from deeptwist.inspection.weights import get_layer
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         )
     for name, held in layers.items():
         _check_readable(model.get_submodule(name), _planned(name, held))
-    tensors, aliases = distinct(model)
+    tensors, aliases = deduplicate(model)
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
             "make it on the CPU"
         )
     for layer in layers:  # before anything takes the memory that the file says it needs
-        get_planned_module(base, layer)
+        planned_weight(base, layer)
     kernels = {layer.name: _empty_kernels(layer) for layer in layers}
     small = replace_layers(base, Plan(layers), kernels).cpu()
     try:
@@ -134,6 +134,25 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
     state.update(_aliased(state, config["aliases"]))
     _load_strictly(small, state, config)
     return small.eval()
+
+
+def deduplicate(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state's tensors, each once, and the other names of those that are shared."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    taken: set[int] = set()  # memory that a tensor before holds: safetensors refuses to share it
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = first.setdefault(id(tensor), name)
+        if owner != name:
+            aliases[name] = owner
+            continue
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage()
+        is_whole = memory.nbytes() == own.numel() * own.element_size()
+        tensors[name] = own if is_whole and memory.data_ptr() not in taken else own.clone()
+        taken.add(memory.data_ptr())
+    return tensors, aliases
 
 
 def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:

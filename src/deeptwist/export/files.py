@@ -20,10 +20,10 @@ from deeptwist.export.convert import check_free_axes, convert, told_with, trace
 from deeptwist.export.signature import Inputs, make_signature
 from deeptwist.export.verify import run_in_onnxruntime, verify
 from deeptwist.files import atomic_write
-from deeptwist.inspection.modes import output_tensors
+from deeptwist.inspection.run import output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
-from deeptwist.inspection.weights import distinct
 from deeptwist.measure.runtimes import suppress_output
+from deeptwist.save import deduplicate
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 
@@ -168,7 +168,7 @@ def export_state_dict(model: nn.Module, path: str | Path) -> Exported:
     Raises:
         DeepTwistError: if the file cannot be written.
     """
-    tensors, aliases = distinct(_inference_copy(model))
+    tensors, aliases = deduplicate(_inference_copy(model))
     copies = {alias: tensors[name].clone() for alias, name in aliases.items()}
     with _writing(Path(path)) as temporary:
         save_file({**tensors, **copies}, temporary)

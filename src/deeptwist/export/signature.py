@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.modes import FORWARD_ERRORS, output_tensors
+from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.inspection.run import explaining, output_tensors
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
 _GROWTHS = 1, 8, 32  # by which a free height is larger, twice that a width, where the model runs
@@ -100,11 +100,6 @@ def make_signature(
 
 def run_model(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return the model's outputs, in order."""
-    try:
-        with torch.no_grad():
-            return output_tensors(model(*inputs))
-    except FORWARD_ERRORS as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise DeepTwistError(
-            f"{type(model).__name__} cannot run on inputs {shapes}: {first_line(error)}"
-        ) from error
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+    with explaining(f"{type(model).__name__} cannot run on inputs {shapes}"), torch.no_grad():
+        return output_tensors(model(*inputs))

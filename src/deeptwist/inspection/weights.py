@@ -1,42 +1,313 @@
-"""What a module with weights computes, judged by what its class overrides, and its weight.
+"""The weight that a module computes with: `weight_of` finds it once, or says why there is none.
 
 A torch layer, and a subclass that overrides nothing of its computation, is read from its
-attributes. A subclass with a forward of its own is run on a tiny input while torch's functions are
-recorded: where it pads its input at most, and calls the layer's function once on its own weight and
-bias, it is that layer behind a padding. A few classes are known to compute their weight first.
+attributes; a subclass with a forward of its own is traced. There is one small class for each way
+in which a weight is kept.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.modes import eval_mode
+from deeptwist.inspection.run import eval_mode
+from deeptwist.inspection.tracing import padding_of, trace_forward, trace_forwards
 from deeptwist.layers.geometry import SUPPORTED_MODULES, ConvGeometry
-from deeptwist.layers.padding import ConstantPad, SamePad
 
 _COMPUTATION = "forward", "_conv_forward", "weight", "__call__", "_call_impl"
-_STANDARDIZED = {  # (w − mean) / standard deviation of each output channel, then a gain
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STANDARDIZED = {
     "timm.layers.std_conv.StdConv2d",
     "timm.layers.std_conv.StdConv2dSame",
     "timm.layers.std_conv.ScaledStdConv2d",
     "timm.layers.std_conv.ScaledStdConv2dSame",
     "transformers.models.bit.modeling_bit.WeightStandardizedConv2d",
 }
-_TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"  # a linear layer with weight (in, out)
-_NORMS = {  # hooks of torch.nn.utils, by class, and the name of the parameter that they normalise
+_TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
+_NORM_HOOKS = {  # hooks of torch.nn.utils, and the name of the parameter that they normalise
     "torch.nn.utils.weight_norm.WeightNorm": "weight_v",
     "torch.nn.utils.spectral_norm.SpectralNorm": "weight_orig",
 }
-_REPARAMETRIZATIONS = {
+_NORM_PARAMETRIZATIONS = {
     "torch.nn.utils.parametrizations._WeightNorm",
     "torch.nn.utils.parametrizations._SpectralNorm",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The weight of a torch layer: the parameter itself.
+
+    Attributes:
+        module: the layer that computes with it.
+        geometry: of the layer, its own padding aside.
+        padding: what the layer's forward does to its input first; `None` where nothing.
+        is_computed: whether it is computed from its parameters at every call.
+    """
+
+    module: nn.Module
+    geometry: ConvGeometry
+    padding: nn.Module | None = None
+    is_computed: ClassVar[bool] = False
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Whether a module keeps its weight in this way; the first of `_KINDS` counts."""
+        return isinstance(module, SUPPORTED_MODULES)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that it is made of."""
+        return weight_parameters(self.module)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's bias (out_channels,), if it has one."""
+        return cast(nn.Parameter | None, getattr(self.module, "bias", None))
+
+    def read(self) -> Tensor:
+        """Return the weight, shaped `geometry.weight_shape`; the parameter's memory if it can."""
+        return cast(Tensor, self.module.weight).detach()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Set the parameters so that the layer computes with this weight, or near it.
+
+        Weight norm is met exactly. Spectral norm and weight standardisation normalise what they
+        are given: the weight then is a multiple of it, for each output channel or as a whole.
+
+        Args:
+            weight: shaped as `read` returns it.
+        """
+        cast(Tensor, self.module.weight).copy_(weight)
+
+
+class TransposedWeight(Weight):
+    """The weight (i, o) of transformers' Conv1D, a linear layer."""
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Whether it is such a layer, its weight the parameter itself."""
+        is_kind = class_name(computing_class(module)) == _TRANSPOSED_LINEAR
+        return is_kind and not parametrize.is_parametrized(module) and _norm_hook(module) is None
+
+    def read(self) -> Tensor:
+        """Return the transposed parameter (o, i), a view."""
+        return super().read().mT
+
+    def write(self, weight: Tensor) -> None:
+        """Set the parameter from (o, i)."""
+        super().write(weight.mT)
+
+
+class HookedWeight(Weight):
+    """The weight that weight norm or spectral norm of torch.nn.utils computes in a hook."""
+
+    is_computed = True
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Whether a layer has such a hook."""
+        return isinstance(module, SUPPORTED_MODULES) and _norm_hook(module) is not None
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Return what the hook would compute now, without a power iteration."""
+        hook = _norm_hook(self.module)
+        has_gain = hasattr(self.module, "weight_g")
+        options = {} if has_gain else {"do_power_iteration": False}
+        return cast(Tensor, hook.compute_weight(self.module, **options)).detach()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Set the normalised parameter, and weight norm's gains."""
+        hook = _norm_hook(self.module)
+        getattr(self.module, _NORM_HOOKS[class_name(type(hook))]).copy_(weight)
+        if hasattr(self.module, "weight_g"):
+            gains = torch.norm_except_dim(weight, 2, hook.dim)
+            cast(Tensor, self.module.weight_g).copy_(gains)
+        self.module.weight = self.read()
+
+
+class StandardizedWeight(Weight):
+    """(w − mean) / standard deviation of each output channel, then a gain: as timm's."""
+
+    is_computed = True
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Whether the class is known to do so."""
+        return class_name(computing_class(module)) in _STANDARDIZED
+
+    def read(self) -> Tensor:
+        """Return the weight that the forward gives to the convolution."""
+        forward = trace_forward(self.module, self.geometry, computes_weight=True)
+        assert forward is not None, f"{type(self.module).__name__} calls no convolution"
+        return forward.weight.detach()
+
+
+class ParametrizedWeight(Weight):
+    """The weight that torch's parametrizations compute: weight norm, spectral norm."""
+
+    is_computed = True
+
+    @staticmethod
+    def holds(module: nn.Module) -> bool:
+        """Whether a layer has any."""
+        return isinstance(module, SUPPORTED_MODULES) and parametrize.is_parametrized(module)
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Return what they compute now, without a power iteration."""
+        with eval_mode(cast(nn.Module, self.module.parametrizations)):
+            return super().read().clone()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Assign, which torch takes back through the parametrization."""
+        self.module.weight = weight
+
+
+_KINDS = TransposedWeight, HookedWeight, StandardizedWeight, ParametrizedWeight, Weight
+
+
+def weight_of(module: nn.Module) -> Weight | str:
+    """Return the weight that a module computes with, or why it must be kept as it is."""
+    try:
+        geometry = layer_geometry(module)
+        reason = _unknown_parametrization(module)
+        if reason is not None:
+            return reason
+        padding = _padding(module, geometry)
+    except DeepTwistError as error:
+        return str(error)
+    dtype = next(p for p in weight_parameters(module) if p.dim() > 1).dtype
+    if dtype not in _FLOATS:
+        return f"has weights of type {dtype}".replace("torch.", "")
+    return _kind(module)(module, geometry, padding)
+
+
+def layer_geometry(module: nn.Module) -> ConvGeometry:
+    """Return the geometry of a layer, whether its weight can be found or not.
+
+    Raises:
+        DeepTwistError: if it is no layer, or its attributes are not those of one.
+    """
+    if not is_layer(module):
+        raise DeepTwistError(f"is {_described(computing_class(module))}, not a convolution")
+    try:
+        if _kind(module) is TransposedWeight:
+            inputs, outputs = cast(Tensor, module.weight).shape
+            return ConvGeometry(inputs, outputs)
+        geometry = ConvGeometry.from_module(module)
+        _check_attributes(module, geometry)
+    except (AttributeError, TypeError, DeepTwistError) as error:
+        raise DeepTwistError(f"has an unusual geometry: {error}") from error
+    return geometry
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a convolution, a linear layer, or of a class derived from one."""
+    return any(kind.holds(module) for kind in _KINDS)
+
+
+def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return all parameters of a layer but its bias."""
+    bias = getattr(module, "bias", None)
+    return [parameter for parameter in module.parameters() if parameter is not bias]
+
+
+def _kind(module: nn.Module) -> type[Weight]:
+    return next(kind for kind in _KINDS if kind.holds(module))
+
+
+def _padding(module: nn.Module, geometry: ConvGeometry) -> nn.Module | None:
+    """Return the padding of a forward of the module's own, if it has one.
+
+    Raises:
+        DeepTwistError: if the forward computes more than the layer behind a padding.
+    """
+    kind, own_class = _kind(module), computing_class(module)
+    if own_class in SUPPORTED_MODULES or kind is TransposedWeight:
+        return None
+    forwards = trace_forwards(module, geometry, computes_weight=kind is StandardizedWeight)
+    # Numbers besides the weight and the bias may come into play later, as an adapter's.
+    known = {id(module.weight), id(module.bias)}
+    others = [x for x in (*module.parameters(), *module.buffers()) if id(x) not in known]
+    if forwards is None or (others and not kind.is_computed):
+        raise DeepTwistError(f"is {_described(own_class)}, whose forward computes something else")
+    return padding_of(forwards, geometry)
+
+
+def _check_attributes(module: nn.Module, geometry: ConvGeometry) -> None:
+    """Check that a layer's attributes, which may be set by hand, agree with what it computes."""
+    shapes = {tuple(p.shape) for p in weight_parameters(module)}
+    expected = geometry.weight_shape
+    if expected not in shapes:
+        raise DeepTwistError(f"its weight {shapes} is not of shape {expected}")
+    margins = getattr(module, "_reversed_padding_repeated_twice", None)
+    if geometry.padding_mode != "zeros" and geometry.padding != "same":
+        padding = geometry.padding
+        if tuple(margins or ()) != tuple(side for pad in reversed(padding) for side in (pad, pad)):
+            raise DeepTwistError(f"its padding {padding} is not the one that it was made with")
+
+
+def _unknown_parametrization(module: nn.Module) -> str | None:
+    if not parametrize.is_parametrized(module):
+        return None
+    parts = [*cast(nn.ModuleDict, module.parametrizations).items()]
+    kinds = [type(part) for _, chain in parts for part in cast(nn.ModuleList, chain)]
+    known = all(class_name(kind) in _NORM_PARAMETRIZATIONS for kind in kinds)
+    if [name for name, _ in parts] == ["weight"] and len(kinds) == 1 and known:
+        return None
+    return (
+        f"has a weight parametrized by {kinds[0].__name__}: "
+        "torch.nn.utils.parametrize.remove_parametrizations first"
+    )
+
+
+def class_name(kind: type) -> str:
+    """Return a class's name with its module's."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def computing_class(module: nn.Module) -> type:
+    """Return the class whose forward the module runs: its own, or one it is derived from."""
+    kind = parametrize.type_before_parametrizations(module)
+    return next(base for base in kind.__mro__ if any(name in vars(base) for name in _COMPUTATION))
+
+
+def _described(kind: type) -> str:
+    article = "an" if kind.__name__[0] in "AEIO" else "a"  # "a UNet", as it is spoken
+    return f"{article} {kind.__name__} ({kind.__module__})"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward, weight and spectral norm aside."""
+    before = [hook for hook in module._forward_pre_hooks.values() if not _is_norm(hook)]
+    return bool(
+        before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether ``module.forward = torch.compile(module.forward)`` is all that is stored on it."""
+    compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    if compiled is None:
+        return False
+    method = getattr(compiled, "__wrapped__", compiled)  # torch puts a frame around its own code
+    return getattr(method, "__func__", method) is type(module).forward
+
+
+def _is_norm(hook: object) -> bool:
+    return class_name(type(hook)) in _NORM_HOOKS and getattr(hook, "name", None) == "weight"
+
+
+def _norm_hook(module: nn.Module) -> Any:
+    return next((hook for hook in module._forward_pre_hooks.values() if _is_norm(hook)), None)
 
 
 class InProjection(nn.Linear):
@@ -76,331 +347,14 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
 
-def class_name(kind: type) -> str:
-    """Return a class's name with its module's."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def computing_class(module: nn.Module) -> type:
-    """Return the class whose forward the module runs: its own, or one it is derived from."""
-    kind = parametrize.type_before_parametrizations(module)
-    return next(base for base in kind.__mro__ if any(name in vars(base) for name in _COMPUTATION))
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a convolution, a linear layer, or of a class derived from one."""
-    return isinstance(module, SUPPORTED_MODULES) or _is_transposed_linear(module)
-
-
-def layer_geometry(module: nn.Module) -> ConvGeometry:
-    """Return the geometry of a module that `is_layer`, the padding by its forward not included.
+def get_weight(model: nn.Module, name: str) -> Weight:
+    """Return the weight of the layer that a name in a plan stands for.
 
     Raises:
-        DeepTwistError: if its attributes are not those of a convolution.
+        AttributeError: if there is no such module.
+        DeepTwistError: if it computes with no weight of its own, naming the layer.
     """
-    if _is_transposed_linear(module):
-        inputs, outputs = cast(Tensor, module.weight).shape
-        return ConvGeometry(inputs, outputs)
-    return ConvGeometry.from_module(module)
-
-
-def unsupported_reason(module: nn.Module) -> str | None:
-    """Return why a module's computation is not that of one weight, `None` where it is."""
-    reason = class_reason(module)
-    if reason is None and "forward" in vars(module) and not has_compiled_forward(module):
-        return "has a forward of its own, stored on the module"
-    if reason is None and has_hooks(module):
-        return "has hooks (pruning, …), which a factored layer would lose"
-    return reason
-
-
-def class_reason(module: nn.Module) -> str | None:
-    """Return why a module's class does not compute with one weight, `None` where it does."""
-    kind = computing_class(module)
-    if not is_layer(module):
-        return f"is {_described(kind)}, not a convolution"
-    if parametrize.is_parametrized(module):
-        reason = _unknown_parametrization(module)
-        if reason is not None:
-            return reason
-    if kind in SUPPORTED_MODULES or computes_weight(module) or _is_transposed_linear(module):
-        return None
-    call = _traced(module)
-    if call is None:
-        return f"is {_described(kind)}, whose forward computes something else"
-    return None
-
-
-def has_compiled_forward(module: nn.Module) -> bool:
-    """Whether ``module.forward = torch.compile(module.forward)`` is all that is stored on it."""
-    compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
-    if compiled is None:
-        return False
-    method = getattr(compiled, "__wrapped__", compiled)  # torch puts a frame around its own code
-    return getattr(method, "__func__", method) is type(module).forward
-
-
-def computes_weight(module: nn.Module) -> bool:
-    """Whether the module's weight is computed from its parameters at every call."""
-    return (
-        class_name(computing_class(module)) in _STANDARDIZED
-        or parametrize.is_parametrized(module, "weight")
-        or _norm_hook(module) is not None
-    )
-
-
-def read_weight(module: nn.Module) -> Tensor:
-    """Return the weight that a layer computes with, (o, i, *k) or as its torch class has it.
-
-    It shares the parameter's memory unless `computes_weight`.
-    """
-    with torch.no_grad():
-        if _is_transposed_linear(module):
-            return cast(Tensor, module.weight).detach().mT
-        hook = _norm_hook(module)
-        if hook is not None:
-            return _hooked_weight(module, hook)
-        if class_name(computing_class(module)) in _STANDARDIZED:
-            call = _traced(module)
-            assert call is not None, f"{type(module).__name__} calls no convolution"
-            return call.weight.detach()
-        if parametrize.is_parametrized(module, "weight"):
-            with eval_mode(cast(nn.Module, module.parametrizations)):  # no power iteration
-                return cast(Tensor, module.weight).detach().clone()
-        return cast(Tensor, module.weight).detach()
-
-
-@torch.no_grad()
-def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Set the parameters of a layer so that it computes with this weight, or near it.
-
-    Weight norm is met exactly. Spectral norm and weight standardisation normalise what they are
-    given: the layer's weight then is a multiple of it, for each output channel or as a whole.
-    """
-    hook = _norm_hook(module)
-    if hook is not None:
-        getattr(module, _NORMS[class_name(type(hook))]).copy_(weight)
-        if hasattr(module, "weight_g"):
-            cast(Tensor, module.weight_g).copy_(torch.norm_except_dim(weight, 2, hook.dim))
-        module.weight = _hooked_weight(module, hook)
-    elif parametrize.is_parametrized(module, "weight"):
-        module.weight = weight
-    elif _is_transposed_linear(module):
-        cast(Tensor, module.weight).copy_(weight.mT)
-    else:
-        cast(Tensor, module.weight).copy_(weight)
-
-
-def as_weight(module: nn.Module, tensor: Tensor) -> Tensor:
-    """Return a tensor of the weight parameter's shape as `read_weight` shows that: a view."""
-    return tensor.mT if _is_transposed_linear(module) else tensor
-
-
-def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that the layer's weight is made of."""
-    bias = getattr(module, "bias", None)
-    return [parameter for parameter in module.parameters() if parameter is not bias]
-
-
-def input_padding(module: nn.Module) -> nn.Module | None:
-    """Return the padding that the layer's forward applies itself, `None` where it applies none."""
-    if computing_class(module) in SUPPORTED_MODULES or _is_transposed_linear(module):
-        return None
-    convolution = layer_geometry(module)
-    calls = [_traced(module, extra) for extra in _sizes(convolution)]
-    margins = [call.margins for call in calls if call is not None]
-    if not any(any(margin) for margin in margins):
-        return None
-    return _padding(convolution, margins, calls[0].mode if calls[0] else "constant")
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a module's forward does on a tiny input: pad it, and call the layer's function."""
-
-    weight: Tensor
-    margins: tuple[int, ...]  # as `F.pad` takes them
-    mode: str
-
-
-class _Trace(TorchFunctionMode):
-    """Records the functions of torch that are called, but for questions about shapes and types."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not is_metadata(func):
-            self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-
-_METADATA = {
-    *("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta", "requires_grad"),
-    *("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "stride"),
-    *("__len__", "itemsize", "nelement", "ndimension", "get_device", "is_sparse", "is_quantized"),
-    *("is_mps", "is_xpu", "is_cpu", "is_nested", "names", "is_leaf", "data_ptr"),
-}
-
-
-def is_metadata(func: Any) -> bool:
-    """Whether a function of torch only asks a tensor for its shape, type or place."""
-    name = getattr(func, "__name__", "")
-    owner = getattr(func, "__self__", None)
-    return (getattr(owner, "__name__", "") if name == "__get__" else name) in _METADATA
-
-
-def _sizes(convolution: ConvGeometry) -> range:
-    return range(1 + max(convolution.stride, default=0))
-
-
-def _traced(module: nn.Module, extra: int = 0) -> _Call | None:
-    """Run the module on a tiny input; `None` where it does more than pad and call its function."""
-    convolution = layer_geometry(module)
-    weight = next(p for p in weight_parameters(module) if p.dim() > 1)
-    reach = [
-        d * (k - 1) + 1 for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)
-    ]
-    x = weight.new_zeros(1, convolution.in_channels, *(size + 1 + extra for size in reach))
-    was_training, own = module.training, {id(p) for p in module.parameters()}
-    module.training = False
-    try:
-        with torch.no_grad(), _Trace() as trace:
-            y = type(module).forward(module, x)
-    except Exception:  # a forward of any class, on an input that it may not be made for
-        return None
-    finally:
-        module.training = was_training
-    call = _single_call(module, x, y, trace.calls)
-    is_known = class_name(computing_class(module)) in _STANDARDIZED
-    return call if call is not None and (is_known or _adds_nothing(module, call, own)) else None
-
-
-def _single_call(module: nn.Module, x: Tensor, y: Any, calls: list[Any]) -> _Call | None:
-    name = "linear" if isinstance(module, nn.Linear) else f"conv{x.dim() - 2}d"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        name = f"conv_transpose{x.dim() - 2}d"
-    layer_calls = [call for call in calls if getattr(call[0], "__name__", "") == name]
-    is_known = class_name(computing_class(module)) in _STANDARDIZED
-    pads = [call for call in calls if call[0] in (functional.pad, torch._C._nn.pad)]
-    if len(layer_calls) != 1 or len(pads) > 1:
-        return None
-    if not is_known and len(calls) > 1 + len(pads):
-        return None
-    _, args, kwargs, result = layer_calls[0]
-    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
-    values = {**dict(zip(names, args, strict=False)), **kwargs}
-    padded = values["input"]
-    margins: tuple[int, ...] = ()
-    mode = "constant"
-    if pads:
-        _, pad_args, pad_kwargs, pad_result = pads[0]
-        pad_names = ["input", "pad", "mode", "value"]
-        pad_values = {**dict(zip(pad_names, pad_args, strict=False)), **pad_kwargs}
-        if pad_values["input"] is not x or pad_result is not padded or pad_values.get("value"):
-            return None
-        margins, mode = tuple(pad_values["pad"]), pad_values.get("mode", "constant")
-    if result is not y or (not pads and padded is not x):
-        return None
-    if values.get("bias") is not getattr(module, "bias", None):
-        return None
-    return _Call(values["weight"], margins, mode) if _same_options(module, values) else None
-
-
-def _same_options(module: nn.Module, values: dict[str, Any]) -> bool:
-    """Whether a convolution was called with the module's own stride, padding and so on."""
-    return all(
-        key not in values or values[key] == getattr(module, key, None)
-        for key in ("stride", "padding", "dilation", "groups")
-    )
-
-
-def _adds_nothing(module: nn.Module, call: _Call, own: set[int]) -> bool:
-    """Whether the module has its weight and bias and no numbers besides."""
-    parameters = {id(module.weight), id(module.bias)} - {id(None)}
-    is_own = call.weight is module.weight or parametrize.is_parametrized(module)
-    return is_own and (own <= parameters or computes_weight(module)) and not [*module.buffers()]
-
-
-def _padding(convolution: ConvGeometry, margins: list[tuple[int, ...]], mode: str) -> nn.Module:
-    if len(set(margins)) == 1:
-        return ConstantPad(margins[0], mode)
-    same = SamePad(convolution.kernel_size, convolution.stride, convolution.dilation)
-    reach = [
-        d * (k - 1) + 1 for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)
-    ]
-    for extra, margin in zip(_sizes(convolution), margins, strict=False):
-        expected = tuple(same.margins([size + 1 + extra for size in reach]))
-        if mode != "constant" or (margin or (0,) * len(expected)) != expected:
-            raise DeepTwistError("pads its input in a way of its own")
-    return same
-
-
-def _described(kind: type) -> str:
-    article = "an" if kind.__name__[0] in "AEIO" else "a"  # "a UNet", as it is spoken
-    return f"{article} {kind.__name__} ({kind.__module__})"
-
-
-def _is_transposed_linear(module: nn.Module) -> bool:
-    return class_name(computing_class(module)) == _TRANSPOSED_LINEAR
-
-
-def _unknown_parametrization(module: nn.Module) -> str | None:
-    parts = [*cast(nn.ModuleDict, module.parametrizations).items()]
-    kinds = [type(part) for _, chain in parts for part in cast(nn.ModuleList, chain)]
-    known = all(class_name(kind) in _REPARAMETRIZATIONS for kind in kinds)
-    if [name for name, _ in parts] == ["weight"] and len(kinds) == 1 and known:
-        return None
-    return (
-        f"has a weight parametrized by {kinds[0].__name__}: "
-        "torch.nn.utils.parametrize.remove_parametrizations first"
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward, weight and spectral norm aside."""
-    before = [hook for hook in module._forward_pre_hooks.values() if not _is_norm(hook)]
-    return bool(
-        before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _is_norm(hook: object) -> bool:
-    return class_name(type(hook)) in _NORMS and getattr(hook, "name", None) == "weight"
-
-
-def _norm_hook(module: nn.Module) -> Any:
-    return next((hook for hook in module._forward_pre_hooks.values() if _is_norm(hook)), None)
-
-
-def _hooked_weight(module: nn.Module, hook: Any) -> Tensor:
-    if hasattr(module, "weight_g"):
-        return cast(Tensor, hook.compute_weight(module)).detach()
-    return cast(Tensor, hook.compute_weight(module, do_power_iteration=False)).detach()
-
-
-def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state's tensors, each once, and the other names of those that are shared."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
-    taken: set[int] = set()  # memory that a tensor before holds: safetensors refuses to share it
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        owner = first.setdefault(id(tensor), name)
-        if owner != name:
-            aliases[name] = owner
-            continue
-        own = tensor.detach().cpu().contiguous()
-        memory = own.untyped_storage()
-        is_whole = memory.nbytes() == own.numel() * own.element_size()
-        tensors[name] = own if is_whole and memory.data_ptr() not in taken else own.clone()
-        taken.add(memory.data_ptr())
-    return tensors, aliases
+    weight = weight_of(get_layer(model, name))
+    if isinstance(weight, str):
+        raise DeepTwistError(f"layer {name!r} {weight}")
+    return weight

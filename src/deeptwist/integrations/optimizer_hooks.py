@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.weights import get_layer, weight_parameters
+from deeptwist.inspection.weights import get_weight
 from deeptwist.twist.distortion import DeepTwist
 
 
@@ -31,8 +31,7 @@ def after_each_step(
         DeepTwistError: if no optimizer holds the compressed weights.
     """
     names = [layer.name for layer in twist.plan.compressed]
-    modules = [get_layer(twist.model, name) for name in names]
-    weights = {id(p) for module in modules for p in weight_parameters(module)}
+    weights = {id(p) for name in names for p in get_weight(twist.model, name).parameters}
     for optimizer in reversed(optimizers):
         if weights & {id(p) for group in optimizer.param_groups for p in group["params"]}:
             return optimizer.register_step_post_hook(_unless_skipped(call))

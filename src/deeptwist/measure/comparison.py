@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeptwist.inspection.modes import eval_mode
+from deeptwist.inspection.run import eval_mode
 from deeptwist.measure.timing import Timing, median_ratio, summarize, time_interleaved
 
 

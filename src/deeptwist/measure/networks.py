@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.modes import eval_mode
+from deeptwist.inspection.run import eval_mode
 from deeptwist.measure.comparison import Comparison, compare_functions
 from deeptwist.measure.memory import peak_memory
 from deeptwist.measure.runtimes import DType, Runtime, prepare

@@ -18,9 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.layers import inspect_model
-from deeptwist.inspection.modes import eval_mode
-from deeptwist.inspection.weights import input_padding
+from deeptwist.inspection.run import eval_mode
+from deeptwist.inspection.usage import inspect_model
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.moments import SecondMoment
 
@@ -101,12 +100,10 @@ def calibrate(
             x = tuple(tensor.to(device) for tensor in read(batch))
             if not handles:
                 for layer in inspect_model(model, x).layers:
-                    if layer.convolution is not None and layer.reason is None:
-                        collector = _Collector(
-                            layer.convolution,
-                            _resolved_axes(layer.convolution, max_side),
-                            input_padding(layer.module),
-                        )
+                    if layer.weight is not None:
+                        geometry = layer.weight.geometry
+                        axes = _resolved_axes(geometry, max_side)
+                        collector = _Collector(geometry, axes, layer.weight.padding)
                         collectors[layer.names[0]] = collector
                         handles.append(layer.module.register_forward_pre_hook(collector))
             with torch.no_grad(), eval_mode(model):

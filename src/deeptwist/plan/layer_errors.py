@@ -5,8 +5,7 @@ from torch import Tensor
 from deeptwist.decompositions import Decomposition
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.layers import Layer
-from deeptwist.inspection.weights import read_weight
+from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
 from deeptwist.layers.moments import SecondMoment
 from deeptwist.plan.calibration import to_device
@@ -38,10 +37,12 @@ class LayerErrors:
         Raises:
             DeepTwistError: if a weight is not finite, naming the layer.
         """
-        weight = read_weight(self.layer.module)
+        if self.layer.weight is None:
+            raise DeepTwistError(f"layer {self.layer.names[0]!r} {self.layer.reason}")
+        weight = self.layer.weight.read()
         if weight.is_meta:
             return None
-        kernel = weight_to_kernel(weight.detach(), convolution)
+        kernel = weight_to_kernel(weight, convolution)
         method, rank = decomposition.without_rank(), decomposition.rank
         if method not in self._spectra:
             if not kernel.isfinite().all():

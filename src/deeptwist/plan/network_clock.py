@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.swap import swap
-from deeptwist.inspection.weights import get_layer, input_padding, read_weight
+from deeptwist.inspection.weights import get_weight
 from deeptwist.measure.latency import Latency, LatencySetting
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.random_layers import random_factored
@@ -41,10 +41,10 @@ def time_network(
         x = x.contiguous(memory_format=torch.channels_last)
     factored: dict[str, nn.Module] = {}
     for layer in plan.compressed:
-        module = get_layer(model, layer.name)
-        new = random_factored(layer.convolution, layer.decomposition, read_weight(module))
-        if (padding := input_padding(module)) is not None:
-            new.pad_input(padding)
+        weight = get_weight(model, layer.name)
+        new = random_factored(layer.convolution, layer.decomposition, weight.read())
+        if weight.padding is not None:
+            new.pad_input(weight.padding)
         factored[layer.name] = new
     with setting.applied():
         runs = [setting.prepare(network, x) for network in (model, swap(model, factored))]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
 from deeptwist.decompositions.ranks import check_ratio
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.inspection.layers import Inspection, Layer, inspect_model
-from deeptwist.inspection.modes import as_tuple
+from deeptwist.inspection.run import as_tuple
+from deeptwist.inspection.usage import Inspection, Layer, inspect_model
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.latency import LatencyCache, LatencySetting
 from deeptwist.measure.layer_clock import LayerClock

@@ -15,16 +15,15 @@ from deeptwist.decompose import (
     check_plan,
     dry_run,
     example_inputs,
-    get_planned_module,
+    frobenius_norms,
     keep_frozen,
-    norms,
+    materialize_weights,
+    planned_weight,
     replace_layers,
-    with_plain_weights,
 )
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.verify import compare
-from deeptwist.inspection.weights import computes_weight, get_layer, read_weight, write_weight
+from deeptwist.inspection.proof import check_equivalent
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -165,8 +164,7 @@ class DeepTwist:
 
     def _distort(self, loss: Loss | None, *, last: bool = False) -> Distortion:
         weights = {
-            layer.name: read_weight(get_planned_module(self.model, layer))
-            for layer in self.plan.compressed
+            layer.name: planned_weight(self.model, layer).read() for layer in self.plan.compressed
         }
         if not last:
             self._warn_of_untrained(weights)
@@ -212,7 +210,7 @@ class DeepTwist:
         differences = [
             weights[name].to(compute_dtype(x.weight.dtype)) - x.weight for name, x in share.items()
         ]
-        shifts = dict(zip(share, norms(differences), strict=True))
+        shifts = dict(zip(share, frobenius_norms(differences), strict=True))
         for name, shift in shifts.items():
             if not math.isfinite(shift):
                 dtype = weights[name].dtype
@@ -220,7 +218,7 @@ class DeepTwist:
         return share, Summary(
             steps=self.steps,
             plan=[(layer.name, str(layer.decomposition)) for layer in self.plan.compressed],
-            norms=dict(zip(weights, norms(weights.values()), strict=True)),
+            norms=dict(zip(weights, frobenius_norms(weights.values()), strict=True)),
             shifts=shifts,
             shapes={name: [x.shape for x in a.factors.tensors] for name, a in share.items()},
         )
@@ -293,10 +291,12 @@ class DeepTwist:
                     factors[layer.name] = _factors(layer, empty)
                 tensors += [weight, *factors[layer.name].tensors]
             broadcast(tensors, source)
-        modules = {name: get_layer(self.model, name) for name in weights}
-        self._written = {n: w for n, w in weights.items() if computes_weight(modules[n])}
-        for name, weight in self._written.items():
-            write_weight(modules[name], weight)
+        self._written = {}
+        for layer in self.plan.compressed:
+            computed = planned_weight(self.model, layer)
+            if computed.is_computed:
+                self._written[layer.name] = weights[layer.name]
+                computed.write(weights[layer.name])
         return {layer.name: factors[layer.name] for layer in self.plan.compressed}
 
     def _record(
@@ -319,10 +319,10 @@ class DeepTwist:
 
     def _compare(self, small: nn.Module) -> float | None:
         calls = {layer.name: len(layer.calls) for layer in self.plan.compressed}
-        dense = with_plain_weights(self.model, self.plan, self._written)
+        dense = materialize_weights(self.model, self.plan, self._written)
         inputs = example_inputs(self.model, self.plan, self._example_input)
         try:
-            difference = compare(dense, small, calls, inputs)
+            difference = check_equivalent(dense, small, calls, inputs)
         except DeepTwistError as error:
             raise DeepTwistError(f"{error}; the trained weights are safe in `model`") from error
         logger.info("decomposed and distorted outputs differ by %.2e (relative)", difference)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from deeptwist.app.data import ImageData, Split, batches, normalize
 from deeptwist.app.training.metrics import Evaluation
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection.modes import FORWARD_ERRORS, eval_mode
+from deeptwist.inspection.run import FORWARD_ERRORS, eval_mode
 from deeptwist.twist.distributed import process_rank, world_size
 
 

@@ -24,7 +24,7 @@ from deeptwist.app.training.fabric import Fabric
 from deeptwist.app.training.metrics import DistortionRecord, Epoch, Evaluation, Record
 from deeptwist.app.training.optimizers import frozen_modules, lr_factor, make_optimizer
 from deeptwist.app.training.recipe import Recipe
-from deeptwist.decompose import numbers
+from deeptwist.decompose import to_floats
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.twist.distortion import DeepTwist
 
@@ -295,7 +295,7 @@ class Trainer:
         Raises:
             DeepTwistError: if one is not finite, naming its step.
         """
-        losses = numbers(self._unchecked)
+        losses = to_floats(self._unchecked)
         self._unchecked.clear()
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):

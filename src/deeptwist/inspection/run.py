@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # what the exporters themselves flatten outputs with
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, first_line
 
 # What networks raise where their input, or a module of theirs, is not what they were made for.
 FORWARD_ERRORS = (
@@ -22,6 +22,22 @@ FORWARD_ERRORS = (
     TypeError,
     ValueError,
 )
+
+
+@contextmanager
+def explaining(problem: str, advice: str = "") -> Iterator[None]:
+    """Turn what a network raises inside into one line: the problem, torch's words, the advice.
+
+    Raises:
+        DeepTwistError: in place of `FORWARD_ERRORS`.
+    """
+    try:
+        yield
+    except DeepTwistError:
+        raise
+    except FORWARD_ERRORS as error:
+        words = [problem, first_line(error), *([advice] if advice else [])]
+        raise DeepTwistError(": ".join(words)) from error
 
 
 @contextmanager
@@ -68,7 +84,7 @@ def _tensors_in(output: object, visited: set[int]) -> list[Tensor]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Iterator[None]:
+def preserving_state(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Iterator[None]:
     """Run what is inside in evaluation mode, without gradients or compilation.
 
     Buffers, the modules' attributes and modes, and the random number generators are put back;

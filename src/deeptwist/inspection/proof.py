@@ -1,25 +1,30 @@
-"""The proof that a copy with factored layers computes what the dense network does."""
+"""The proof that a copy with factored layers runs, and computes what the dense network does."""
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection.modes import FORWARD_ERRORS, output_tensors, undisturbed
-from deeptwist.inspection.weights import get_layer, read_weight
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.run import explaining, output_tensors, preserving_state
+from deeptwist.inspection.weights import get_layer
 
 logger = logging.getLogger("deeptwist")
 
 Key = TypeVar("Key", bound=Hashable)
 
 _TF32 = 2.0**-10  # the precision that cuDNN computes fp32 in, unless told otherwise
+_ANY, _AT_LEAST_ONCE = range(2**31), range(1, 2**31)
+_STORED = (
+    "if a function stored on the model (a wrapped forward, a lambda, a dispatch table) refers to "
+    "the dense layer, store it after the model is decomposed; else exclude the layer"
+)
 
 
 def run_counted(
@@ -37,7 +42,7 @@ def run_counted(
     """
     counts: Counter[Key] = Counter()
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, inputs))
+        stack.enter_context(preserving_state(model, inputs))
         for name, module in modules.items():
 
             def count(*_: Any, name: Key = name) -> None:
@@ -48,64 +53,32 @@ def run_counted(
 
 
 def check_runs(
+    model: nn.Module,
     small: nn.Module,
-    dense: Mapping[str, nn.Module],
+    calls: Mapping[str, int | None],
     inputs: tuple[Tensor, ...],
-    expected: Mapping[str, int] | None = None,
-) -> list[Tensor]:
-    """Run a decomposed model and prove that its factored layers run, and no dense original.
+) -> None:
+    """Prove that a decomposed model runs its factored layers, and no dense original.
 
     Args:
-        small: the model with factored layers.
-        dense: by name, the originals of its factored layers.
-        inputs: its positional inputs.
-        expected: by name, how often each layer should run; at least once if not given.
-
-    Returns:
-        All tensors of the output.
+        model: the dense network; not run.
+        small: the decomposed one.
+        calls: by the name of a factored layer, how often it should run; at least once if `None`.
+        inputs: the models' positional inputs.
 
     Raises:
-        DeepTwistError: if a factored layer does not run as often, or a dense original runs.
-        Exception: whatever the model raises.
+        DeepTwistError: if a factored layer does not run as often, a dense original runs, or the
+            decomposed model cannot run.
     """
-    outputs, counts = _run_both(small, dense, inputs)
-    for name in dense:
-        times = 1 if expected is None else expected[name]
-        if counts[name] < times or (expected is not None and counts[name] > times > 0):
-            raise DeepTwistError(
-                f"the factored layer {name!r} runs {counts[name]} times on the example input, "
-                f"not {times}: {_STORED}"
-            )
-    return outputs
+    dense = {name: get_layer(model, name) for name in calls}
+    _, counts = _run_factored(small, dense, inputs)
+    _check_counts(
+        counts,
+        {name: _AT_LEAST_ONCE if n is None else {n} if n else _ANY for name, n in calls.items()},
+    )
 
 
-_STORED = (
-    "if a function stored on the model (a wrapped forward, a lambda, a dispatch table) refers to "
-    "the dense layer, store it after the model is decomposed; else exclude the layer"
-)
-
-
-def _run_both(
-    small: nn.Module, dense: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
-) -> tuple[list[Tensor], Counter[str]]:
-    """Run a decomposed model; its outputs, and the number of calls of each factored layer.
-
-    Raises:
-        DeepTwistError: if a dense original runs.
-    """
-    factored = {("factored", name): small.get_submodule(name) for name in dense}
-    originals = {("dense", name): module for name, module in dense.items()}
-    outputs, counts = run_counted(small, inputs, {**factored, **originals})
-    for name in dense:
-        if counts["dense", name]:
-            raise DeepTwistError(
-                f"the decomposed {type(small).__name__} still runs the dense layer {name!r}: "
-                f"{_STORED}"
-            )
-    return outputs, Counter({name: counts["factored", name] for name in dense})
-
-
-def compare(
+def check_equivalent(
     model: nn.Module,
     small: nn.Module,
     calls: Mapping[str, int],
@@ -130,31 +103,23 @@ def compare(
             is computed in, if a factored layer does not run, or if a model cannot run.
     """
     dense = {name: get_layer(model, name) for name in calls}
-    try:
+    with explaining("the model cannot run on the example input"):
         expected, dense_counts = run_counted(model, inputs, dense)
-    except FORWARD_ERRORS as error:
-        raise DeepTwistError(
-            f"the model cannot run on the example input: {first_line(error)}"
-        ) from error
-    try:
-        outputs, counts = _run_both(small, dense, inputs)
-    except DeepTwistError:
-        raise
-    except FORWARD_ERRORS as error:
-        raise DeepTwistError(
-            f"the decomposed model cannot run: {first_line(error)}: a layer is used in other "
-            "ways than calling it; exclude it"
-        ) from error
+    outputs, counts = _run_factored(small, dense, inputs)
     limit = coarsest_eps([*model.parameters(), *expected]) ** 0.5
     worst = _worst_difference(expected, outputs)
     if any(y.is_floating_point() and y.isnan().any() for y in (*expected, *outputs)):
         raise DeepTwistError("the outputs on the example input are NaN: nothing can be compared")
     is_met = worst is not None and worst <= limit
+    right: dict[str, Container[int]] = {}
+    for name, planned in calls.items():
+        # Where the outputs' number depends on numbers, so may the calls'.
+        numbers = {planned, dense_counts[name]} - {0}
+        right[name] = _ANY if not numbers else numbers if is_met else _AT_LEAST_ONCE
+    _check_counts(counts, right)
     # Equal to the last bit, outputs do not depend on the layers: a detector that detects nothing,
     # a head that is zero before it is trained.
-    is_proof = is_met and worst != 0
-    _check_counts(calls, dense_counts, counts, is_met)
-    if is_proof:
+    if is_met and worst != 0:
         return worst
     layer, worst = _worst_layer(model, small, dense, inputs)
     if not worst <= limit:
@@ -166,20 +131,39 @@ def compare(
     return worst
 
 
-def _check_counts(
-    calls: Mapping[str, int],
-    dense_counts: Mapping[str, int],
-    counts: Mapping[str, int],
-    is_met: bool,
-) -> None:
-    """Check that every factored layer ran as often as planned, or as its dense one did."""
-    for name, planned in calls.items():
-        # Where the outputs' number depends on numbers, so may the calls'.
-        right = {planned, dense_counts[name]} - {0} if is_met else range(1, 2**31)
-        if (planned or dense_counts[name]) and counts[name] not in right:
+def _run_factored(
+    small: nn.Module, dense: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
+) -> tuple[list[Tensor], Mapping[str, int]]:
+    """Run a decomposed model; its outputs, and the number of calls of each factored layer.
+
+    Raises:
+        DeepTwistError: if a dense original runs, or the model cannot run.
+    """
+    factored = {("factored", name): small.get_submodule(name) for name in dense}
+    originals = {("dense", name): module for name, module in dense.items()}
+    with explaining(
+        "the decomposed model cannot run",
+        "exclude the layer that this names, if it is used in other ways than calling it, or give "
+        "another example input",
+    ):
+        outputs, counts = run_counted(small, inputs, {**factored, **originals})
+    for name in dense:
+        if counts["dense", name]:
             raise DeepTwistError(
-                f"the factored layer {name!r} runs {counts[name]} times, the dense one "
-                f"{dense_counts[name] or planned}: {_STORED}"
+                f"the decomposed {type(small).__name__} still runs the dense layer {name!r}: "
+                f"{_STORED}"
+            )
+    return outputs, {name: counts["factored", name] for name in dense}
+
+
+def _check_counts(counts: Mapping[str, int], right: Mapping[str, Container[int]]) -> None:
+    """Check that every factored layer ran a right number of times."""
+    for name, numbers in right.items():
+        if counts[name] not in numbers:
+            often = "once at least" if numbers is _AT_LEAST_ONCE else f"{numbers} times"
+            raise DeepTwistError(
+                f"the factored layer {name!r} runs {counts[name]} times on the example input, "
+                f"not {often}: {_STORED}"
             )
 
 
@@ -187,16 +171,13 @@ def _worst_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
     """Return the largest relative difference of any output; `None` if they are not comparable."""
     if [y.shape for y in expected] != [y.shape for y in outputs]:
         return None
-    pairs = [
-        (y, output)
+    differences = [
+        relative_error(y, output)
         for y, output in zip(expected, outputs, strict=True)
         if y.is_floating_point() or y.is_complex()
     ]
-    if not pairs:
-        return None
-    differences = [relative_error(y, output) for y, output in pairs]
     # NaN is no number to compare with: it must count as the worst.
-    return max(math.inf if math.isnan(d) else d for d in differences)
+    return max((math.inf if math.isnan(d) else d for d in differences), default=None)
 
 
 def _worst_layer(
@@ -208,24 +189,21 @@ def _worst_layer(
     """The layer whose factors give the most different output, on random inputs of its own shape."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, inputs))
-        stack.enter_context(undisturbed(small, inputs))
+        stack.enter_context(preserving_state(model, inputs))
         for name, module in dense.items():
 
-            def see(
-                _: nn.Module, args: tuple[Any], kwargs: dict[str, Any], name: str = name
-            ) -> None:
+            def see(_: Any, args: tuple[Any], kwargs: dict[str, Any], name: str = name) -> None:
                 seen[name] = [*args, *kwargs.values()][0]
 
             handle = module.register_forward_pre_hook(see, with_kwargs=True)
             stack.callback(handle.remove)
         model(*inputs)
     differences: dict[str, float] = {}
-    with undisturbed(model), undisturbed(small):
+    with preserving_state(model), preserving_state(small):
         for name, module in dense.items():
             # Not the layer's own input: where that has all but vanished, it is rounding alone.
-            # A layer whose weight is read, not called, has none.
-            x = torch.randn_like(seen[name] if name in seen else read_weight(module))
+            # A linear layer whose weight is read, not called, has none.
+            x = torch.randn_like(seen.get(name, cast(Tensor, module.weight)))
             difference = relative_error(module(x), small.get_submodule(name)(x))
             differences[name] = math.inf if math.isnan(difference) else difference
     return max(differences.items(), key=lambda item: item[1], default=("", 0.0))
@@ -241,3 +219,27 @@ def coarsest_eps(tensors: Sequence[Tensor]) -> float:
     if "cuda" in devices and torch.float32 in types:
         precisions.append(_TF32)
     return max(precisions)
+
+
+def random_inputs(
+    model: nn.Module, shapes: Sequence[tuple[tuple[int, ...], str]]
+) -> tuple[Tensor, ...]:
+    """Return inputs on the model's device: standard normal numbers, zeros in place of integers.
+
+    Args:
+        model: one that is of one floating-point type as a whole gets it in place of another.
+        shapes: the shape of each input, with the name of its type in torch.
+    """
+    device = next(model.parameters()).device
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for shape, name in shapes:
+        dtype: torch.dtype = getattr(torch, name)
+        if dtype.is_floating_point and len(types) == 1:
+            (dtype,) = types
+        x = torch.zeros(shape, dtype=dtype)
+        if dtype.is_floating_point or dtype.is_complex:
+            x = torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        inputs.append(x.to(device))
+    return tuple(inputs)

@@ -1,0 +1,179 @@
+"""What the forward of a layer's subclass does besides calling the layer's function.
+
+It is run on tiny inputs while torch's functions are recorded: where it pads its input at most, and
+calls the function once on its own weight and bias, it is that layer behind a padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from deeptwist.errors import DeepTwistError
+from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.padding import ConstantPad, SamePad
+
+_METADATA = {
+    *("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta", "requires_grad"),
+    *("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "stride"),
+    *("__len__", "itemsize", "nelement", "ndimension", "get_device", "is_sparse", "is_quantized"),
+    *("is_mps", "is_xpu", "is_cpu", "is_nested", "names", "is_leaf", "data_ptr"),
+}
+
+
+def is_metadata(func: Any) -> bool:
+    """Whether a function of torch only asks a tensor for its shape, type or place."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None)
+    return (getattr(owner, "__name__", "") if name == "__get__" else name) in _METADATA
+
+
+@dataclass(frozen=True)
+class TracedForward:
+    """A forward that pads its input and calls the layer's function.
+
+    Attributes:
+        weight: what it gives the function as its weight.
+        margins: of the padding, as `F.pad` takes them; none where it does not pad.
+        mode: of the padding.
+    """
+
+    weight: Tensor
+    margins: tuple[int, ...]
+    mode: str
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the functions of torch that are called, but for questions about shapes and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not is_metadata(func):
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+def trace_forwards(
+    module: nn.Module, geometry: ConvGeometry, *, computes_weight: bool
+) -> list[TracedForward] | None:
+    """Trace a module's forward on inputs of all sizes that its stride tells apart.
+
+    Args:
+        module: of a class derived from a layer.
+        geometry: of the layer.
+        computes_weight: whether the forward may compute the weight from the parameters first.
+
+    Returns:
+        A forward for each of `_extra_sizes`; `None` where it computes anything else.
+    """
+    traced = [
+        trace_forward(module, geometry, extra, computes_weight=computes_weight)
+        for extra in _extra_sizes(geometry)
+    ]
+    forwards = [forward for forward in traced if forward is not None]
+    return forwards if len(forwards) == len(traced) else None
+
+
+def trace_forward(
+    module: nn.Module, geometry: ConvGeometry, extra: int = 0, *, computes_weight: bool
+) -> TracedForward | None:
+    """Trace a module's forward on an input by so much larger than the least; see above."""
+    reference = next(p for p in module.parameters() if p.dim() > 1)
+    x = reference.new_zeros(1, geometry.in_channels, *_input_size(geometry, extra))
+    was_training = module.training
+    module.training = False
+    try:
+        # A parametrized weight is computed before, once, and is itself in every use.
+        with torch.no_grad(), parametrize.cached():
+            weight = module.weight
+            with _Recorder() as recorder:
+                y = type(module).forward(module, x)
+            forward = _only_call(module, x, y, recorder.calls, computes_weight=computes_weight)
+            is_own = forward is not None and (computes_weight or forward.weight is weight)
+    except Exception:  # a forward of any class, on an input that it may not be made for
+        return None
+    finally:
+        module.training = was_training
+    return forward if is_own else None
+
+
+def _only_call(
+    module: nn.Module, x: Tensor, y: Any, calls: list[Any], *, computes_weight: bool
+) -> TracedForward | None:
+    """Return the one call of the layer's function; `None` where it is not all there is."""
+    name = "linear" if isinstance(module, nn.Linear) else f"conv{x.dim() - 2}d"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        name = f"conv_transpose{x.dim() - 2}d"
+    layer_calls = [call for call in calls if getattr(call[0], "__name__", "") == name]
+    pads = [call for call in calls if call[0] in (functional.pad, torch._C._nn.pad)]
+    if len(layer_calls) != 1 or len(pads) > 1:
+        return None
+    if len(calls) > 1 + len(pads) and not computes_weight:
+        return None
+    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
+    values, result = _arguments(names, layer_calls[0])
+    margins, mode, padded = (), "constant", x
+    if pads:
+        options, padded = _arguments(["input", "pad", "mode", "value"], pads[0])
+        margins, mode = tuple(options["pad"]), options.get("mode", "constant")
+        if options["input"] is not x or options.get("value"):
+            return None
+    if values["input"] is not padded or result is not y:
+        return None
+    same_options = all(
+        key not in values or values[key] == getattr(module, key, None)
+        for key in ("stride", "padding", "dilation", "groups")
+    )
+    if values.get("bias") is not getattr(module, "bias", None) or not same_options:
+        return None
+    return TracedForward(values["weight"], margins, mode)
+
+
+def _arguments(names: Sequence[str], call: Any) -> tuple[dict[str, Any], Any]:
+    """Return a recorded call's arguments by name, and its result."""
+    _, args, kwargs, result = call
+    return {**dict(zip(names, args, strict=False)), **kwargs}, result
+
+
+def padding_of(forwards: Sequence[TracedForward], geometry: ConvGeometry) -> nn.Module | None:
+    """Return the module that pads as all these forwards of one layer do; `None` without padding.
+
+    Raises:
+        DeepTwistError: if it depends on the input's size in a way of its own.
+    """
+    margins, mode = [forward.margins for forward in forwards], forwards[0].mode
+    if not any(any(margin) for margin in margins):
+        return None
+    if len(set(margins)) == 1:
+        return ConstantPad(margins[0], mode)
+    same = SamePad(geometry.kernel_size, geometry.stride, geometry.dilation)
+    for extra, margin in zip(_extra_sizes(geometry), margins, strict=True):
+        expected = tuple(same.margins(_input_size(geometry, extra)))
+        if mode != "constant" or (margin or (0,) * len(expected)) != expected:
+            raise DeepTwistError("pads its input in a way of its own")
+    return same
+
+
+def _extra_sizes(geometry: ConvGeometry) -> range:
+    return range(1 + max(geometry.stride, default=0))
+
+
+def _input_size(geometry: ConvGeometry, extra: int) -> list[int]:
+    """A spatial size that the kernel fits into, by one and `extra` larger."""
+    steps = zip(geometry.dilation, geometry.kernel_size, strict=True)
+    return [dilation * (size - 1) + 2 + extra for dilation, size in steps]

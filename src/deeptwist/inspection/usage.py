@@ -1,0 +1,351 @@
+"""What a model is made of: its layers, how an example uses them, and which are safe to touch."""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from deeptwist.decompositions import FactoredLayer
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.run import FORWARD_ERRORS, explaining, preserving_state
+from deeptwist.inspection.tracing import is_metadata
+from deeptwist.inspection.weights import (
+    InProjection,
+    Weight,
+    has_compiled_forward,
+    has_hooks,
+    has_in_projection,
+    is_layer,
+    layer_geometry,
+    weight_of,
+    weight_parameters,
+)
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with weights.
+
+    Attributes:
+        module: the module.
+        names: its names in the model; more than one where the model uses it more than once.
+        weight_numel: its weights, bias not counted; those of an earlier layer count there.
+        convolution: its geometry; `None` where it cannot be read.
+        calls: how the example input used it, in order.
+        call_order: when the example input first reached it: 0, 1, …; after all others if never.
+        weight: what it computes with; `None` where it must be kept.
+        reason: why it must be kept; `None` where it can be decomposed.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    weight_numel: int
+    convolution: ConvGeometry | None
+    calls: tuple[LayerCall, ...]
+    call_order: int
+    weight: Weight | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's layers, and what the whole of it does.
+
+    Attributes:
+        layers: every module that holds weights itself, in the model's order.
+        macs: multiply-accumulates of the whole network on all examples of the input, attention and
+            other products of matrices included; `None` where torch could not count them.
+    """
+
+    layers: tuple[Layer, ...]
+    macs: int | None
+
+
+def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
+    """Find a model's layers and how an example input uses them.
+
+    Args:
+        model: any network; run once on `inputs`, in evaluation mode, and left as it was.
+        inputs: the model's positional inputs.
+
+    Raises:
+        DeepTwistError: if the model has layers to initialise, or cannot run on the inputs.
+    """
+    names = _names(model)
+    holders: dict[Tensor, list[nn.Module]] = {}
+    for module in names:
+        for parameter in _weights(module):
+            holders.setdefault(parameter, []).append(module)
+    # Before the run: an odd layer must be kept for its own reason, not stop the network.
+    weights = {module: weight_of(module) for module in names}
+    geometries = {module: _geometry(module, weight) for module, weight in weights.items()}
+    usage = _trace_usage(model, inputs, weights, geometries, holders)
+    order = sorted(names, key=lambda module: usage.order.get(module, len(names)))
+    call_order = {module: number for number, module in enumerate(order)}
+    factored = {
+        part
+        for module in model.modules()
+        if isinstance(module, FactoredLayer)
+        for part in module.modules()
+    }
+
+    def inspect_layer(module: nn.Module) -> Layer:
+        weight, geometry = weights[module], geometries[module]
+        reason = weight if isinstance(weight, str) else _instance_reason(module)
+        if module in factored:
+            reason = "is part of a factored layer"
+        reason = reason or _usage_reason(module, names, holders, usage)
+        weight_numel = sum(p.numel() for p in _weights(module) if holders[p][0] is module)
+        if geometry and not reason:  # what weight norm holds besides is no weight
+            weight_numel = min(weight_numel, geometry.weight_numel)
+        return Layer(
+            module=module,
+            names=tuple(names[module]),
+            weight_numel=weight_numel,
+            convolution=geometry,
+            calls=tuple(usage.calls.get(module, [])),
+            call_order=call_order[module],
+            weight=None if reason else cast(Weight, weight),
+            reason=reason,
+        )
+
+    return Inspection(tuple(map(inspect_layer, names)), usage.macs)
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module that holds weights itself, with all its names, in the model's order."""
+    names: dict[nn.Module, list[str]] = {}
+    projections: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            raise DeepTwistError(f"layer {name!r} is not initialised: run the model once first")
+        # The weights in a parametrization count as those of the module that has it.
+        if _weights(module) and not isinstance(module, parametrize.ParametrizationList):
+            names.setdefault(module, []).append(name)
+        if has_in_projection(module):
+            if module not in projections:
+                projections[module] = InProjection(cast(nn.MultiheadAttention, module))
+            full_name = f"{name}.{InProjection.NAME}".lstrip(".")
+            names.setdefault(projections[module], []).append(full_name)
+    return names
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that are a matrix at least."""
+    if is_layer(module):
+        return weight_parameters(module)
+    weights = [
+        parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if sum(side > 1 for side in parameter.shape) > 1
+        and not (name == "in_proj_weight" and has_in_projection(module))
+    ]
+    if parametrize.is_parametrized(module):
+        weights += [*module.get_submodule("parametrizations").parameters()]
+    return weights
+
+
+def _geometry(module: nn.Module, weight: Weight | str) -> ConvGeometry | None:
+    """A module's geometry, for its costs, also where its weight must be kept."""
+    if isinstance(weight, Weight):
+        return weight.geometry
+    with suppress(DeepTwistError):
+        return layer_geometry(module)
+    return None
+
+
+def _instance_reason(module: nn.Module) -> str | None:
+    """Why a module computes more than its class does."""
+    if "forward" in vars(module) and not has_compiled_forward(module):
+        return "has a forward of its own, stored on the module"
+    if has_hooks(module):
+        return "has hooks (pruning, …), which a factored layer would lose"
+    return None
+
+
+@dataclass
+class _Usage:
+    """What an example input does with a model's layers.
+
+    Attributes:
+        calls: by layer, in order of first use: every use, `F.linear` on its weight included.
+        unsupported_uses: by layer, a use that no factored layer serves.
+        macs: multiply-accumulates of the whole network, of all its examples together; `None`
+            where torch could not count them.
+    """
+
+    calls: dict[nn.Module, list[LayerCall]] = field(default_factory=dict)
+    unsupported_uses: dict[nn.Module, str] = field(default_factory=dict)
+    macs: int | None = None
+
+    @property
+    def order(self) -> dict[nn.Module, int]:
+        """When each layer was first used: 0, 1, …."""
+        return {module: number for number, module in enumerate(self.calls)}
+
+
+def _usage_reason(
+    module: nn.Module,
+    names: Mapping[nn.Module, list[str]],
+    holders: Mapping[Tensor, list[nn.Module]],
+    usage: _Usage,
+) -> str | None:
+    """Why a module cannot be decomposed because of how the model uses it."""
+    sharing = [other for p in _weights(module) for other in holders[p] if other is not module]
+    if sharing:
+        return f"shares its weight with {names[sharing[0]][0]!r}"
+    if module in usage.unsupported_uses:
+        return usage.unsupported_uses[module]
+    return None if usage.calls.get(module) else "is not called on the example input"
+
+
+def _trace_usage(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    weights: Mapping[nn.Module, Weight | str],
+    geometries: Mapping[nn.Module, ConvGeometry | None],
+    holders: Mapping[Tensor, list[nn.Module]],
+) -> _Usage:
+    """Run a model once, in evaluation mode, and leave it as it was.
+
+    Raises:
+        DeepTwistError: if the model cannot run on the inputs.
+    """
+    watched = {module: geometry for module, geometry in geometries.items() if geometry}
+    paddings = {
+        module: weight.padding
+        for module, weight in weights.items()
+        if isinstance(weight, Weight) and weight.padding is not None
+    }
+    owners = {id(p): modules[0] for p, modules in holders.items() if modules[0] in watched}
+    try:
+        counter = FlopCounterMode(display=False)
+        usage = _run(model, inputs, _UsageTracer(watched, paddings, owners), [counter])
+        usage.macs = int(counter.get_total_flops()) // 2
+    except FORWARD_ERRORS:
+        # Either the model or the counter failed.
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        with explaining(f"{type(model).__name__} cannot run on the example input {shapes}"):
+            usage = _run(model, inputs, _UsageTracer(watched, paddings, owners), [])
+    return usage
+
+
+def _run(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    tracer: "_UsageTracer",
+    modes: Sequence[FlopCounterMode],
+) -> _Usage:
+    with ExitStack() as stack:
+        stack.enter_context(preserving_state(model, inputs))
+        for module in tracer.geometries:
+            handles = (
+                module.register_forward_pre_hook(tracer.enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(tracer.leave, always_call=True),
+            )
+            for handle in handles:
+                stack.callback(handle.remove)
+        # The counter knows not every fused attention, the processor's for one.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for counter in modes:
+            stack.enter_context(counter)
+        stack.enter_context(tracer)
+        model(*inputs)
+    return tracer.usage
+
+
+class _UsageTracer(TorchFunctionMode):
+    """Follows layers' calls by hooks, and reads of their weights through torch's functions."""
+
+    def __init__(
+        self,
+        geometries: Mapping[nn.Module, ConvGeometry],
+        paddings: Mapping[nn.Module, nn.Module],
+        owners: Mapping[int, nn.Module],  # by the id of a weight's parameter
+    ):
+        super().__init__()
+        self.geometries = geometries
+        self.usage = _Usage()
+        self._paddings = paddings
+        self._owners = owners
+        self._running: list[nn.Module] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append(module)
+        arguments = [*args, *kwargs.values()]
+        if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
+            self.usage.unsupported_uses[module] = "is called with more than its input"
+            return
+        x, dims = arguments[0], self.geometries[module].dims
+        if dims == 0:
+            self._add_call(module, x.shape[:-1].numel())
+            return
+        size = x.shape[-dims:]
+        if module in self._paddings:
+            size = self._paddings[module](torch.empty(1, *size, device="meta")).shape[-dims:]
+        self._add_call(module, x.shape[0] if x.dim() == dims + 2 else 1, tuple(size))
+
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
+        self._running.pop()
+
+    def _add_call(self, module: nn.Module, count: int, size: tuple[int, ...] = ()) -> None:
+        self.usage.calls.setdefault(module, []).append(LayerCall(count, size))
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not is_metadata(func):
+            for argument in _flat([*args, *kwargs.values()]):
+                module = self._owners.get(id(argument))
+                if module is not None and module not in self._running:
+                    self._read(module, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _read(
+        self, module: nn.Module, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note that a function is given a layer's weight by another module."""
+        values = {**dict(zip(["input", "weight", "bias"], args, strict=False)), **kwargs}
+        name, is_linear = getattr(func, "__name__", str(func)), isinstance(module, nn.Linear)
+        if name == "linear" and is_linear and id(values["weight"]) in self._owners:
+            self._add_call(module, values["input"].shape[:-1].numel())
+            return
+        if func is functional.multi_head_attention_forward and is_linear:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            role = next(key for key, value in given.items() if value is module.weight)
+            if role != "in_proj_weight" or given["query"] is given["key"] is given["value"]:
+                self._add_call(module, given[_PROJECTED.get(role, "query")].shape[:-1].numel())
+                return
+            self.usage.unsupported_uses[module] = (
+                "projects keys or values of other inputs than queries"
+            )
+        self.usage.unsupported_uses.setdefault(
+            module, f"has a weight that its owner reads ({name.strip('_')})"
+        )
+
+
+_PROJECTED = {"k_proj_weight": "key", "v_proj_weight": "value"}  # the others: the query
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """The arguments, and those in lists and tuples of them, as `torch.cat` is given."""
+    flat: list[Any] = []
+    for value in values:
+        flat += value if isinstance(value, list | tuple) else [value]
+    return flat
