@@ -53,7 +53,8 @@ def main() -> None:
 def measure(name: str, model: nn.Module, channels: int, with_step: bool) -> str:
     """Return a network's row."""
     x = torch.zeros(2, 3, 32, 32)
-    plan = dt.plan(model, METHOD, example_input=x, min_in_channels=channels, linear=False)
+    layers = dt.Layers(skip_first_conv=False, min_in_channels=channels)
+    plan = dt.plan(model, METHOD, example_input=x, layers=layers)
     twist = dt.DeepTwist(model, plan, INTERVAL)
     first = seconds(twist.distort)
     state = twist.state_dict()

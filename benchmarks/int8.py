@@ -1,7 +1,7 @@
 """A decomposed ResNet-32 through onnxruntime's int8 quantisation: bytes, accuracy, difference.
 
 deeptwist export resnet32 --weights resnet32-cifar10.safetensors --decomposition spatial-svd \
-      --ratio 1.5 --skip-first-conv --no-linear --out small.onnx
+      --ratio 1.5 --out small.onnx
 python benchmarks/int8.py small.onnx --data cifar10-jpeg
 """
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.app.models import build_model
-from deeptwist.measure.latency import LatencySetting
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio, time_interleaved
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
 LATENCY = 2.0
+WIDE = dt.Layers(min_in_channels=64)
 
 
 def main() -> None:
@@ -35,24 +35,22 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in options.only:
         for batch in options.batches:
-            setting = LatencySetting(batch, options.runtime, options.threads)
-            print(f"| {name} | {batch} | {row(name, setting, options.rounds)} |", flush=True)
+            latency = dt.Latency(
+                LATENCY, batch=batch, runtime=options.runtime, threads=options.threads
+            )
+            print(f"| {name} | {batch} | {row(name, latency, options.rounds)} |", flush=True)
     print(f"\n{options.runtime}, {describe_machine()}")
 
 
-def row(name: str, setting: LatencySetting, rounds: int) -> str:
+def row(name: str, latency: dt.Latency, rounds: int) -> str:
     """Return the milliseconds of a network, and of its small forms as speed-ups."""
     torch.manual_seed(0)
     model = build_model(name).eval().to(memory_format=torch.channels_last)
-    x = torch.randn(setting.batch, *NETWORKS[name]).to(memory_format=torch.channels_last)
-    plan = dt.plan(
-        model, dt.TiledSVD(), latency=LATENCY, latency_batch=setting.batch,
-        latency_runtime=setting.runtime, example_input=x, skip_first_conv=True,
-        min_in_channels=64, linear=False,
-    )  # fmt: skip
+    x = torch.randn(latency.batch, *NETWORKS[name]).to(memory_format=torch.channels_last)
+    plan = dt.plan(model, dt.TiledSVD(), latency=latency, example_input=x, layers=WIDE)
     even = as_lossy(model, x, error(plan))
     networks = [model, dt.decompose(model, plan), dt.decompose(model, even)]
-    runs = [setting.prepare(network, x) for network in networks]
+    runs = [latency.setting.prepare(network, x) for network in networks]
     dense, small, uniform = time_interleaved(runs, rounds=rounds)
     assert plan.latency is not None
     speedups = median_ratio(dense, small), median_ratio(dense, uniform)
@@ -70,10 +68,7 @@ def as_lossy(model: nn.Module, x: Tensor, limit: float) -> dt.Plan:
     low, high = 1.05, 8.0
     for _ in range(6):
         ratio = (low + high) / 2
-        plan = dt.plan(
-            model, dt.TiledSVD(), ratio=ratio, example_input=x, skip_first_conv=True,
-            min_in_channels=64, linear=False,
-        )  # fmt: skip
+        plan = dt.plan(model, dt.TiledSVD(), ratio=ratio, example_input=x, layers=WIDE)
         low, high = (ratio, high) if error(plan) < limit else (low, ratio)
     return plan
 

@@ -64,9 +64,8 @@ def main() -> None:
                 decomposition,
                 ratio=RATIO,
                 example_input=torch.zeros(2, *size),
-                min_in_channels=channels,
+                layers=dt.Layers(skip_first_conv=False, min_in_channels=channels),
                 rank_multiple=multiple,
-                linear=False,
             )
             for form, (decomposition, channels, multiple) in FORMS.items()
             if form in (*options.forms, WEIGHED) or (form == "Tucker" and PEER in options.forms)

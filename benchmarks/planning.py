@@ -22,6 +22,7 @@ from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.measure.machine import describe_machine
 
 METHODS = {x.method: x for x in (dt.SVD(), dt.SpatialSVD(), dt.TiledSVD(), dt.Tucker(), dt.CP())}
+EVERY_LAYER = dt.Layers(skip_first_conv=False, linear=True)
 
 
 def main() -> None:
@@ -43,10 +44,10 @@ def main() -> None:
     for name in options.methods:
         method = METHODS[name]
         cells = []
-        for allocation in ("uniform", "budget"):
+        for size in ({"ratio": options.ratio}, {"weights": options.ratio}):
             seconds, plan = _timed(
-                lambda allocation=allocation, method=method: dt.plan(
-                    model, method, ratio=options.ratio, example_input=x, allocation=allocation
+                lambda size=size, method=method: dt.plan(
+                    model, method, example_input=x, layers=EVERY_LAYER, **size
                 ),
                 clock,
             )

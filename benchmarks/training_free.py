@@ -39,9 +39,9 @@ WAYS: dict[str, tuple[bool, Sequence[str]]] = {  # calibrated, and the budgets; 
     "same ratio, calibrated": (True, ()),
     "budget of MACs": (False, ["macs"]),
     "budget of MACs, calibrated": (True, ["macs"]),
-    "budget of weights": (False, ["ratio"]),
-    "budget of weights, calibrated": (True, ["ratio"]),
-    "both budgets, calibrated": (True, ["ratio", "macs"]),
+    "budget of weights": (False, ["weights"]),
+    "budget of weights, calibrated": (True, ["weights"]),
+    "both budgets, calibrated": (True, ["weights", "macs"]),
 }
 IMAGENETTE = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # its folders' classes of ImageNet
 _BATCH = 50
@@ -124,9 +124,6 @@ def _decomposed(
         model,
         METHODS[method],
         example_input=images[0][:2],
-        allocation="budget" if budgets else "uniform",
-        skip_first_conv=True,
-        linear=False,
         calibration=moments,
         **budget,
     )

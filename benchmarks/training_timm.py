@@ -135,7 +135,7 @@ def time_parts(data: ImageData, batch: int, repeats: int = 5) -> dict[str, float
     assert isinstance(files, ImageFiles)
     assert data.transform is not None
     model = build_model(MODEL, num_classes=10).train().to(memory_format=torch.channels_last)
-    compression = {"decomposition": "spatial_svd", "ratio": 3, "skip_first_conv": True}
+    compression = {"decomposition": "spatial_svd", "ratio": 3, "linear": True}
     recipe = make_recipe({"model": MODEL, "optimizer": SGD, "compression": compression})
     plan = recipe.compression.make_plan(model, torch.zeros(2, 3, SIZE, SIZE))
     optimizer, twist = make_optimizer(model, recipe.optimizer), DeepTwist(model, plan, 1)

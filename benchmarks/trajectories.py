@@ -92,8 +92,7 @@ def train(name: str, data: ImageData, weights: str | None, folder: Path, count: 
         model,
         METHOD,
         example_input=torch.zeros(2, 3, 32, 32),
-        min_in_channels=NETWORKS[name],
-        linear=False,
+        layers=dt.Layers(skip_first_conv=False, min_in_channels=NETWORKS[name]),
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(plan.to_json())

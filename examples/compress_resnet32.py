@@ -17,7 +17,7 @@ from deeptwist.app.training.metrics import DENSE_WEIGHTS, Summary
 from deeptwist.app.training.recipe import Mode, make_recipe
 from deeptwist.app.training.run import build_run, train
 
-COMPRESSION = {"ratio": 4, "skip_first_conv": True, "linear": False}
+COMPRESSION = {"ratio": 4}
 DECOMPOSITIONS = {
     "tucker": {"decomposition": "tucker"},
     "spatial-svd": {"decomposition": "spatial_svd"},

@@ -19,6 +19,7 @@ from torchvision.ops import box_iou
 import deeptwist as dt
 
 SIZE, STEPS, BATCH, CHANNELS = 64, 120, 8, 64
+WIDE = dt.Layers(min_in_channels=16)
 Target = dict[str, Tensor]
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     )
     train(model)
     example = torch.stack(draw(2, seed=0)[0])
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=example, min_in_channels=16)
+    plan = dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=example, layers=WIDE)
     dense, untrained = overlap(model), overlap(dt.decompose(model, plan))
 
     twist = dt.DeepTwist(model, plan, interval=25)

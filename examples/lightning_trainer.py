@@ -63,7 +63,7 @@ def main() -> None:
     data = load_digits()
     model = build_network()
     example = torch.zeros(2, 1, 8, 8)
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example, skip_first_conv=True)
+    plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example)
 
     fit(model, data)
     dense, untrained = (accuracy(n, data) for n in (model, dt.decompose(model, plan)))

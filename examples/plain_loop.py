@@ -56,7 +56,7 @@ def main() -> None:
     data = load_digits()
     model = build_network()
     example = torch.zeros(2, 1, 8, 8)
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example, skip_first_conv=True)
+    plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     train(model, data)

@@ -13,6 +13,7 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 import deeptwist as dt
 
 SIZE, STEPS, BATCH = 64, 40, 8
+WIDE = dt.Layers(min_in_channels=64)
 
 
 def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def main() -> None:
             module.momentum = 0.1  # its 0.01 is for long trainings
     train(model)
     example = draw(2, seed=0)[0]
-    plan = dt.plan(model, dt.SVD(), ratio=2, example_input=example, min_in_channels=64)
+    plan = dt.plan(model, dt.SVD(), ratio=2, example_input=example, layers=WIDE)
     dense, untrained = mean_iou(model), mean_iou(dt.decompose(model, plan))
 
     twist = dt.DeepTwist(model, plan, interval=15)

@@ -10,9 +10,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deeptwist import CP, SVD, Decomposition, DeepTwistError, SpatialSVD, TiledSVD, Tucker
+from deeptwist import CP, SVD, Decomposition, DeepTwistError, Layers, SpatialSVD, TiledSVD, Tucker
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.layers.geometry import ConvGeometry, kernel_to_weight, weight_to_kernel
+
+# What most tests plan: a network's first convolution and its linear layers too.
+EVERY_LAYER = Layers(skip_first_conv=False, linear=True)
+
+
+def every_layer(**rules: Any) -> Layers:
+    """Return the rules of `EVERY_LAYER`, but for these."""
+    return replace(EVERY_LAYER, **rules)
+
 
 METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
     "svd": SVD(),

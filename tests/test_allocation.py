@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from tests.cases import error_of
+from tests.cases import EVERY_LAYER, error_of
 from torch import nn
 
 import deeptwist as dt
@@ -55,12 +55,12 @@ def test_an_allocation_is_within_a_hundredth_of_the_best(seed: int, count: int) 
     assert total(choice) <= 1.01 * best
 
 
-@pytest.mark.parametrize("budget", [{"ratio": 3}, {"macs": 3}, {"ratio": 4, "macs": 2}])
+@pytest.mark.parametrize("budget", [{"weights": 3}, {"macs": 3}, {"weights": 4, "macs": 2}])
 def test_all_budgets_are_met_by_the_layers_together(budget: dict[str, float]) -> None:
-    made = dt.plan(network(), dt.SpatialSVD(), example_input=X, allocation="budget", **budget)
+    made = dt.plan(network(), dt.SpatialSVD(), example_input=X, layers=EVERY_LAYER, **budget)
     dense = sum(layer.weight_numel for layer in made.layers)
     assert made.compressed
-    assert dense / sum(layer.compressed_numel for layer in made.layers) >= budget.get("ratio", 1)
+    assert dense / sum(layer.compressed_numel for layer in made.layers) >= budget.get("weights", 1)
     assert made.dense_macs / made.macs >= budget.get("macs", 1)
     assert dt.Plan.from_json(made.to_json()) == made
 
@@ -69,16 +69,28 @@ def test_of_several_decompositions_the_allocation_loses_no_more_than_of_one() ->
     methods = [dt.SVD(), dt.SpatialSVD(), dt.Tucker()]
 
     def lost(decomposition: object) -> float:
-        made = dt.plan(network(), decomposition, ratio=3, example_input=X, allocation="budget")
+        made = dt.plan(network(), decomposition, weights=3, example_input=X, layers=EVERY_LAYER)
         return squared_error(made)
 
     assert lost(methods) <= 1.01 * min(map(lost, methods))
 
 
+def test_of_several_decompositions_a_layer_takes_the_best_at_a_ratio() -> None:
+    methods = [dt.SVD(), dt.SpatialSVD(), dt.Tucker()]
+    options = {"ratio": 3, "example_input": X, "layers": EVERY_LAYER}
+    best = dt.plan(network(), methods, **options)
+    alone = [dt.plan(network(), method, **options) for method in methods]
+    for layer, *others in zip(best.layers, *(made.layers for made in alone), strict=True):
+        assert layer == min(others, key=lambda other: other.relative_error)
+    with torch.device("meta"):
+        dense, x = network(), torch.empty_like(X)
+    assert "seen from weights" in error_of(dt.plan, dense, methods, ratio=3, example_input=x)
+
+
 def test_a_budget_loses_no_more_than_one_ratio_for_all() -> None:
     budget, uniform = (
-        dt.plan(network(), dt.SpatialSVD(), ratio=3, example_input=X, allocation=allocation)
-        for allocation in ("budget", "uniform")
+        dt.plan(network(), "spatial_svd", example_input=X, layers=EVERY_LAYER, **size)
+        for size in ({"weights": 3}, {"ratio": 3})
     )
     errors = [
         sum((x.relative_error or 0) ** 2 for x in made.compressed) for made in (budget, uniform)
@@ -88,9 +100,9 @@ def test_a_budget_loses_no_more_than_one_ratio_for_all() -> None:
 
 def test_budgets_that_mean_nothing() -> None:
     model = network()
-    assert "no budget" in error_of(dt.plan, model, dt.SVD(), example_input=X, allocation="budget")
-    assert "uniform" in error_of(
-        dt.plan, model, dt.SVD(), example_input=X, macs=2, allocation="uniform"
-    )
+    missing = error_of(dt.plan, model, dt.SVD(), example_input=X)
+    assert "give ratio, weights, macs or latency" in missing
+    both = {"ratio": 2, "macs": 2}
+    assert "a ratio is every layer's" in error_of(dt.plan, model, dt.SVD(), example_input=X, **both)
     assert "has a rank" in error_of(dt.plan, model, dt.SVD(rank=2), example_input=X, macs=2)
     assert "no ranks meet" in error_of(dt.plan, model, dt.SVD(), example_input=X, macs=1e6)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.cases import error_of
+from tests.cases import EVERY_LAYER, error_of
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan
@@ -22,7 +22,7 @@ from deeptwist.measure.memory import peak_memory
 from deeptwist.measure.networks import Setting, measure, measure_memory, settings_of
 from deeptwist.measure.runtimes import prepare
 from deeptwist.measure.timing import median_ratio, summarize, time_interleaved
-from deeptwist.plan.autotune import keep_slow_layers
+from deeptwist.plan.autotune import apply_timings
 
 X = torch.randn(4, 8, 12, 12)
 MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)
@@ -40,7 +40,7 @@ def network() -> nn.Sequential:
 
 
 def made(model: nn.Module) -> Plan:
-    return plan(model, SpatialSVD(), ratio=3, example_input=X)
+    return plan(model, SpatialSVD(), ratio=3, example_input=X, layers=EVERY_LAYER)
 
 
 @given(MILLISECONDS)
@@ -111,7 +111,9 @@ def test_memory_of_both_networks() -> None:
 def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
     """Its largest layers hold a tenth of it, as those of ResNet-34 do."""
     model = nn.Sequential(*(nn.Conv2d(192, 192, 3, padding=1) for _ in range(10)))
-    planned = plan(model, SpatialSVD(), ratio=4, example_input=torch.zeros(1, 192, 4, 4))
+    planned = plan(
+        model, SpatialSVD(), ratio=4, example_input=torch.zeros(1, 192, 4, 4), layers=EVERY_LAYER
+    )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert peak_memory(lambda: decompose(model, planned)) < 1.5 * size
 
@@ -133,7 +135,7 @@ def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
 def test_slow_layers_are_kept_with_the_measured_reason() -> None:
     model = network()
     planned = made(model)
-    thinned = keep_slow_layers(planned, {"0": 0.8, "2": 1.5, "3": 1.04}, 1.05)
+    thinned = apply_timings(planned, {"0": 0.8, "2": 1.5, "3": 1.04}, 1.05)
     assert [layer.name for layer in thinned.compressed] == ["2"]
     assert thinned.kept[0].reason == "not worth it: measured 0.80× as fast, below 1.05×"
     assert thinned.compressed[0] == planned.compressed[1]

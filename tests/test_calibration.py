@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cases import GEOMETRIES, difference, error_of
+from tests.cases import EVERY_LAYER, GEOMETRIES, difference, error_of, every_layer
 from torch import Tensor, nn
 
 import deeptwist as dt
@@ -18,7 +18,7 @@ def test_the_moment_s_norm_of_a_kernel_is_that_of_the_outputs(geometry: str) -> 
     make, shape = GEOMETRIES[geometry]
     layer, x = make().double(), torch.randn(shape).double()
     model = nn.Sequential(layer)
-    if not (layers := dt.plan(model, dt.SVD(rank=1), example_input=x).layers):
+    if not (layers := dt.plan(model, dt.SVD(rank=1), example_input=x, layers=EVERY_LAYER).layers):
         return
     (planned,) = layers
     if planned.convolution is None or getattr(layer, "weight", None) is None:
@@ -59,14 +59,19 @@ def batches() -> list[Tensor]:
 def test_a_calibrated_layer_loses_less_of_its_outputs(method: dt.Decomposition) -> None:
     model, data = network(), batches()
     calibration = dt.calibrate(model, data)
-    made = dt.plan(model, method, ratio=3, example_input=data[0], include="0")
+    made = dt.plan(model, method, ratio=3, example_input=data[0], layers=every_layer(include="0"))
     plain, calibrated = (dt.decompose(model, made, calibration=c)[0] for c in (None, calibration))
     x = torch.cat(data)
     with torch.no_grad():
         lost = [float((layer(x) - model[0](x)).square().sum()) for layer in (plain, calibrated)]
     assert lost[1] <= lost[0] * (1 + 1e-5)
     planned = dt.plan(
-        model, method, ratio=3, example_input=data[0], include="0", calibration=calibration
+        model,
+        method,
+        ratio=3,
+        example_input=data[0],
+        calibration=calibration,
+        layers=every_layer(include="0"),
     ).compressed[0]
     with torch.no_grad():
         y = model[0](x) - model[0].bias[:, None, None]
@@ -113,7 +118,9 @@ def test_fewer_inputs_than_directions_are_enough(side: int) -> None:
     """What rounding leaves of the missing ones is below zero as often as above."""
     model, x = nn.Sequential(nn.Linear(side, side + 8)), torch.randn(3, side)
     calibration = dt.calibrate(model, [x])
-    made = dt.plan(model, dt.SVD(), ratio=1.5, example_input=x, calibration=calibration)
+    made = dt.plan(
+        model, dt.SVD(), ratio=1.5, example_input=x, calibration=calibration, layers=EVERY_LAYER
+    )
     small = dt.decompose(model, made, calibration=calibration)
     assert difference(model(x), small(x)) < 1e-2  # their own span is within the rank
 
@@ -123,7 +130,9 @@ def test_a_layer_that_is_read_is_left_out() -> None:
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8)
     calibration = dt.calibrate(model, [x])
     assert calibration.moments.keys() == {"linear1", "linear2"}
-    made = dt.plan(model, dt.SVD(), ratio=2, example_input=x, calibration=calibration)
+    made = dt.plan(
+        model, dt.SVD(), ratio=2, example_input=x, calibration=calibration, layers=EVERY_LAYER
+    )
     assert len(made.compressed) == 4
     dt.decompose(model, made, calibration=calibration)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.cases import every_layer
 
 import deeptwist as dt
 from deeptwist import Plan
@@ -72,7 +73,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plan", "resnet20", "--ratoi", "4"], "Did you mean --ratio?"),
         (["plan", "resnet20", "--ratio", "four"], "--ratio"),
         (["plan", "resnet20", "--ratio", "0.5"], "ratio 0.5 compresses nothing"),
-        (["plan", "resnet20"], "give it one, or give a ratio"),
+        (["plan", "resnet20"], "give it one, or give ratio, weights, macs or latency"),
         (["plan", "resnt20", "--ratio", "4"], "did you mean 'resnet20'?"),
         (["plan", "resnet20", "--ratio", "4", "--exclude", "layer1.0.conv"], "'layer1.0.conv2'?"),
         (
@@ -224,7 +225,7 @@ def test_a_recipe_is_read_and_the_command_line_wins_over_it(
 
 def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_path: Path) -> None:
     network = ["resnet20", "--weights", weights, "--input", "1x8x8"]
-    plan = ["--decomposition", "svd", "--ratio", 2, "--no-linear"]
+    plan = ["--decomposition", "svd", "--ratio", 2, "--no-skip-first-conv"]
     sizes = json.loads(run("decompose", *network, *plan, "--out", tmp_path, "--json").stdout)
     assert sizes["parameters"] < sizes["parameters_before"] / 1.9
     words = ["evaluate", "resnet20", "--artefact", tmp_path, "--data", "digits", "--json"]
@@ -232,7 +233,13 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
 
     dense = build_model("resnet20", in_channels=1)
     load_weights(dense, weights)
-    made = dt.plan(dense, dt.SVD(), ratio=2, linear=False, example_input=torch.zeros(2, 1, 8, 8))
+    made = dt.plan(
+        dense,
+        dt.SVD(),
+        ratio=2,
+        example_input=torch.zeros(2, 1, 8, 8),
+        layers=every_layer(linear=False),
+    )
     digits = load_digits()
     test = digits.test, digits
     expected = evaluate(dt.decompose(dense, made), *test)
@@ -243,7 +250,7 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
 
 def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    plan = ["--decomposition", "spatial-svd", "--ratio", 4, "--skip-first-conv", "--no-linear"]
+    plan = ["--decomposition", "spatial-svd", "--ratio", 4]
     words = [
         "train",
         "resnet20",
@@ -347,7 +354,7 @@ def test_the_demo_shows_the_whole_job(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_training_free_compression_is_one_command(tmp_path: Path, weights: Path) -> None:
     network = ["resnet20", "--weights", weights, "--input", "1x8x8"]
     data = ["--calibrate", "digits", "--calibration-images", 256]
-    methods = ["--decomposition", "spatial-svd", "tucker", "--macs", 2, "--ratio", 1.5]
+    methods = ["--decomposition", "spatial-svd", "tucker", "--macs", 2, "--weight-budget", 1.5]
     planned = run("plan", *network, *methods, *data, "--json")
     small = tmp_path / "small"
     done = run("decompose", *network, *methods, *data, "--recalibrate", "--out", small, "--json")

@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.cases import EVERY_LAYER
 from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.latency import Latency, LatencyCache, LatencySetting
+from deeptwist.measure.latency import Latency, LatencyCache, LatencySetting, NetworkTimes
 from deeptwist.measure.layer_clock import LayerClock
+from deeptwist.measure.runtimes import Runtime
 from deeptwist.plan.budget import Budgets
-from deeptwist.plan.layer_filter import LayerFilter
-from deeptwist.plan.network_clock import meet_milliseconds
+from deeptwist.plan.network_clock import search_latency
 from deeptwist.plan.planned_layer import CompressedLayer
 from deeptwist.plan.planner import Planner
 
@@ -77,9 +78,9 @@ def test_every_call_counts() -> None:
 
 @pytest.mark.parametrize("factor", [1.5, 3.0])
 def test_a_budget_of_milliseconds_is_met_and_used(factor: float) -> None:
-    rules, clock = LayerFilter(), clock_of_macs()
-    planner = Planner(network(), X, [dt.SpatialSVD()], rules)
-    plan = planner.plan(Budgets(latency=factor), None, clock)
+    clock = clock_of_macs()
+    planner = Planner(network(), X, [dt.SpatialSVD()], EVERY_LAYER)
+    plan = planner.plan(None, Budgets(milliseconds=factor), clock)
     dense = factored = 0.0
     for layer in plan.layers:
         assert layer.convolution is not None
@@ -91,27 +92,44 @@ def test_a_budget_of_milliseconds_is_met_and_used(factor: float) -> None:
 
 def test_layers_are_timed_in_pytorch_by_themselves() -> None:
     model, x = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), torch.randn(1, 96, 24, 24)
-    options = {"example_input": x, "latency_batch": 1}
-    (layer,) = dt.plan(model, dt.SpatialSVD(), latency=1.2, **options).layers
+    options = {"example_input": x, "layers": EVERY_LAYER}
+    (layer,) = dt.plan(model, "spatial_svd", latency=Latency(1.2, batch=1), **options).layers
     assert isinstance(layer, CompressedLayer)
-    with pytest.raises(dt.DeepTwistError, match="no ranks meet the budgets"):
+    with pytest.raises(dt.DeepTwistError, match="no plan"):
         dt.plan(model, dt.SpatialSVD(), latency=1e6, **options)
-    with pytest.raises(dt.DeepTwistError, match="latency_batch"):
-        dt.plan(model, dt.SpatialSVD(), latency=2, example_input=x, latency_batch=0)
 
 
-def test_an_example_without_a_batch_is_one() -> None:
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "speedup and ms"),
+        ({"speedup": 2, "ms": 2}, "speedup and ms are one budget"),
+        ({"speedup": 1}, "speedup of 1"),
+        ({"ms": 0}, "0 ms"),
+        ({"ms": 12, "batch": 0}, "batch 0"),
+        ({"ms": 12, "threads": 0}, "threads 0"),
+        ({"ms": 12, "runtime": "onxruntime"}, "did you mean 'onnxruntime'?"),
+    ],
+)
+def test_latencies_that_mean_nothing(
+    values: dict[str, object], message: str, error_of: Callable[..., str]
+) -> None:
+    assert message in error_of(Latency, **values)
+
+
+def test_an_example_without_a_batch_is_one(error_of: Callable[..., str]) -> None:
     model, image = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), torch.randn(96, 24, 24)
-    plan = dt.plan(model, dt.SpatialSVD(), latency=1.2, example_input=image, latency_batch=2)
-    assert plan.examples == 1
-    assert plan.latency is None  # a batch of such images is none that the network takes
+    options = {"example_input": image, "layers": EVERY_LAYER}
+    assert dt.plan(model, dt.SpatialSVD(), ratio=2, **options).examples == 1
+    # A batch of such images is none that the network takes.
+    assert "with a batch in front" in error_of(dt.plan, model, dt.SVD(), latency=2, **options)
 
 
 def test_what_was_timed_is_kept_in_a_file_that_names_the_machine() -> None:
     x, setting = torch.randn(1, 96, 24, 24), LatencySetting(1)
     model = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval()
     convolution, forms = ConvGeometry.from_module(model[0]), [dt.SVD(rank=8), dt.SVD(rank=32)]
-    planner = Planner(model, x, [dt.SVD()], LayerFilter())
+    planner = Planner(model, x, [dt.SVD()], EVERY_LAYER)
     times = planner.clock(setting).times(convolution, (LayerCall(1, (24, 24)),), forms)
     path = LatencyCache("eager").path
     kept = json.loads(path.read_text())
@@ -146,37 +164,33 @@ def test_ranks_are_multiples_of_what_vectors_hold(width: int) -> None:
 def test_the_whole_network_takes_no_longer_than_asked(limit: float) -> None:
     def attempt(factor: float) -> dt.Plan:  # layers of 8 ms save seven tenths of it in the network
         return dt.Plan(
-            (), other_parameters=1, latency=Latency(10.0, 10 - 0.7 * 8 * (1 - 1 / factor), "")
+            (), other_parameters=1, latency=NetworkTimes(10.0, 10 - 0.7 * 8 * (1 - 1 / factor), "")
         )
 
-    plan = meet_milliseconds(limit, attempt)
-    assert plan.latency is not None
-    assert 0.95 * limit <= plan.latency.planned <= limit
-    assert dt.Plan.from_json(plan.to_json()) == plan
-    assert str(plan.latency) in str(plan)
+    for latency in (Latency(ms=limit), Latency(speedup=10 / limit)):
+        plan = search_latency(latency, attempt)
+        assert plan.latency is not None
+        assert 0.95 * limit <= plan.latency.planned <= limit
+        assert dt.Plan.from_json(plan.to_json()) == plan
+        assert str(plan.latency) in str(plan)
 
 
 def test_milliseconds_that_cannot_be_met_are_refused(error_of: Callable[..., str]) -> None:
     def attempt(factor: float) -> dt.Plan:
-        return dt.Plan(compressed=(), latency=Latency(10.0, 10 - 4 * (1 - 1 / factor), ""))
+        return dt.Plan(compressed=(), latency=NetworkTimes(10.0, 10 - 4 * (1 - 1 / factor), ""))
 
-    assert "10.00 ms as it is" in error_of(meet_milliseconds, 11.0, attempt)
-    assert "the fastest tried takes 6.13" in error_of(meet_milliseconds, 5.0, attempt)
-    options = {"example_input": X, "latency_batch": 2}
-    both = {**options, "latency": 2, "latency_ms": 2}
-    assert "are one budget" in error_of(dt.plan, network(), dt.SVD(), **both)
-    misspelt = {**options, "latency": 2, "latency_runtime": "onxruntime"}
-    assert "onnxruntime" in error_of(dt.plan, network(), dt.SVD(), **misspelt)
+    assert "10.00 ms as it is" in error_of(search_latency, Latency(ms=11), attempt)
+    assert "the fastest tried takes 6.13" in error_of(search_latency, Latency(ms=5), attempt)
 
 
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
-def test_a_plan_promises_milliseconds_of_the_network(runtime: str) -> None:
+def test_a_plan_promises_milliseconds_of_the_network(runtime: Runtime) -> None:
     model = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1), nn.BatchNorm2d(96), nn.ReLU()).eval()
     x = torch.randn(2, 96, 24, 24)
     if runtime == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    options = {"example_input": x, "latency_batch": 4, "latency_threads": 1}
-    plan = dt.plan(model, dt.SpatialSVD(), latency=1.3, latency_runtime=runtime, **options)
+    latency = Latency(speedup=1.3, batch=4, threads=1, runtime=runtime)
+    plan = dt.plan(model, "spatial_svd", latency=latency, example_input=x, layers=EVERY_LAYER)
     assert plan.latency is not None
-    assert plan.latency.planned > 0
+    assert 0 < plan.latency.planned <= plan.latency.dense / 1.3
     assert f"{runtime}, batch 4, " in plan.latency.where

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.cases import every_layer
 from tests.test_cli import refused, run
 from torch import Tensor, nn
 
@@ -75,7 +76,9 @@ def weights(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_compress_in_one_s_own_loop(trained: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    done = dt.compress(trained, loader(), accuracy, ratio=4, include="re:3|6", train_fn=fit)
+    done = dt.compress(
+        trained, loader(), accuracy, ratio=4, train_fn=fit, layers=every_layer(include="re:3|6")
+    )
     assert done.before == accuracy(trained) > 0.9
     assert done.after == accuracy(done.model)
     assert done.after > done.before - 0.03
@@ -86,7 +89,7 @@ def test_compress_in_one_s_own_loop(trained: nn.Module) -> None:
 
 def test_a_goal_is_kept_by_a_network_near_the_smallest_that_keeps_it(trained: nn.Module) -> None:
     goal = accuracy(trained) - 0.05
-    options = {"include": "re:3|6", "calibration_batches": 4}
+    options = {"layers": every_layer(include="re:3|6"), "calibration_batches": 4}
     done = dt.compress(trained, loader(), accuracy, goal=goal, **options)
     assert done.after >= goal
     untrained = [

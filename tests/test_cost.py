@@ -3,7 +3,7 @@
 import pytest
 import torch
 from experiments.paper.flops import MEGA, paper_flops, plan_flops
-from tests.cases import METHODS, at
+from tests.cases import EVERY_LAYER, METHODS, at, every_layer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,8 +25,7 @@ def table2(model: nn.Module, decomposition: Decomposition) -> Plan:
         model,
         decomposition,
         example_input=torch.empty(IMAGE, device="meta"),
-        min_in_channels=128,
-        linear=False,
+        layers=every_layer(linear=False, min_in_channels=128),
     )
 
 
@@ -69,7 +68,8 @@ def test_paper_flops_by_hand() -> None:
 def test_paper_flops_of_a_raw_tile_count_no_zero_taps(stride: int) -> None:
     """Tiles of 20 columns: products of 8×20 and of 24×R matrices at every output position."""
     model = nn.Sequential(nn.Conv2d(20, 24, 3, stride=stride, padding=1))
-    made = plan(model, TiledSVD(tile=(24, 20), rank=2), example_input=torch.randn(2, 20, 8, 8))
+    x = torch.randn(2, 20, 8, 8)
+    made = plan(model, TiledSVD(tile=(24, 20), rank=2), example_input=x, layers=EVERY_LAYER)
     hidden = 9 * 2
     flops = hidden * (2 * 20 - 1) + 24 * (2 * hidden - 1)
     assert plan_flops(made, factored=True) == flops * (8 // stride) ** 2
@@ -87,7 +87,7 @@ def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
         nn.ConvTranspose1d(12, 20, 3, stride=2),
     )
     x = torch.randn(3, 3, 16, 16)
-    made = plan(model, METHODS[name], ratio=1.5, example_input=x)
+    made = plan(model, METHODS[name], ratio=1.5, example_input=x, layers=EVERY_LAYER)
     assert made.compressed
     for network, counted, parameters in (
         (model, made.dense_macs, made.dense_parameters),
@@ -115,7 +115,11 @@ def test_raw_tiles_whose_zeros_cost_more_than_the_dense_layer_stay_dense(
     conv: nn.Module, shape: tuple[int, ...], tile: tuple[int, int]
 ) -> None:
     made = plan(
-        nn.Sequential(conv), TiledSVD(tile=tile), ratio=1.5, example_input=torch.empty(shape)
+        nn.Sequential(conv),
+        TiledSVD(tile=tile),
+        ratio=1.5,
+        example_input=torch.empty(shape),
+        layers=EVERY_LAYER,
     )
     (kept,) = made.kept
     method = TiledSVD(tile=tile).resolve(kept.convolution, 1.5)
@@ -132,7 +136,9 @@ def test_raw_tiles_whose_zeros_cost_more_than_the_dense_layer_stay_dense(
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 16), (7, 3, 16, 16)])
 def test_macs_are_those_of_one_example(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1))
-    made = plan(model, METHODS["svd"], ratio=1.5, example_input=torch.randn(shape))
+    made = plan(
+        model, METHODS["svd"], ratio=1.5, example_input=torch.randn(shape), layers=EVERY_LAYER
+    )
     assert made.dense_macs == 3 * 16 * 9 * 16 * 16
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cases import GEOMETRIES, METHODS, build, difference, error_of
+from tests.cases import EVERY_LAYER, GEOMETRIES, METHODS, build, difference, error_of, every_layer
 from torch import Tensor, nn
 
-from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, decompose, fuse, plan
+from deeptwist import CP, SVD, Decomposition, DeepTwist, Layers, TiledSVD, decompose, fuse, plan
 from deeptwist.app.models import build_model
 from deeptwist.decompose import factorize
 from deeptwist.decompositions import FactoredLayer
@@ -28,8 +28,8 @@ def network() -> nn.Sequential:
     )
 
 
-def decomposed(model: nn.Module, method: Decomposition, **options: Any) -> nn.Module:
-    return decompose(model, plan(model, method, ratio=1.6, example_input=X, **options))
+def decomposed(model: nn.Module, method: Decomposition, layers: Layers = EVERY_LAYER) -> nn.Module:
+    return decompose(model, plan(model, method, ratio=1.6, example_input=X, layers=layers))
 
 
 def storages(model: nn.Module) -> set[int]:
@@ -63,7 +63,7 @@ def test_no_bias_appears_where_the_source_had_none(method: Decomposition) -> Non
 @EACH_METHOD
 def test_it_computes_what_the_distorted_model_does(method: Decomposition) -> None:
     model = network().double()
-    made = plan(model, method, ratio=1.6, example_input=X.double())
+    made = plan(model, method, ratio=1.6, example_input=X.double(), layers=EVERY_LAYER)
     small = decompose(model, made)
     twin = copy.deepcopy(model)
     DeepTwist(twin, made, 1).step()
@@ -89,7 +89,7 @@ def test_fine_tuning_learns() -> None:
     torch.manual_seed(3)
     model = network().eval()
     target = model(X).detach()
-    small = decomposed(model, SVD(), overrides={"*": 3.0})
+    small = decomposed(model, SVD(), layers=every_layer(overrides={"*": 3.0}))
     optimizer = torch.optim.Adam(small.parameters(), 0.01)
     losses = []
     for _ in range(30):
@@ -120,7 +120,7 @@ def test_frozen_stays_frozen_and_training_stays_training(method: Decomposition) 
 def test_old_gradients_are_not_carried_over() -> None:
     model = network()
     model(X).sum().backward()
-    small = decomposed(model, SVD(), exclude=["4"])
+    small = decomposed(model, SVD(), layers=every_layer(exclude=["4"]))
     assert all(parameter.grad is None for parameter in small.parameters())
 
 
@@ -138,7 +138,7 @@ def test_a_tied_module_stays_tied() -> None:
 def test_kept_weights_that_are_tied_stay_tied() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[1].weight
-    small = decomposed(model, SVD(), include=["0"])
+    small = decomposed(model, SVD(), layers=every_layer(include=["0"]))
     assert small[1].weight is small[2].weight
 
 
@@ -164,14 +164,16 @@ def test_channels_last_stays() -> None:
 @EACH_METHOD
 def test_types_stay(method: Decomposition, dtype: torch.dtype) -> None:
     model = network().to(dtype)
-    small = decompose(model, plan(model, method, ratio=1.6, example_input=X.to(dtype)))
+    small = decompose(
+        model, plan(model, method, ratio=1.6, example_input=X.to(dtype), layers=EVERY_LAYER)
+    )
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert small.eval()(X.to(dtype)).isfinite().all()
 
 
 @EACH_METHOD
 def test_all_of_a_layer_is_where_its_kernels_are(method: Decomposition) -> None:
-    for layer in plan(network(), method, ratio=1.6, example_input=X).compressed:
+    for layer in plan(network(), method, ratio=1.6, example_input=X, layers=EVERY_LAYER).compressed:
         assert layer.convolution is not None
         assert layer.decomposition is not None
         parts = [
@@ -186,7 +188,7 @@ def test_all_of_a_layer_is_where_its_kernels_are(method: Decomposition) -> None:
 @EACH_METHOD
 def test_the_device_stays(method: Decomposition) -> None:
     model, x = network().cuda(), X.cuda()
-    made = plan(model, method, ratio=1.6, example_input=x)
+    made = plan(model, method, ratio=1.6, example_input=x, layers=EVERY_LAYER)
     small = DeepTwist(model, made, 1, example_input=X).finish()  # X is not on the GPU
     assert {t.device.type for t in chain(small.parameters(), small.buffers())} == {"cuda"}
     assert small(x).is_cuda
@@ -197,7 +199,13 @@ def test_the_device_stays(method: Decomposition) -> None:
 def test_every_kind_of_layer_is_swapped_or_kept(method: Decomposition, geometry: str) -> None:
     layer, x = build(geometry)
     model = nn.Sequential(layer)
-    made = plan(model, method, ratio=1.3 if method.method != "cp" else 4, example_input=x)
+    made = plan(
+        model,
+        method,
+        ratio=1.3 if method.method != "cp" else 4,
+        example_input=x,
+        layers=EVERY_LAYER,
+    )
     twist_able = bool(made.compressed)
     small = decompose(model, made)
     assert isinstance(small[0], FactoredLayer) == twist_able
@@ -226,7 +234,7 @@ class Keeps(nn.Module):
 
 def test_an_output_that_a_module_keeps_is_no_obstacle() -> None:
     model = Keeps()
-    made = plan(model, SVD(), ratio=2, example_input=X)
+    made = plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER)
     model(X)
     assert model.kept is not None
     small = decompose(model, made)
@@ -242,7 +250,7 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
 
     model = network()
     model[2] = Single()
-    made = plan(model, SVD(), ratio=2, example_input=X)
+    made = plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER)
     assert "cannot be copied: there can be only one" in error_of(decompose, model, made)
 
 
@@ -256,7 +264,9 @@ class CorrelationBlock:
 def test_what_a_module_holds_besides_is_no_obstacle() -> None:
     model = network()
     model.lock, model.generator = Lock(), (x for x in ())  # type: ignore[var-annotated]
-    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), interval=1)
+    twist = DeepTwist(
+        model, plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER), interval=1
+    )
     model.features = [model(X)]
     model.block = CorrelationBlock(model.features[0])
     twist.step()
@@ -267,7 +277,7 @@ def test_what_a_module_holds_besides_is_no_obstacle() -> None:
 
 def test_hooks_that_are_lost_are_told(caplog: pytest.LogCaptureFixture) -> None:
     model = network()
-    made = plan(model, SVD(), ratio=2, example_input=X)
+    made = plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER)
     name = made.compressed[0].name
     model.get_submodule(name).register_forward_hook(lambda *_: None)
     decompose(model, made)
@@ -278,7 +288,7 @@ def test_hooks_that_are_lost_are_told(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_weights_that_are_not_finite_are_named() -> None:
     model = network()
-    made = plan(model, SVD(), ratio=1.6, example_input=X)
+    made = plan(model, SVD(), ratio=1.6, example_input=X, layers=EVERY_LAYER)
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = math.inf
     assert "'3'" in error_of(decompose, model, made)
@@ -286,13 +296,13 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def test_decomposing_twice_is_refused() -> None:
     model = network()
-    made = plan(model, SVD(), ratio=1.6, example_input=X)
+    made = plan(model, SVD(), ratio=1.6, example_input=X, layers=EVERY_LAYER)
     assert "decomposed already" in error_of(decompose, decompose(model, made), made)
 
 
 def test_factorize_touches_nothing_and_names_every_layer() -> None:
     model = network()
-    made = plan(model, TiledSVD(tile=(4, 9)), ratio=1.6, example_input=X)
+    made = plan(model, TiledSVD(tile=(4, 9)), ratio=1.6, example_input=X, layers=EVERY_LAYER)
     before = copy.deepcopy(model.state_dict())
     assert list(factorize(model, made)) == [layer.name for layer in made.compressed]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -317,7 +327,9 @@ def test_a_decomposed_network_can_be_exported() -> None:
         model = build_model("resnet20").eval()
     x = torch.randn(2, 3, 32, 32)
     for method in (TiledSVD(tile=(16, 40)), CP(rank=2)):
-        made = plan(model, method, ratio=3, example_input=x, include=["layer3.*"])
+        made = plan(
+            model, method, ratio=3, example_input=x, layers=every_layer(include=["layer3.*"])
+        )
         small = decompose(model, made).eval()
         exported = torch.export.export(small, (x,)).module()
         assert difference(small(x), exported(x)) < 1e-5
@@ -352,7 +364,7 @@ def test_batch_norm_folds_into_the_last_factors(method: Decomposition, geometry:
     layer, norm, x = layers[geometry]
     norm.running_mean, norm.running_var = torch.randn(12), torch.rand(12) + 0.5
     model = nn.Sequential(layer, norm, nn.ReLU()).eval()
-    made = plan(model, method, ratio=1.3, example_input=x)
+    made = plan(model, method, ratio=1.3, example_input=x, layers=EVERY_LAYER)
     if not made.compressed:
         pytest.skip(str(made.kept[0].reason))
     small = decompose(model, made)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cases import METHODS, error_of, works_or_is_refused
+from tests.cases import EVERY_LAYER, METHODS, error_of, every_layer, works_or_is_refused
 from torch import Tensor, nn
 
 from deeptwist import SVD, Decomposition, DeepTwist, Plan, decompose, plan
@@ -38,7 +38,7 @@ def twisted(
     method: Decomposition | None = None, interval: int = 1, **options: Any
 ) -> tuple[nn.Sequential, DeepTwist]:
     model = network()
-    options = {"ratio": 1.6, "example_input": X, **options}
+    options = {"ratio": 1.6, "example_input": X, "layers": EVERY_LAYER, **options}
     return model, DeepTwist(model, plan(model, method or SVD(), **options), interval)
 
 
@@ -98,7 +98,9 @@ def test_the_memory_format_stays(method: Decomposition, memory_format: torch.mem
 @EACH_METHOD
 def test_every_type_is_distorted_in_its_own(method: Decomposition, dtype: torch.dtype) -> None:
     model = network().to(dtype)
-    twist = DeepTwist(model, plan(model, method, ratio=1.6, example_input=X.to(dtype)), 1)
+    twist = DeepTwist(
+        model, plan(model, method, ratio=1.6, example_input=X.to(dtype), layers=EVERY_LAYER), 1
+    )
     record = twist.step()
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -138,7 +140,7 @@ def test_the_decomposed_model_after_a_distortion_is_that_of_finish() -> None:
 @given(st.integers(1, 7), st.integers(0, 20))
 @settings(max_examples=15)
 def test_every_interval_th_step_distorts(interval: int, steps: int) -> None:
-    model, twist = twisted(interval=interval, include=["8"])
+    model, twist = twisted(interval=interval, layers=every_layer(include=["8"]))
     for number in range(1, steps + 1):
         before = bits(model)
         record = twist.step()
@@ -174,7 +176,7 @@ def test_an_interval_is_a_number_of_steps(interval: Any) -> None:
 
 
 def test_a_plan_without_compression_is_refused() -> None:
-    assert "no layer" in error_of(twisted, exclude=["*"])
+    assert "no layer" in error_of(twisted, layers=every_layer(exclude=["*"]))
 
 
 # --- what it reports
@@ -249,7 +251,7 @@ def test_a_weight_that_is_not_finite_changes_nothing(
 
 
 def test_a_kept_layer_that_is_not_finite_is_named_before_anything_changes() -> None:
-    model, twist = twisted(exclude=["5"])
+    model, twist = twisted(layers=every_layer(exclude=["5"]))
     with torch.no_grad():
         model[5].weight[0] = math.nan
     before = bits(model)
@@ -265,7 +267,7 @@ def test_a_reconstruction_beyond_the_type_changes_all_or_nothing(
     """Where weights stand at the type's end, 65,504 in fp16, an approximation may lie beyond."""
     model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 16, 3, bias=False))
     model.to(dtype)
-    made = plan(model, method, ratio=1.6, example_input=X.to(dtype))
+    made = plan(model, method, ratio=1.6, example_input=X.to(dtype), layers=EVERY_LAYER)
     with torch.no_grad():
         model[1].weight.copy_(torch.randn(16, 8, 3, 3).sign() * torch.finfo(dtype).max)
     before, twist = bits(model), DeepTwist(model, made, 1)
@@ -293,7 +295,7 @@ def test_one_output_of_several_that_is_not_a_number_is_noticed(order: int) -> No
             return (y, y * self.scale)[::order]
 
     model, x = Two(), torch.randn(2, 8)
-    twist = DeepTwist(model, plan(model, SVD(), ratio=1.5, example_input=x), 1)
+    twist = DeepTwist(model, plan(model, SVD(), ratio=1.5, example_input=x, layers=EVERY_LAYER), 1)
     model.scale.fill_(math.nan)
     error_of(twist.finish)
 
@@ -322,7 +324,9 @@ def test_outputs_are_compared_whatever_holds_them(pack: Callable[[Tensor], objec
             return pack(self.layer(x))
 
     model = Packing()
-    twist = DeepTwist(model, plan(model, SVD(), ratio=1.5, example_input=torch.randn(2, 8)), 1)
+    twist = DeepTwist(
+        model, plan(model, SVD(), ratio=1.5, example_input=torch.randn(2, 8), layers=EVERY_LAYER), 1
+    )
     twist.finish()
     assert twist.output_difference is not None
     assert 0 < twist.output_difference < 1e-5  # 0 would be luck, or nothing compared
@@ -342,7 +346,9 @@ def test_outputs_that_are_zero_prove_nothing_and_layers_are_compared(
     model = nn.Sequential(*layers)
     nn.init.zeros_(layers[-1].weight)
     nn.init.zeros_(layers[-1].bias)
-    made = plan(model, SVD(), ratio=1.2, exclude="3", example_input=torch.randn(2, 8))
+    made = plan(
+        model, SVD(), ratio=1.2, example_input=torch.randn(2, 8), layers=every_layer(exclude="3")
+    )
     twist = DeepTwist(model, made, 1)
     twist.finish()
     assert twist.output_difference is not None
@@ -352,14 +358,16 @@ def test_outputs_that_are_zero_prove_nothing_and_layers_are_compared(
 def test_integer_inputs_are_compared_too() -> None:
     model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16))
     tokens = torch.randint(20, (2, 5))
-    twist = DeepTwist(model, plan(model, SVD(), ratio=1.5, example_input=tokens), 1)
+    twist = DeepTwist(
+        model, plan(model, SVD(), ratio=1.5, example_input=tokens, layers=EVERY_LAYER), 1
+    )
     small = twist.finish()
     assert torch.allclose(small(tokens), model(tokens), atol=1e-5)
 
 
 def test_the_example_input_may_be_given() -> None:
     model = network()
-    made = plan(model, SVD(), ratio=2, example_input=X)
+    made = plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER)
     for given_ in (X[:1], (X[:1],)):
         twist = DeepTwist(model, made, 1, example_input=given_)
         twist.finish()
@@ -381,7 +389,7 @@ class Noisy(nn.Module):
 
 def test_a_model_that_draws_random_numbers_is_compared_on_the_same_ones() -> None:
     model = Noisy()
-    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), 1)
+    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER), 1)
     twist.finish()
     assert twist.output_difference is not None
     assert twist.output_difference < 1e-5
@@ -394,7 +402,7 @@ def test_outputs_are_compared_as_finely_as_they_are_computed() -> None:
     assert twist.output_difference is not None
     assert twist.output_difference > torch.finfo(torch.float32).eps ** 0.5
     model = nn.Sequential(nn.BatchNorm2d(8), Narrow(), nn.Conv2d(8, 16, 3).bfloat16())
-    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X), 1)
+    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER), 1)
     twist.finish()
 
 
@@ -523,7 +531,7 @@ def test_a_state_that_is_none_changes_nothing(state: Any) -> None:
 def test_the_factors_of_another_rank_are_refused() -> None:
     model, twist = twisted()
     twist.step()
-    other = DeepTwist(model, plan(model, SVD(rank=2), example_input=X), 1)
+    other = DeepTwist(model, plan(model, SVD(rank=2), example_input=X, layers=EVERY_LAYER), 1)
     assert "another plan" in error_of(other.load_state_dict, twist.state_dict())
 
 
@@ -576,7 +584,7 @@ def test_what_does_not_train_is_kept_and_named(caplog: pytest.LogCaptureFixture)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 3, 8, 8))
+    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 3, 8, 8), layers=EVERY_LAYER)
     twist = DeepTwist(model, made, interval=1)
     assert ["'0'" in record.message for record in caplog.records] == [True]
     twist.step()
@@ -586,7 +594,7 @@ def test_what_does_not_train_is_kept_and_named(caplog: pytest.LogCaptureFixture)
 
 def test_a_weight_that_no_optimizer_moves_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
-    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 3, 8, 8))
+    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 3, 8, 8), layers=EVERY_LAYER)
     twist = DeepTwist(model, made, interval=1)
     twist.step()
     with torch.no_grad():

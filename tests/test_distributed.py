@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests.cases import METHODS, difference
+from tests.cases import EVERY_LAYER, METHODS, difference, every_layer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +42,8 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def twisted(method: Decomposition, model: nn.Module | None = None, **options: Any) -> DeepTwist:
     model = network() if model is None else model
-    options = {"ratio": 1.6, "example_input": X.to(next(model.parameters()).dtype), **options}
+    example = X.to(next(model.parameters()).dtype)
+    options = {"ratio": 1.6, "example_input": example, "layers": EVERY_LAYER, **options}
     return DeepTwist(model, plan(model, method, **options), 1)
 
 
@@ -105,7 +106,7 @@ def other_layouts() -> dict[str, Any]:
 
 
 def one_layer() -> dict[str, Any]:
-    return state(steps(twisted(SVD(), include=["3"])))
+    return state(steps(twisted(SVD(), layers=every_layer(include=["3"]))))
 
 
 def not_a_number() -> dict[str, Any]:
@@ -126,7 +127,7 @@ def not_a_number() -> dict[str, Any]:
 
 
 def kept_not_a_number() -> tuple[str, str, bool]:
-    twist = steps(twisted(SVD(), exclude=["5"]))
+    twist = steps(twisted(SVD(), layers=every_layer(exclude=["5"])))
     if process_rank() == 1:
         with torch.no_grad():
             twist.model[5].weight[0] = float("nan")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cyclopts import MissingArgumentError
+from tests.cases import EVERY_LAYER
 from torch import Tensor, nn
 
 import deeptwist as dt
@@ -59,7 +60,7 @@ def names_of_a_page(page: str, folder: Path) -> dict[str, Any]:
     """What the blocks of a page take for granted."""
     model, x, y = network(), torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=x)
+    plan = dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=x, layers=EVERY_LAYER)
     return {
         "dt": dt,
         "DeepTwist": dt.DeepTwist,
@@ -142,7 +143,11 @@ def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         if "accelerator.prepare" in block:
             names |= {
                 "plan": dt.plan(
-                    names["network"], dt.SpatialSVD(), ratio=2, example_input=names["x"]
+                    names["network"],
+                    dt.SpatialSVD(),
+                    ratio=2,
+                    example_input=names["x"],
+                    layers=EVERY_LAYER,
                 )
             }
             names["optimizer"] = torch.optim.SGD(names["network"].parameters(), lr=0.01)

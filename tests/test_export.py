@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cases import METHODS, difference, error_of
+from tests.cases import EVERY_LAYER, METHODS, difference, error_of, every_layer
 from tests.test_cli import refused, run
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -49,7 +49,7 @@ def small_network(method: Decomposition) -> nn.Module:
     model = network()
     model(X)  # gives the running statistics something to remember
     ratio = 4 if isinstance(method, CP) else 1.5  # below, CP would need more MACs
-    made = plan(model, method, ratio=ratio, example_input=X)
+    made = plan(model, method, ratio=ratio, example_input=X, layers=EVERY_LAYER)
     assert {"0", "3"} <= {layer.name for layer in made.compressed}
     return decompose(model, made)
 
@@ -98,7 +98,10 @@ def test_every_decomposition_leaves_as_onnx(method: Decomposition, tmp_path: Pat
 def test_resnet32_leaves_as_onnx_in_tiles(tmp_path: Path) -> None:
     model, x = build_model("resnet32"), torch.randn(3, 3, 32, 32)
     tiles = TiledSVD(tile=(64, 64))
-    small = decompose(model, plan(model, tiles, ratio=4, example_input=x, skip_first_conv=True))
+    small = decompose(
+        model,
+        plan(model, tiles, ratio=4, example_input=x, layers=every_layer(skip_first_conv=True)),
+    )
     written = export_onnx(small, tmp_path / "small.onnx", x)
     check_graph(written)
     assert difference(small.eval()(x), outputs(written.path, x)) < 1e-5
@@ -438,7 +441,7 @@ def test_resnet32_leaves_as_onnx_and_int8_stays_near(
 
     model, x = build_model("resnet32"), images("test", 20)
     model.load_state_dict(resnet32_weights)
-    made = plan(model, method, ratio=1.5, example_input=x[:2], skip_first_conv=True, linear=False)
+    made = plan(model, method, ratio=1.5, example_input=x[:2])
     dense = tmp_path / "small.onnx"
     small = decompose(model, made)
     written = export_onnx(small, dense, x[:2])
@@ -465,7 +468,7 @@ def test_every_decomposition_compiles_whole() -> None:
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, groups=2, padding="same") for _ in METHODS))
     model.append(nn.Linear(9, 9))
     overrides = {str(index): method for index, method in enumerate(METHODS.values())}
-    made = plan(model, SVD(), ratio=1.2, example_input=X, overrides=overrides)
+    made = plan(model, SVD(), ratio=1.2, example_input=X, layers=every_layer(overrides=overrides))
     assert len(made.compressed) == len(METHODS) + 1
     small = decompose(model, made).eval().requires_grad_(False)
     compiled = torch.compile(small, fullgraph=True)
@@ -479,7 +482,9 @@ def test_fx_traces_what_is_decomposed_and_folds_batch_norm_into_it(
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Linear(7, 7))
     cast(nn.BatchNorm2d, dense[1]).running_mean = torch.randn(12)
-    small = decompose(dense.eval(), plan(dense, decomposition, ratio=1.2, example_input=X))
+    small = decompose(
+        dense.eval(), plan(dense, decomposition, ratio=1.2, example_input=X, layers=EVERY_LAYER)
+    )
     folded = fuse(small)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert difference(small(X), folded(X)) < 1e-5
@@ -536,7 +541,7 @@ def test_the_command_decomposes_by_itself(tmp_path: Path) -> None:
         (["--artefact", "nowhere"], "no config.json"),
         (["--artefact", "nowhere", "--ratio", "2"], "--artefact is decomposed already"),
         (["--ratio", "1.5", "--exclude", "*"], "compresses no layer"),
-        ([], "give it one, or give a ratio"),
+        ([], "give it one, or give ratio, weights, macs or latency"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], answer: str, tmp_path: Path) -> None:

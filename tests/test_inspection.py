@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.cases import error_of, works_or_is_refused
+from tests.cases import EVERY_LAYER, error_of, every_layer, works_or_is_refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -20,7 +20,7 @@ X = torch.randn(2, 8, 6, 6)
 
 
 def plan_of(model: nn.Module, x: Tensor | tuple[Tensor, ...] = X) -> Plan:
-    return plan(model, SVD(), ratio=1.5, example_input=x)
+    return plan(model, SVD(), ratio=1.5, example_input=x, layers=EVERY_LAYER)
 
 
 def reason_of(model: nn.Module, name: str, x: Tensor = X) -> str | None:
@@ -279,7 +279,9 @@ def test_a_lazy_layer_is_not_made_by_planning(reached: bool) -> None:
 
 def test_a_factored_layer_is_not_factored_again() -> None:
     model = nn.Sequential(conv(), conv())
-    small = decompose(model, plan(model, SVD(), ratio=2, example_input=X, include=["0"]))
+    small = decompose(
+        model, plan(model, SVD(), ratio=2, example_input=X, layers=every_layer(include=["0"]))
+    )
     again = plan_of(small)
     assert [layer.name for layer in again.compressed] == ["1"]
     assert {layer.reason for layer in again.kept} == {"is part of a factored layer"}

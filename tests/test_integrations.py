@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cases import EVERY_LAYER, every_layer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -56,7 +57,9 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
 
 def twist_of(model: nn.Module) -> dt.DeepTwist:
     example = torch.zeros(2, 1, 8, 8)
-    plan = dt.plan(model, dt.SVD(), ratio=2, example_input=example, skip_first_conv=True)
+    plan = dt.plan(
+        model, dt.SVD(), ratio=2, example_input=example, layers=every_layer(skip_first_conv=True)
+    )
     assert len(plan.compressed) == 2
     return dt.DeepTwist(model, plan, interval=INTERVAL)
 
@@ -260,7 +263,9 @@ def test_lightning_with_several_optimizers(tmp_path: Path) -> None:
 
     model = network()
     example = torch.zeros(2, 1, 8, 8)
-    plan = dt.plan(model, dt.SVD(), ratio=2, example_input=example, include=["3"])
+    plan = dt.plan(
+        model, dt.SVD(), ratio=2, example_input=example, layers=every_layer(include=["3"])
+    )
     callback = fit(dt.DeepTwist(model, plan, interval=INTERVAL), tmp_path, module=Module)
     assert callback.trainer.global_step == 3 * callback.twist.steps
     assert callback.twist.steps == EPOCHS * IMAGES // BATCH
@@ -447,7 +452,9 @@ def test_a_hugging_face_model_under_mixed_precision(tmp_path: Path) -> None:
     model = ResNetForImageClassification(
         ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[16], depths=[2], num_labels=10)  # type: ignore[call-arg]
     )
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=torch.zeros(2, 1, 8, 8))
+    plan = dt.plan(
+        model, dt.SpatialSVD(), ratio=2, example_input=torch.zeros(2, 1, 8, 8), layers=EVERY_LAYER
+    )
     twist = dt.DeepTwist(model, plan, interval=INTERVAL)
     trainer, callback = trainer_of(model, twist, tmp_path, bf16=True)
     trainer.train()
@@ -534,7 +541,7 @@ def test_the_copy_of_an_unwrapped_network_is_its_own_under_mixed_precision() -> 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     inner = Classifier(network())
     example = torch.zeros(2, 1, 8, 8)
-    plan = dt.plan(inner, dt.SVD(), ratio=2, example_input=example)
+    plan = dt.plan(inner, dt.SVD(), ratio=2, example_input=example, layers=EVERY_LAYER)
     twist = dt.DeepTwist(inner, plan, interval=INTERVAL)
     model, _ = accelerator.prepare(inner, sgd(inner))
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)

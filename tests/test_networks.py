@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from tests.cases import difference
+from tests.cases import EVERY_LAYER, difference, every_layer
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan
@@ -68,8 +68,7 @@ def planned(name: str, method: str) -> Plan:
         decomposition,
         ratio=ratio,
         example_input=x,
-        skip_first_conv=True,
-        exclude=network.without,
+        layers=every_layer(skip_first_conv=True, exclude=network.without),
     )
 
 
@@ -135,7 +134,7 @@ def test_a_narrow_type_is_no_obstacle(
 def test_every_layer_is_compressed_or_says_why(name: str) -> None:
     with torch.device("meta"):
         model, x = NETWORKS[name].make(), torch.empty(1, 3, 64, 64)
-    made = plan(model, SpatialSVD(), ratio=2, example_input=x)
+    made = plan(model, SpatialSVD(), ratio=2, example_input=x, layers=EVERY_LAYER)
     weighted = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert [layer.name for layer in made.layers] == weighted
     assert len(made.compressed) >= 0.4 * len(weighted)

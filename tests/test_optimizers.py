@@ -120,7 +120,12 @@ def in_fp16(data: ImageData, scale: float) -> tuple[Trainer, DeepTwist, list[flo
             "precision": "16-mixed",
             "batch_size": 32,
             "schedule": {"epochs": 2},
-            "compression": {"decomposition": "svd", "ratio": 2},
+            "compression": {
+                "decomposition": "svd",
+                "ratio": 2,
+                "skip_first_conv": False,
+                "linear": True,
+            },
             "records": {"images": 0},
         }
     )

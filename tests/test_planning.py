@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
+from tests.cases import (
+    EVERY_LAYER,
+    GEOMETRIES,
+    METHODS,
+    build,
+    error_of,
+    every_layer,
+    spoiled,
+    works_or_is_refused,
+)
 from torch import Tensor, nn
 
 from deeptwist import (
@@ -17,6 +26,7 @@ from deeptwist import (
     Decomposition,
     DeepTwist,
     DeepTwistError,
+    Layers,
     Plan,
     SpatialSVD,
     TiledSVD,
@@ -26,6 +36,7 @@ from deeptwist import (
 from deeptwist.app.models import build_model
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.plan.autotune import exclude_slow_layers
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
 
 
@@ -53,7 +64,7 @@ X = torch.randn(2, 8, 9, 9)
 
 
 def make_plan(decomposition: Decomposition | None = None, **options: Any) -> Plan:
-    options = {"ratio": 1.5, "example_input": X, **options}
+    options = {"ratio": 1.5, "example_input": X, "layers": EVERY_LAYER, **options}
     return plan(Net(), decomposition or SVD(), **options)
 
 
@@ -74,17 +85,19 @@ def test_without_rules_every_layer_is_compressed() -> None:
 
 
 def test_the_first_convolution_is_the_one_that_runs_first() -> None:
-    assert reasons(make_plan(skip_first_conv=True)) == {"stem": "first convolution"}
+    assert reasons(make_plan(layers=every_layer(skip_first_conv=True))) == {
+        "stem": "first convolution"
+    }
 
 
 def test_few_input_channels() -> None:
-    made = make_plan(min_in_channels=17)
+    made = make_plan(layers=every_layer(min_in_channels=17))
     assert compressed(made) == ["body.2", "body.3"]
     assert set(reasons(made).values()) == {"fewer than 17 input channels"}
 
 
 def test_linear_layers_may_stay() -> None:
-    assert reasons(make_plan(linear=False)) == {"head": "linear layer"}
+    assert reasons(make_plan(layers=every_layer(linear=False))) == {"head": "linear layer"}
 
 
 @pytest.mark.parametrize(
@@ -100,20 +113,25 @@ def test_linear_layers_may_stay() -> None:
 )
 def test_patterns_include_and_exclude(pattern: str, names: list[str]) -> None:
     rest = [name for name in NAMES if name not in names]
-    assert compressed(make_plan(include=[pattern])) == names
-    assert compressed(make_plan(exclude=[pattern])) == rest
-    assert set(reasons(make_plan(include=[pattern])).values()) <= {"not included"}
-    assert set(reasons(make_plan(exclude=[pattern])).values()) <= {"excluded"}
+    assert compressed(make_plan(layers=every_layer(include=[pattern]))) == names
+    assert compressed(make_plan(layers=every_layer(exclude=[pattern]))) == rest
+    assert set(reasons(make_plan(layers=every_layer(include=[pattern]))).values()) <= {
+        "not included"
+    }
+    assert set(reasons(make_plan(layers=every_layer(exclude=[pattern]))).values()) <= {"excluded"}
 
 
 def test_exclusion_is_stronger_than_inclusion() -> None:
-    assert compressed(make_plan(include=["body.*"], exclude=["*.0"])) == ["body.2", "body.3"]
+    assert compressed(make_plan(layers=every_layer(include=["body.*"], exclude=["*.0"]))) == [
+        "body.2",
+        "body.3",
+    ]
 
 
 @given(st.lists(st.sampled_from([*NAMES, "body.*", "*e*", "re:.*[023]"]), max_size=3))
 @settings(max_examples=15)
 def test_every_layer_is_in_the_plan_once_with_a_rank_or_a_reason(patterns: list[str]) -> None:
-    made = make_plan(exclude=patterns)
+    made = make_plan(layers=every_layer(exclude=patterns))
     assert [layer.name for layer in made.layers] == NAMES
     for layer in made.layers:
         out = any(
@@ -125,14 +143,32 @@ def test_every_layer_is_in_the_plan_once_with_a_rank_or_a_reason(patterns: list[
     assert all(layer.relative_error is not None for layer in made.compressed)
 
 
+def test_layers_are_chosen_by_a_function_too() -> None:
+    def pointwise(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+
+    made = make_plan(layers=pointwise)
+    assert compressed(made) == ["body.3"]
+    assert set(reasons(made).values()) == {"not chosen"}
+
+
+def test_by_default_the_first_convolution_and_linear_layers_are_kept() -> None:
+    kept = {"stem": "first convolution", "head": "linear layer"}
+    assert reasons(plan(Net(), "svd", ratio=1.5, example_input=X)) == kept
+    assert "min_in_channels" in error_of(Layers, min_in_channels=0)
+    assert "did you mean 'tucker'?" in error_of(make_plan, "tuker")
+
+
 def test_overrides() -> None:
     made = make_plan(
-        overrides={
-            "body.*": Tucker(),
-            "body.2": CP(rank=5),
-            "head": None,
-            "stem": 2.5,
-        }
+        layers=every_layer(
+            overrides={
+                "body.*": Tucker(),
+                "body.2": CP(rank=5),
+                "head": None,
+                "stem": 2.5,
+            }
+        )
     )
     chosen = {layer.name: layer.decomposition for layer in made.compressed}
     assert "head" not in chosen
@@ -146,50 +182,60 @@ def test_overrides() -> None:
 
 
 def test_an_override_by_ratio_is_a_promise_beside_a_given_rank_too() -> None:
-    made = make_plan(SVD(rank=8), ratio=None, overrides={"body.2": 10.0})
+    made = make_plan(SVD(rank=8), ratio=None, layers=every_layer(overrides={"body.2": 10.0}))
     layer = next(layer for layer in made.compressed if layer.name == "body.2")
     assert layer.compressed_numel * 10 <= layer.weight_numel
 
 
 def test_an_override_comes_before_the_rules() -> None:
-    made = make_plan(exclude=["*"], skip_first_conv=True, overrides={"stem": SVD(rank=3)})
+    made = make_plan(
+        layers=every_layer(skip_first_conv=True, exclude=["*"], overrides={"stem": SVD(rank=3)})
+    )
     assert compressed(made) == ["stem"]
 
 
 def test_the_last_matching_override_counts() -> None:
-    assert compressed(make_plan(overrides={"*": None, "body.0": 2.0})) == ["body.0"]
-    assert compressed(make_plan(overrides={"body.0": 2.0, "*": None})) == []
+    assert compressed(make_plan(layers=every_layer(overrides={"*": None, "body.0": 2.0}))) == [
+        "body.0"
+    ]
+    assert compressed(make_plan(layers=every_layer(overrides={"body.0": 2.0, "*": None}))) == []
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_mistyped_name_points_at_the_nearest(option: str) -> None:
-    assert "did you mean 'stem'?" in error_of(make_plan, **{option: ["stm"]})
-    assert "did you mean 'body.2'?" in error_of(make_plan, **{option: ["*", "bodi.2"]})
+    assert "did you mean 'stem'?" in error_of(make_plan, layers=every_layer(**{option: ["stm"]}))
+    assert "did you mean 'body.2'?" in error_of(
+        make_plan, layers=every_layer(**{option: ["*", "bodi.2"]})
+    )
 
 
 def test_other_patterns_that_mean_nothing() -> None:
-    assert "did you mean 'head'?" in error_of(make_plan, overrides={"haed": None})
-    assert "'layer9.*'" in error_of(make_plan, exclude=["layer9.*"])
-    assert "'re:nothing'" in error_of(make_plan, include=["re:nothing"])
-    assert "no regular expression" in error_of(make_plan, include=["re:("])
+    assert "did you mean 'head'?" in error_of(
+        make_plan, layers=every_layer(overrides={"haed": None})
+    )
+    assert "'layer9.*'" in error_of(make_plan, layers=every_layer(exclude=["layer9.*"]))
+    assert "'re:nothing'" in error_of(make_plan, layers=every_layer(include=["re:nothing"]))
+    assert "no regular expression" in error_of(make_plan, layers=every_layer(include=["re:("]))
 
 
 def test_what_is_asked_for_by_name_and_cannot_be_is_an_error() -> None:
-    assert "'stem'" in error_of(make_plan, overrides={"stem": SVD(rank=99)})
-    assert "'head'" in error_of(make_plan, overrides={"head": 1000.0})
+    assert "'stem'" in error_of(make_plan, layers=every_layer(overrides={"stem": SVD(rank=99)}))
+    assert "'head'" in error_of(make_plan, layers=every_layer(overrides={"head": 1000.0}))
     # by a pattern it is no more than a wish
-    assert reasons(make_plan(overrides={"*": 1000.0})).keys() == set(NAMES)
+    assert reasons(make_plan(layers=every_layer(overrides={"*": 1000.0}))).keys() == set(NAMES)
 
 
 @pytest.mark.parametrize("ratio", [1, 0.5, -2, math.nan, math.inf])
 def test_ratios_that_mean_nothing(ratio: float) -> None:
     assert "ratio" in error_of(make_plan, ratio=ratio)
-    assert "ratio" in error_of(make_plan, overrides={"stem": ratio})
+    assert "ratio" in error_of(make_plan, layers=every_layer(overrides={"stem": ratio}))
 
 
 def test_a_rank_or_a_ratio_is_needed() -> None:
     assert "no rank" in error_of(make_plan, ratio=None)
-    assert "no rank" in error_of(make_plan, SVD(rank=2), ratio=None, overrides={"stem": CP()})
+    assert "no rank" in error_of(
+        make_plan, SVD(rank=2), ratio=None, layers=every_layer(overrides={"stem": CP()})
+    )
     assert make_plan(SVD(rank=2), ratio=None).compressed
 
 
@@ -200,7 +246,7 @@ def test_an_example_that_the_model_refuses() -> None:
 @pytest.mark.parametrize("example", [[torch.zeros(2, 8)], {"x": torch.zeros(2, 8)}, (), None])
 def test_an_example_that_is_none(example: Any) -> None:
     with pytest.raises(DeepTwistError, match="neither a tensor nor a tuple of tensors"):
-        plan(nn.Linear(8, 8), SVD(), ratio=2, example_input=example)
+        plan(nn.Linear(8, 8), SVD(), ratio=2, example_input=example, layers=EVERY_LAYER)
 
 
 class Particular(nn.Sequential):
@@ -217,23 +263,31 @@ class Particular(nn.Sequential):
 
 
 def test_a_model_that_asserts_and_has_an_expanded_buffer() -> None:
-    assert plan(Particular(), SVD(), ratio=2, example_input=torch.zeros(1, 8, 6, 6)).compressed
+    assert plan(
+        Particular(), SVD(), ratio=2, example_input=torch.zeros(1, 8, 6, 6), layers=EVERY_LAYER
+    ).compressed
     with pytest.raises(DeepTwistError, match="wrong width"):
-        plan(Particular(), SVD(), ratio=2, example_input=torch.zeros(1, 8, 7, 7))
+        plan(
+            Particular(), SVD(), ratio=2, example_input=torch.zeros(1, 8, 7, 7), layers=EVERY_LAYER
+        )
 
 
 def test_one_vector_is_one_example() -> None:
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
     single, batch = (
-        plan(model, SVD(), ratio=1.1, example_input=x)
+        plan(model, SVD(), ratio=1.1, example_input=x, layers=EVERY_LAYER)
         for x in (torch.zeros(12), torch.zeros(3, 12))
     )
     assert single.dense_macs == batch.dense_macs == 12 * 8 + 8 * 4
 
 
 def test_one_pattern_is_a_pattern() -> None:
-    assert compressed(make_plan(include="body.*")) == compressed(make_plan(include=["body.*"]))
-    assert compressed(make_plan(exclude="body.*")) == compressed(make_plan(exclude=["body.*"]))
+    assert compressed(make_plan(layers=every_layer(include="body.*"))) == compressed(
+        make_plan(layers=every_layer(include=["body.*"]))
+    )
+    assert compressed(make_plan(layers=every_layer(exclude="body.*"))) == compressed(
+        make_plan(layers=every_layer(exclude=["body.*"]))
+    )
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
@@ -267,7 +321,7 @@ def test_no_layer_grows_and_a_ratio_is_a_promise(
 ) -> None:
     layer = nn.Conv2d(groups * into, groups * out, kernel, stride, groups=groups, device="meta")
     x = torch.empty(2, groups * into, 9, 9, device="meta")
-    (planned,) = plan(layer, method, ratio=ratio, example_input=x).layers
+    (planned,) = plan(layer, method, ratio=ratio, example_input=x, layers=EVERY_LAYER).layers
     if isinstance(planned, KeptLayer):
         assert planned.reason
         assert planned.compressed_numel == planned.weight_numel
@@ -283,7 +337,8 @@ def test_ranks_that_a_ratio_sets_are_rounded_down_to_multiples(
     method: Decomposition, multiple: int
 ) -> None:
     free, rounded = (
-        plan(Net(), method, ratio=2, example_input=X, rank_multiple=m) for m in (1, multiple)
+        plan(Net(), method, ratio=2, example_input=X, rank_multiple=m, layers=EVERY_LAYER)
+        for m in (1, multiple)
     )
     assert free.compressed
     for before, after in zip(free.compressed, rounded.compressed, strict=True):
@@ -292,10 +347,10 @@ def test_ranks_that_a_ratio_sets_are_rounded_down_to_multiples(
 
 
 def test_a_given_rank_is_not_rounded() -> None:
-    made = plan(Net(), SVD(rank=7), example_input=X, rank_multiple=4)
+    made = plan(Net(), SVD(rank=7), example_input=X, rank_multiple=4, layers=EVERY_LAYER)
     assert {ranks_of(layer) for layer in made.compressed} == {(7,)}
     with pytest.raises(DeepTwistError, match="rank_multiple 0 is not a whole number from 1 on"):
-        plan(Net(), SVD(), ratio=2, example_input=X, rank_multiple=0)
+        plan(Net(), SVD(), ratio=2, example_input=X, rank_multiple=0, layers=EVERY_LAYER)
 
 
 def ranks_of(layer: CompressedLayer) -> tuple[int, ...]:
@@ -307,7 +362,7 @@ def ranks_of(layer: CompressedLayer) -> tuple[int, ...]:
     "method", [SVD(rank=32), TiledSVD(rank=8, tile=(8, 8)), Tucker(fraction=1)]
 )
 def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decomposition) -> None:
-    made = make_plan(method, ratio=None, include=["body.0"])
+    made = make_plan(method, ratio=None, layers=every_layer(include=["body.0"]))
     assert not made.compressed
     assert "would grow" in str(reasons(made)["body.0"])
 
@@ -316,7 +371,7 @@ def test_a_given_rank_that_would_grow_the_layer_is_not_followed(method: Decompos
 @pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D", "3-D", "transposed 2-D"])
 def test_the_relative_error_is_what_a_decomposition_loses(name: str, geometry: str) -> None:
     layer, x = build(geometry)
-    made = plan(layer, METHODS[name], ratio=1.5, example_input=x)
+    made = plan(layer, METHODS[name], ratio=1.5, example_input=x, layers=EVERY_LAYER)
     if made.kept:
         return
     (planned,) = made.compressed
@@ -332,7 +387,7 @@ def test_the_relative_error_is_what_a_decomposition_loses(name: str, geometry: s
 
 
 def test_totals_add_up() -> None:
-    model, made = Net(), make_plan(skip_first_conv=True)
+    model, made = Net(), make_plan(layers=every_layer(skip_first_conv=True))
     assert made.dense_parameters == sum(p.numel() for p in model.parameters())
     saved = sum(layer.weight_numel - layer.compressed_numel for layer in made.compressed)
     assert made.parameters == made.dense_parameters - saved
@@ -343,7 +398,9 @@ def test_totals_add_up() -> None:
 def test_planning_is_repeatable_and_touches_nothing() -> None:
     model = Net().train()
     before = copy.deepcopy(model.state_dict())
-    first, second = (plan(model, CP(), ratio=2, example_input=X) for _ in range(2))
+    first, second = (
+        plan(model, CP(), ratio=2, example_input=X, layers=EVERY_LAYER) for _ in range(2)
+    )
     assert first == second
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -352,7 +409,9 @@ def test_planning_is_repeatable_and_touches_nothing() -> None:
 def test_a_model_on_meta_can_be_planned() -> None:
     with torch.device("meta"):
         model, x = build_model("resnet20"), torch.empty(1, 3, 32, 32)
-    made = plan(model, SpatialSVD(), ratio=4, example_input=x, skip_first_conv=True)
+    made = plan(
+        model, SpatialSVD(), ratio=4, example_input=x, layers=every_layer(skip_first_conv=True)
+    )
     assert len(made.compressed) > 15
     assert all(layer.relative_error is None for layer in made.compressed)
 
@@ -367,8 +426,7 @@ def test_the_paper_s_layers_of_resnet32() -> None:
         TiledSVD(tile=(64, 64)),
         ratio=2,
         example_input=x,
-        min_in_channels=64,
-        linear=False,
+        layers=every_layer(linear=False, min_in_channels=64),
     )
     assert len(made.compressed) == 9
     assert {layer.decomposition for layer in made.compressed} == {TiledSVD(rank=16, tile=(64, 64))}
@@ -379,7 +437,7 @@ def test_the_paper_s_layers_of_resnet32() -> None:
 
 
 def test_the_table_shows_every_layer() -> None:
-    made = make_plan(TiledSVD(tile=(8, 36)), exclude=["head"])
+    made = make_plan(TiledSVD(tile=(8, 36)), layers=every_layer(exclude=["head"]))
     table = str(made)
     lines = table.splitlines()
     header = ("layer", "shape", "lowered", "rank", "weights", "MACs", "relative error")
@@ -398,7 +456,7 @@ def test_the_table_shows_every_layer() -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_json_round_trip_of_any_layer(method: Decomposition, geometry: str) -> None:
     make, shape = GEOMETRIES[geometry]
-    made = plan(make(), method, ratio=3, example_input=torch.randn(shape))
+    made = plan(make(), method, ratio=3, example_input=torch.randn(shape), layers=EVERY_LAYER)
     assert Plan.from_json(made.to_json()) == made
 
 
@@ -406,7 +464,7 @@ def test_json_round_trip_of_everything_else() -> None:
     shared = nn.Conv2d(8, 8, 3, padding=1)
     model = nn.Sequential(shared, nn.Embedding(3, 4), shared, nn.LSTM(3, 4), nn.Conv2d(8, 8, 1))
     model.forward = lambda x: shared(shared(x))  # type: ignore[method-assign]
-    made = plan(model, SVD(), ratio=1.5, example_input=X)
+    made = plan(model, SVD(), ratio=1.5, example_input=X, layers=EVERY_LAYER)
     assert Plan.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["layers"][0]["aliases"] == ["2"]
 
@@ -440,7 +498,7 @@ SMALL_PLAN = plan(
     TiledSVD(tile=(8, 9)),
     ratio=2,
     example_input=X,
-    overrides={"1": CP(rank=3), "2": None},
+    layers=every_layer(overrides={"1": CP(rank=3), "2": None}),
 )
 
 
@@ -462,7 +520,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 
 def test_a_rank_that_was_edited_beyond_the_full_one_is_refused() -> None:
-    document = json.loads(make_plan(include=["stem"]).to_json())
+    document = json.loads(make_plan(layers=every_layer(include=["stem"])).to_json())
     document["layers"][-1]["decomposition"]["rank"] = 1000
     works = json.dumps(document)
     assert "1000" in error_of(lambda: DeepTwist(Net(), Plan.from_json(works), 1).finish())
@@ -476,7 +534,7 @@ def test_a_convolution_is_read_once() -> None:
 
 
 def test_a_plan_of_format_1_still_loads() -> None:
-    made = make_plan(exclude=["head"])
+    made = make_plan(layers=every_layer(exclude=["head"]))
     document = json.loads(made.to_json())
     document["format"] = 1
     for layer in document["layers"]:
@@ -487,20 +545,27 @@ def test_a_plan_of_format_1_still_loads() -> None:
     assert Plan.from_json(json.dumps(document)) == made
 
 
-def test_the_clock_s_choices_are_the_library_s() -> None:
-    slow = make_plan(min_speedup=1e6)
+def test_layers_that_do_not_get_faster_are_excluded() -> None:
+    slow = exclude_slow_layers(Net(), make_plan(), 1e6)
     assert not slow.compressed
     assert all("not worth it: measured" in layer.reason for layer in slow.kept)
+    assert "not above 0" in error_of(exclude_slow_layers, Net(), slow, 0)
 
 
 def test_the_table_ends_with_what_is_kept_and_the_whole_networks_macs() -> None:
     """Attention's products of matrices are no layer's, and count all the same."""
     model = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
-    made = plan(model, SVD(), ratio=2, example_input=torch.randn(2, 5, 16), exclude="linear1")
+    made = plan(
+        model,
+        SVD(),
+        ratio=2,
+        example_input=torch.randn(2, 5, 16),
+        layers=every_layer(exclude="linear1"),
+    )
     assert [layer.name for layer in made.kept] == ["linear1"]
     *_, note, total = str(made).splitlines()
     assert "kept, 1 layers" in note
     assert "excluded" in note
     assert "× in the whole network" in total
-    assert made.network_macs == 2 * (5 * 16 * (48 + 16 + 64 + 64) + 2 * 5 * 5 * 16)
+    assert made.network_macs == 5 * 16 * (48 + 16 + 64 + 64) + 2 * 5 * 5 * 16
     assert Plan.from_json(made.to_json()) == made

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.cases import EVERY_LAYER
 from tests.test_cli import refused, run
 from torch import nn
 
@@ -17,11 +18,15 @@ NETWORK = "tests.test_compress:network"
 def test_error_and_savings_rise_with_the_ratio() -> None:
     model = nn.Sequential(nn.Conv2d(24, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
     x = torch.randn(1, 24, 8, 8)
-    points = sweep(lambda ratio: dt.plan(model, dt.SpatialSVD(), ratio=ratio, example_input=x))
+    points = sweep(
+        lambda ratio: dt.plan(
+            model, dt.SpatialSVD(), ratio=ratio, example_input=x, layers=EVERY_LAYER
+        )
+    )
     assert [point.ratio for point in points] == [*RATIOS]
     for values in zip(*((p.error, p.weights, p.macs) for p in points), strict=True):
         assert [*values] == sorted(values)
-    plan = dt.plan(model, dt.SpatialSVD(), ratio=4, example_input=x)
+    plan = dt.plan(model, dt.SpatialSVD(), ratio=4, example_input=x, layers=EVERY_LAYER)
     errors = torch.tensor([layer.relative_error for layer in plan.compressed])
     assert points[4].error == pytest.approx(float(errors.square().mean().sqrt()))
 

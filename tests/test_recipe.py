@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from deeptwist import SVD, TiledSVD, Tucker, plan
+from deeptwist import SVD, Layers, TiledSVD, Tucker, plan
 from deeptwist.app.models import build_model
 from deeptwist.app.training.loop import steps_per_epoch
 from deeptwist.app.training.modes import MODES, find_mode
@@ -33,7 +33,7 @@ def test_there_are_recipes() -> None:
 def test_every_recipe_is_valid_and_plans_its_network(path: Path) -> None:
     recipe = read_recipe(path)
     # A budget is shared by errors, for which there must be weights.
-    device = "cpu" if recipe.compression.allocation == "budget" else "meta"
+    device = "meta" if recipe.compression.macs is None else "cpu"
     with torch.device(device):
         model = build_model(recipe.model)
     size = 224 if "imagenet" in path.stem else 32
@@ -161,20 +161,12 @@ def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
 
 def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
     model, x = build_model("resnet20"), torch.zeros(2, 3, 32, 32)
-    compression = CompressionRecipe(
-        decomposition="tucker",
-        fraction=0.5,
-        skip_first_conv=True,
-        linear=False,
-        exclude=("layer3*",),
-    )
+    compression = CompressionRecipe(decomposition="tucker", fraction=0.5, exclude=("layer3*",))
     made = plan(
         model,
         Tucker(fraction=0.5),
         example_input=x,
-        skip_first_conv=True,
-        linear=False,
-        exclude=["layer3*"],
+        layers=Layers(exclude=["layer3*"]),
     )
     assert compression.make_plan(model, x) == made
     path = tmp_path / "plan.json"
@@ -184,7 +176,9 @@ def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
         decomposition="svd", ratio=2, override=("conv1=keep", "layer1*=4", "linear=svd:rank=3")
     ).make_plan(model, x)
     overrides = {"conv1": None, "layer1*": 4.0, "linear": SVD(rank=3)}
-    assert overridden == plan(model, SVD(), ratio=2, example_input=x, overrides=overrides)
+    assert overridden == plan(
+        model, SVD(), ratio=2, example_input=x, layers=Layers(overrides=overrides)
+    )
     assert {layer.decomposition for layer in from_file.compressed} == {SVD(rank=2)}
 
 

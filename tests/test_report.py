@@ -60,8 +60,6 @@ def small_plan(decomposition: dt.Decomposition) -> dt.Plan:
         decomposition,
         ratio=2,
         example_input=torch.zeros(1, 3, 8, 8),
-        skip_first_conv=True,
-        linear=False,
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tests.cases import EVERY_LAYER
 from torch import nn
 
 import deeptwist as dt
@@ -36,7 +37,12 @@ RECIPE: dict[str, Any] = {
     "interval": 4,
     "ema": 0.9,
     "schedule": {"epochs": 2},
-    "compression": {"decomposition": "spatial_svd", "ratio": 2, "include": ["4", "7"]},
+    "compression": {
+        "decomposition": "spatial_svd",
+        "ratio": 2,
+        "linear": True,
+        "include": ["4", "7"],
+    },
     "data": {"validation": 100},
     "tail": {"epochs": 1},
     "records": {"images": 50, "checkpoint_every": 3},
@@ -47,7 +53,11 @@ SCHEDULED: dict[str, Any] = {
     "interval": 3,
     "calibration_images": 100,
     "compression": {
-        **RECIPE["compression"], "decomposition": "tucker", "macs": 2, "allocation": "budget"
+        **RECIPE["compression"],
+        "decomposition": "tucker",
+        "ratio": None,
+        "weight_budget": 2,
+        "macs": 2,
     },
     "recalibration": 2,
     "label_smoothing": 0.1,
@@ -322,7 +332,7 @@ def test_a_checkpoint_of_another_network_is_an_error(
     stranger = TrainingRun(
         recipe,
         other,
-        dt.plan(other, dt.SVD(rank=1), example_input=torch.zeros(2, 1, 8, 8)),
+        dt.plan(other, dt.SVD(rank=1), example_input=torch.zeros(2, 1, 8, 8), layers=EVERY_LAYER),
         load_digits(),
         None,
         "run",
@@ -446,7 +456,7 @@ model = nn.Sequential(
 ).double()
 recipe = make_recipe({
     "model": "script", "interval": 4, "schedule": {"epochs": 2}, "precision": "64-true",
-    "compression": {"decomposition": "svd", "ratio": 2, "include": ["2", "4"]},
+    "compression": {"decomposition": "svd", "ratio": 2, "linear": True, "include": ["2", "4"]},
     "records": {"images": 50, "checkpoint_every": 5},
 })
 left = int(sys.argv[2]) if len(sys.argv) > 2 else -1

@@ -11,7 +11,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.cases import GEOMETRIES, METHODS, build, error_of, spoiled, works_or_is_refused
+from tests.cases import (
+    EVERY_LAYER,
+    GEOMETRIES,
+    METHODS,
+    build,
+    error_of,
+    every_layer,
+    spoiled,
+    works_or_is_refused,
+)
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -36,7 +45,13 @@ def network(width: int = 16) -> nn.Sequential:
 def small_network(method: Decomposition | None = None, dtype: Any = torch.float32) -> nn.Module:
     model = network().to(dtype)
     model(X.to(dtype))  # gives the running statistics something to remember
-    made = plan(model, method or SVD(), ratio=1.6, example_input=X.to(dtype), exclude=["4"])
+    made = plan(
+        model,
+        method or SVD(),
+        ratio=1.6,
+        example_input=X.to(dtype),
+        layers=every_layer(exclude=["4"]),
+    )
     return decompose(model, made).eval()
 
 
@@ -81,7 +96,7 @@ def test_every_kind_of_layer_survives(geometry: str, tmp_path: Path) -> None:
     layer, x = build(geometry, torch.float32)
     for name, method in METHODS.items():
         ratio = 4 if name == "cp" else 1.3
-        made = plan(nn.Sequential(layer), method, ratio=ratio, example_input=x)
+        made = plan(nn.Sequential(layer), method, ratio=ratio, example_input=x, layers=EVERY_LAYER)
         if made.compressed:
             small = decompose(nn.Sequential(layer), made)
             loaded = load(save(small, tmp_path / name), lambda: nn.Sequential(make()))
@@ -118,7 +133,7 @@ def test_a_tied_module_stays_tied(tmp_path: Path) -> None:
         return nn.Sequential(shared, nn.ReLU(), shared)
 
     model = tied()
-    small = decompose(model, plan(model, CP(rank=3), example_input=X))
+    small = decompose(model, plan(model, CP(rank=3), example_input=X, layers=EVERY_LAYER))
     loaded = load(save(small, tmp_path), tied)
     assert loaded[0] is loaded[2]
     assert torch.equal(loaded(X), small(X))
@@ -133,7 +148,7 @@ def test_tied_weights_stay_tied_and_can_be_saved_again(tmp_path: Path) -> None:
         return model
 
     model = tied()
-    made = plan(model, SVD(), ratio=2, example_input=X, include=["0"])
+    made = plan(model, SVD(), ratio=2, example_input=X, layers=every_layer(include=["0"]))
     loaded = load(save(decompose(model, made), tmp_path / "first"), tied)
     assert loaded[1].weight is loaded[2].weight
     again = load(save(loaded, tmp_path / "second"), tied)
@@ -514,7 +529,7 @@ class Versioned(nn.Module):
 
 def test_the_version_of_a_modules_state_is_kept(tmp_path: Path) -> None:
     model = Versioned()
-    small = decompose(model, plan(model, SVD(), ratio=2, example_input=X))
+    small = decompose(model, plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER))
     folder = save(small, tmp_path)
     assert load(folder, Versioned).loaded_version == 2
     config = json.loads((folder / "config.json").read_text())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.cases import every_layer
 from torch import nn
 
 from deeptwist import TiledSVD, decompose, plan
@@ -87,7 +88,13 @@ def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
         nn.Conv2d(24, 16, 1),
     ).eval()
     x = torch.randn(2, 16, 9, 9)
-    before = plan(network, TiledSVD(tile=(8, 20)), ratio=1.5, example_input=x, exclude=["3"])
+    before = plan(
+        network,
+        TiledSVD(tile=(8, 20)),
+        ratio=1.5,
+        example_input=x,
+        layers=every_layer(exclude=["3"]),
+    )
     read_back = plan_from_model(decompose(network, before), network, x)
     assert [(x.name, x.decomposition) for x in read_back.compressed] == [
         (x.name, x.decomposition) for x in before.compressed

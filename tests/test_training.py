@@ -28,7 +28,7 @@ SHORT = {
     "model": "tests:network",
     "interval": 4,
     "schedule": {"epochs": 2},
-    "compression": {"decomposition": "svd", "ratio": 3, "include": ["3"]},
+    "compression": {"decomposition": "svd", "ratio": 3, "linear": True, "include": ["3"]},
     "records": {"images": 100},
 }
 

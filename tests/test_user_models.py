@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cases import EVERY_LAYER, every_layer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
@@ -23,7 +24,7 @@ def whole_way(
     make: Callable[[], nn.Module], x: Tensor, folder: Path, include: Any = "*", **export: Any
 ) -> tuple[Plan, Exported]:
     model = make().eval()
-    made = plan(model, SVD(), ratio=2, example_input=x, include=include)
+    made = plan(model, SVD(), ratio=2, example_input=x, layers=every_layer(include=include))
     twist = DeepTwist(model, made, interval=1, example_input=x)
     twist.step()
     small = twist.finish().eval()
@@ -134,7 +135,7 @@ def test_an_audio_codec_with_weight_norm(tmp_path: Path) -> None:
 
     model = make().eval()
     x = torch.randn(1, 1, 64)
-    made = plan(model, SVD(), ratio=2, example_input=x)
+    made = plan(model, SVD(), ratio=2, example_input=x, layers=EVERY_LAYER)
     twist = DeepTwist(model, made, interval=1, example_input=x)
     twist.step()
     small = twist.finish().eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.cases import METHODS, at, build, difference, error_of, read
+from tests.cases import EVERY_LAYER, METHODS, at, build, difference, error_of, read
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
@@ -213,7 +213,7 @@ def test_a_distortion_after_the_first_is_as_good_and_writes_in_place(
     method: Decomposition, memory_format: torch.memory_format
 ) -> None:
     model = network().to(memory_format=memory_format)
-    twist = DeepTwist(model, plan(model, method, ratio=1.6, example_input=X), 1)
+    twist = DeepTwist(model, plan(model, method, ratio=1.6, example_input=X, layers=EVERY_LAYER), 1)
     twist.step()
     names = [layer.name for layer in twist.plan.compressed]
     for _ in range(1 if method.method == "cp" else 3):  # an exact CP takes seconds
@@ -235,7 +235,7 @@ def test_a_distortion_after_the_first_is_as_good_and_writes_in_place(
 @pytest.mark.parametrize("name", ["svd", "tiled-ragged", "tucker"])
 def test_every_type_is_followed(name: str, dtype: torch.dtype) -> None:
     model = network().to(dtype)
-    made = plan(model, METHODS[name], ratio=1.6, example_input=X.to(dtype))
+    made = plan(model, METHODS[name], ratio=1.6, example_input=X.to(dtype), layers=EVERY_LAYER)
     twist = DeepTwist(model, made, 1)
     twist.step()
     nudge(model, 0.1)
@@ -250,7 +250,9 @@ def test_every_type_is_followed(name: str, dtype: torch.dtype) -> None:
 
 def test_the_last_distortion_is_exact() -> None:
     model = network()
-    twist = DeepTwist(model, plan(model, TiledSVD(), ratio=1.6, example_input=X), 1)
+    twist = DeepTwist(
+        model, plan(model, TiledSVD(), ratio=1.6, example_input=X, layers=EVERY_LAYER), 1
+    )
     for _ in range(2):
         nudge(model, 0.05)
         twist.step()
@@ -263,7 +265,7 @@ def test_the_last_distortion_is_exact() -> None:
 
 def test_nothing_is_written_where_a_later_layer_is_not_finite() -> None:
     model = network()
-    twist = DeepTwist(model, plan(model, SVD(), ratio=1.6, example_input=X), 1)
+    twist = DeepTwist(model, plan(model, SVD(), ratio=1.6, example_input=X, layers=EVERY_LAYER), 1)
     twist.step()
     nudge(model, 0.05)
     with torch.no_grad():
@@ -278,7 +280,7 @@ def test_nothing_is_written_where_a_later_layer_is_not_finite() -> None:
 def test_a_distortion_holds_little_more_than_the_weights_and_the_factors() -> None:
     model = nn.Sequential(*[nn.Conv2d(128, 128, 3, padding=1) for _ in range(6)])
     x = torch.zeros(1, 128, 4, 4)
-    made = plan(model, TiledSVD(tile=(64, 64)), ratio=4, example_input=x)
+    made = plan(model, TiledSVD(tile=(64, 64)), ratio=4, example_input=x, layers=EVERY_LAYER)
     twist = DeepTwist(model, made, 1)
     twist.step()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

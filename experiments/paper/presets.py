@@ -22,10 +22,10 @@ Network = Literal["resnet32", "vgg19", "resnet34"]
 _ONLY: dict[Profile, Network] = {"long": "resnet32", "long-32": "resnet32", "ten": "vgg19"}
 _RECIPES = Path(__file__).parents[2] / "recipes"
 _DATA: dict[Network, str] = {"resnet32": "cifar10", "vgg19": "cifar10", "resnet34": "imagenet"}
-_EVERY_CONVOLUTION = CompressionRecipe(
-    decomposition=("tucker",), skip_first_conv=True, linear=False
+_EVERY_CONVOLUTION = CompressionRecipe(decomposition=("tucker",))
+_WIDE_CONVOLUTIONS = CompressionRecipe(
+    decomposition=("tucker",), skip_first_conv=False, min_in_channels=128
 )
-_WIDE_CONVOLUTIONS = CompressionRecipe(decomposition=("tucker",), min_in_channels=128, linear=False)
 _SHORT = Recipe(
     model="resnet32",
     interval=100,  # a dozen distortions in three epochs

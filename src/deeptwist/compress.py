@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeptwist.decompose import decompose
-from deeptwist.decompositions import SpatialSVD
+from deeptwist.decompositions import Decomposition, SpatialSVD
 from deeptwist.errors import DeepTwistError
 from deeptwist.export import export_onnx
 from deeptwist.export.int8 import quantize_onnx
@@ -40,7 +40,7 @@ from deeptwist.save import load
 CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
 RATIOS = (1.2, 16.0)  # that a goal is searched between
 BISECTIONS = 6  # to a factor of 1.04
-BUDGETS = ("ratio", "macs", "latency", "latency_ms")  # arguments of `plan` that say how small
+BUDGETS = ("ratio", "weights", "macs", "latency")  # arguments of `plan` that say how small
 
 Values = dict[str, Any]  # what a step came to, as JSON holds it
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -333,6 +333,7 @@ def _check_budget(options: Values, goal: float | None) -> None:
     if goal is not None and given:
         raise DeepTwistError(f"a goal finds the ratio: leave out {', '.join(given)}")
     methods = options["decomposition"]
-    methods = [methods] if hasattr(methods, "needs_ratio") else methods
-    if goal is None and not given and any(method.needs_ratio for method in methods):
-        raise DeepTwistError("say how small: ratio=4, macs=3, latency=2, or goal=0.9")
+    methods = [methods] if isinstance(methods, Decomposition | str) else methods
+    is_open = any(isinstance(method, str) or method.needs_ratio for method in methods)
+    if goal is None and not given and is_open:
+        raise DeepTwistError("say how small: ratio=4, weights=4, macs=3, latency=2, or goal=0.9")

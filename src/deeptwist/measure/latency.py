@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import check_int, unknown_name_error
+from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.files import write_text
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import DType, Runtime, prepare
@@ -37,9 +38,9 @@ class LatencySetting:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        check_int("latency_batch", self.batch)
+        check_int("batch", self.batch)
         if self.threads is not None:
-            check_int("latency_threads", self.threads)
+            check_int("threads", self.threads)
         if self.runtime not in get_args(Runtime):
             raise unknown_name_error("runtime", self.runtime, get_args(Runtime))
 
@@ -65,6 +66,42 @@ class LatencySetting:
 
 @dataclass(frozen=True)
 class Latency:
+    """A budget of time: what the whole network is to take, measured here.
+
+    Attributes:
+        speedup: dense ÷ planned milliseconds, at least.
+        ms: milliseconds, at most; in place of `speedup`.
+        batch: examples.
+        runtime: what runs the network: eager, compile or onnxruntime.
+        threads: of the processor; those that PyTorch has without it.
+
+    Raises:
+        DeepTwistError: unless one of speedup and ms is given, or if a value makes no sense.
+    """
+
+    speedup: float | None = None
+    ms: float | None = None
+    batch: int = 16
+    runtime: Runtime = "eager"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.ms is None):
+            raise DeepTwistError("speedup and ms are one budget of latency: give one of them")
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise DeepTwistError(f"a latency speedup of {self.speedup} is not a number above 1")
+        if self.ms is not None and not 0 < self.ms < math.inf:
+            raise DeepTwistError(f"a latency of {self.ms} ms is not a number above 0")
+        _ = self.setting
+
+    @property
+    def setting(self) -> LatencySetting:
+        """What it is measured with."""
+        return LatencySetting(self.batch, self.runtime, self.threads)
+
+
+@dataclass(frozen=True)
+class NetworkTimes:
     """Milliseconds of a whole network, timed in turn when it was planned.
 
     Attributes:

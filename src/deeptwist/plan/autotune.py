@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from deeptwist.errors import DeepTwistError
 from deeptwist.layers.geometry import LayerCall
 from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.timing import Samples, median_ratio, time_interleaved
@@ -21,12 +22,17 @@ def exclude_slow_layers(model: nn.Module, plan: Plan, min_speedup: float) -> Pla
 
     Args:
         model: the network that was planned; its device and dtype are those that are timed.
-        plan: see `deeptwist.plan`.
+        plan: of the model.
         min_speedup: dense ÷ factored milliseconds from which on a layer is compressed.
+
+    Raises:
+        DeepTwistError: if `min_speedup` is not above 0.
     """
+    if not min_speedup > 0:
+        raise DeepTwistError(f"min_speedup {min_speedup} is not above 0")
     times = time_layers(plan, next(model.parameters()))
     speedups = {name: median_ratio(dense, factored) for name, (dense, factored) in times.items()}
-    return keep_slow_layers(plan, speedups, min_speedup)
+    return apply_timings(plan, speedups, min_speedup)
 
 
 def time_layers(
@@ -68,7 +74,7 @@ def time_layers(
     return times
 
 
-def keep_slow_layers(plan: Plan, speedups: Mapping[str, float], min_speedup: float) -> Plan:
+def apply_timings(plan: Plan, speedups: Mapping[str, float], min_speedup: float) -> Plan:
     """Return the plan without the layers that are not this much faster factored.
 
     Args:

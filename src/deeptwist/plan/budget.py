@@ -20,26 +20,27 @@ class Budgets:
     """Dense ÷ factored weights, MACs and milliseconds to keep at least; `None` for no matter.
 
     Attributes:
-        ratio: of weights.
-        macs: of multiply-accumulates.
-        latency: of milliseconds.
+        weights: of the layers to compress together, as all budgets.
+        macs: multiply-accumulates.
+        milliseconds: by the clock.
 
     Raises:
         DeepTwistError: if one is not a finite number above 1.
     """
 
-    ratio: float | None = None
+    weights: float | None = None
     macs: float | None = None
-    latency: float | None = None
+    milliseconds: float | None = None
 
     def __post_init__(self) -> None:
-        for factor in filter(None, self.factors):
-            check_ratio(factor)
+        for factor in self.factors:
+            if factor is not None:
+                check_ratio(factor)
 
     @property
     def factors(self) -> tuple[float | None, float | None, float | None]:
         """The three, in the order of `Way.costs`."""
-        return self.ratio, self.macs, self.latency
+        return self.weights, self.macs, self.milliseconds
 
     @property
     def any_factor(self) -> float | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import get_weight
-from deeptwist.measure.latency import Latency, LatencySetting
+from deeptwist.measure.latency import Latency, LatencySetting, NetworkTimes
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.random_layers import random_factored
 from deeptwist.measure.timing import time_interleaved
@@ -22,7 +22,7 @@ _USED = 0.95  # of the milliseconds allowed: a plan that takes as many is not im
 
 def time_network(
     model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan, setting: LatencySetting
-) -> Latency | None:
+) -> NetworkTimes | None:
     """Return the milliseconds of a network and of what a plan makes of it; `None` if it cannot.
 
     Networks of one input with a batch in front are timed.
@@ -49,16 +49,16 @@ def time_network(
     with setting.applied():
         runs = [setting.prepare(network, x) for network in (model, swap(model, factored))]
         dense, planned = map(statistics.median, time_interleaved(runs))
-        return Latency(dense, planned, f"{setting}, {describe_machine()}")
+        return NetworkTimes(dense, planned, f"{setting}, {describe_machine()}")
 
 
-def meet_milliseconds(limit: float, attempt: Callable[[float], Plan]) -> Plan:
-    """Return the plan that compresses least of those whose network takes so long at most.
+def search_latency(latency: Latency, attempt: Callable[[float], Plan]) -> Plan:
+    """Return the plan that compresses least of those whose network is as fast as asked.
 
     What layers save by themselves is not what the network saves: every try corrects the next.
 
     Args:
-        limit: milliseconds of the whole network.
+        latency: of the whole network.
         attempt: how many times as fast the layers are asked to be → a plan with its latency.
 
     Raises:
@@ -73,8 +73,9 @@ def meet_milliseconds(limit: float, attempt: Callable[[float], Plan]) -> Plan:
                 raise
             break
         if plan.latency is None:
-            raise DeepTwistError("latency_ms takes a network of one input, with a batch in front")
+            raise DeepTwistError("latency takes a network of one input, with a batch in front")
         dense, planned = plan.latency.dense, plan.latency.planned
+        limit = latency.ms or dense / (latency.speedup or 1)
         if dense <= limit:
             raise DeepTwistError(
                 f"the network takes {dense:.2f} ms as it is, {limit:g} are allowed"

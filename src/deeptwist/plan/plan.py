@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.measure.latency import Latency
+from deeptwist.measure.latency import NetworkTimes
 from deeptwist.plan.planned_layer import (
     CompressedLayer,
     KeptLayer,
@@ -34,7 +34,7 @@ class Plan:
         other_parameters: parameters that are no layer's weight: biases, normalisation.
         examples: how many the example input holds; costs are per example.
         inputs: the shape and type of each of the example input's tensors.
-        network_macs: MACs of all examples through the whole dense network, attention and other
+        network_macs: MACs of one example through the whole dense network, attention and other
             products of matrices included; `None` where torch could not count them.
         latency: what a budget of milliseconds promises of the whole network.
     """
@@ -46,7 +46,7 @@ class Plan:
     examples: int = 1
     inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
     network_macs: int | None = None
-    latency: Latency | None = None
+    latency: NetworkTimes | None = None
 
     @property
     def layers(self) -> tuple[PlannedLayer, ...]:
@@ -181,7 +181,7 @@ class Plan:
         """Return dense ÷ decomposed MACs of the whole network; `None` if they are not counted."""
         if not self.network_macs:
             return None
-        dense = max(self.network_macs // self.examples, self.dense_macs)
+        dense = max(self.network_macs, self.dense_macs)
         return dense / max(1, dense - self.dense_macs + self.macs)
 
 
@@ -197,11 +197,11 @@ def read_plan(path: Path) -> Plan:
         raise DeepTwistError(f"cannot read plan {path}: {error}") from error
 
 
-def _read_latency(values: Mapping[str, Any]) -> Latency:
+def _read_latency(values: Mapping[str, Any]) -> NetworkTimes:
     dense, planned = float(values["dense"]), float(values["planned"])
     if not (0 < dense < math.inf and 0 < planned < math.inf):
         raise ValueError(f"latencies {dense} and {planned}")
-    return Latency(dense, planned, str(values["where"]))
+    return NetworkTimes(dense, planned, str(values["where"]))
 
 
 def _upgrade_format_1(layer: Mapping[str, Any]) -> dict[str, Any]:

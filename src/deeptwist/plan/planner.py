@@ -1,126 +1,91 @@
 """Decide for every layer of a model how it is held."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor, nn
 
-from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
+from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer, from_dict
 from deeptwist.decompositions.ranks import check_ratio
-from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.inspection.run import as_tuple
 from deeptwist.inspection.usage import Inspection, Layer, inspect_model
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.latency import LatencyCache, LatencySetting
+from deeptwist.measure.latency import Latency, LatencyCache, LatencySetting
 from deeptwist.measure.layer_clock import LayerClock
-from deeptwist.measure.runtimes import Runtime
-from deeptwist.plan.autotune import exclude_slow_layers
 from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.layer_errors import LayerErrors
-from deeptwist.plan.layer_filter import LayerFilter, Override
-from deeptwist.plan.network_clock import meet_milliseconds, time_network
+from deeptwist.plan.layers import Layers
+from deeptwist.plan.network_clock import search_latency, time_network
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
-Allocation = Literal["uniform", "budget"]
+LayerChoice = Layers | Callable[[str, nn.Module], bool]
+_LAYERS = Layers()
 
 
 def plan(
     model: nn.Module,
-    decomposition: Decomposition | Sequence[Decomposition],
+    decomposition: Decomposition | str | Sequence[Decomposition | str],
     *,
     example_input: Tensor | tuple[Tensor, ...],
     ratio: float | None = None,
+    weights: float | None = None,
     macs: float | None = None,
-    latency: float | None = None,
-    latency_ms: float | None = None,
-    allocation: Allocation | None = None,
-    skip_first_conv: bool = False,
-    min_in_channels: int = 1,
-    linear: bool = True,
+    latency: float | Latency | None = None,
+    layers: LayerChoice = _LAYERS,
     rank_multiple: int | None = None,
-    include: str | Sequence[str] = ("*",),
-    exclude: str | Sequence[str] = (),
-    overrides: Mapping[str, Override] | None = None,
-    min_speedup: float | None = None,
     calibration: Calibration | None = None,
-    latency_batch: int = 16,
-    latency_runtime: Runtime = "eager",
-    latency_threads: int | None = None,
 ) -> Plan:
     """Decide for every layer how it is held; the model itself is not touched.
 
-    A name pattern is an exact module name, a glob (``layer3.*``) or, after ``re:``, a regular
-    expression that matches the whole name.
+    How much smaller is said in one of three ways: by the ranks of the decomposition, by `ratio`, or
+    by budgets (`weights`, `macs`, `latency`; several are kept together). Under budgets every layer
+    takes the ranks that lose least, by the sum of the layers' relative squared errors.
 
     Args:
         model: any network; it is run once on the example input, in evaluation mode.
-        decomposition: how layers are held; its rank, if open, is set by `ratio`. Of several, each
-            layer takes the one that loses least for its cost.
+        decomposition: how layers are held, or its name (``"spatial_svd"``). Of several, each layer
+            takes the one that loses least: at the ratio, or for its cost under budgets.
         example_input: one batch, or the tuple of the model's positional inputs.
-        ratio: dense ÷ factored weights that every compressed layer keeps at least; with a
-            budget, that the layers to compress keep together.
-        macs: dense ÷ factored MACs that the layers to compress keep together: a budget.
-        latency: dense ÷ factored milliseconds, measured here, that the layers to compress keep
-            together: a budget.
-        latency_ms: milliseconds that the whole network takes at most, measured here: a budget.
-        allocation: ``"uniform"``: `ratio` for every layer, the paper's rule and the default
-            beside a ratio and one decomposition alone; ``"budget"``: the ranks that lose least,
-            by the sum of the layers' relative squared errors, under all budgets given.
-        skip_first_conv: keep the convolution that runs first, as the paper does.
-        min_in_channels: keep layers with fewer input channels S (the paper: S ≥ 128).
-        linear: whether linear layers are compressed too.
+        ratio: dense ÷ factored weights that every compressed layer keeps at least: the paper's
+            rule.
+        weights: dense ÷ factored weights that the layers to compress keep together.
+        macs: dense ÷ factored MACs that the layers to compress keep together.
+        latency: how many times as fast the whole network is to be, measured here; or a `Latency`,
+            which says it in milliseconds, or at which batch and in which runtime.
+        layers: which layers to compress, see `Layers`; or a function of a layer's name and module
+            that returns whether to.
         rank_multiple: ranks that a ratio or a budget sets are rounded down to a multiple of this,
-            where they are that large; by default 1, or with a budget of milliseconds the width of
-            the processor's vectors, where the clock shows it.
-        include: pattern or patterns of the layers to compress.
-        exclude: pattern or patterns of the layers to keep.
-        overrides: pattern → another decomposition, another ratio, or `None` to keep the layer;
-            the last pattern that matches counts, before all rules above.
-        min_speedup: keep layers that are not this many times as fast factored, timed here.
+            where they are that large; by default 1, or with a budget of latency the width of the
+            processor's vectors, where the clock shows it.
         calibration: what `deeptwist.calibrate` returned; `relative_error` is then the outputs',
             in every layer that it holds. Give it to `deeptwist.decompose` too.
-        latency_batch: examples in the batch that milliseconds are measured at.
-        latency_runtime: what runs the network then: eager, compile or onnxruntime.
-        latency_threads: of the processor; those that PyTorch has without it.
 
     Returns:
         The plan; every layer that is not compressed is in it with its reason.
 
     Raises:
-        DeepTwistError: if neither rank nor ratio is given, a pattern matches no layer, or an
-            override by exact name cannot be met.
+        DeepTwistError: if neither rank, ratio nor budget is given, no plan keeps the budgets, a
+            pattern matches no layer, or an override by exact name cannot be met.
     """
-    if latency is not None and latency_ms is not None:
-        raise DeepTwistError("latency and latency_ms are one budget: leave one of them out")
-    rules = LayerFilter(
-        skip_first_conv,
-        min_in_channels,
-        linear,
-        (include,) if isinstance(include, str) else tuple(include),
-        (exclude,) if isinstance(exclude, str) else tuple(exclude),
-        overrides or {},
-    )
-    methods = (decomposition,) if isinstance(decomposition, Decomposition) else (*decomposition,)
-    planner = Planner(model, example_input, methods, rules, rank_multiple, calibration)
-    clock = None
-    if latency is not None or latency_ms is not None:
-        clock = planner.clock(LatencySetting(latency_batch, latency_runtime, latency_threads))
+    if isinstance(decomposition, Decomposition | str):
+        decomposition = (decomposition,)
+    methods = [from_dict({"method": m}) if isinstance(m, str) else m for m in decomposition]
+    planner = Planner(model, example_input, methods, layers, rank_multiple, calibration)
+    if latency is None:
+        return planner.plan(ratio, Budgets(weights, macs))
+    if not isinstance(latency, Latency):
+        latency = Latency(speedup=latency)
+    clock = planner.clock(latency.setting)
 
-    def attempt(latency: float | None) -> Plan:
-        made = planner.plan(Budgets(ratio, macs, latency), allocation, clock)
-        if min_speedup is not None:
-            made = exclude_slow_layers(model, made, min_speedup)
-        if clock is None:
-            return made
-        promise = time_network(model, as_tuple(example_input), made, clock.setting)
-        return replace(made, latency=promise)
+    def attempt(speedup: float) -> Plan:
+        made = planner.plan(ratio, Budgets(weights, macs, speedup), clock)
+        times = time_network(model, as_tuple(example_input), made, clock.setting)
+        return replace(made, latency=times)
 
-    if latency_ms is None:
-        return attempt(latency)
-    return meet_milliseconds(latency_ms, attempt)
+    return search_latency(latency, attempt)
 
 
 class Planner:
@@ -131,7 +96,7 @@ class Planner:
         model: nn.Module,
         example_input: Tensor | tuple[Tensor, ...],
         decompositions: Sequence[Decomposition],
-        rules: LayerFilter,
+        layers: LayerChoice = _LAYERS,
         rank_multiple: int | None = None,
         calibration: Calibration | None = None,
     ) -> None:
@@ -142,13 +107,15 @@ class Planner:
             check_int("rank_multiple", rank_multiple)
         self._model, self._inputs = model, as_tuple(example_input)
         self._inspection = inspect_model(model, self._inputs)
-        layers = self._inspection.layers
-        rules.check_patterns(name for layer in layers for name in layer.names)
-        self._decompositions, self._rules = decompositions, rules
+        found = self._inspection.layers
+        self._chosen = None if isinstance(layers, Layers) else layers
+        self._rules = layers if isinstance(layers, Layers) else Layers(False, linear=True)
+        self._rules.check_patterns(name for layer in found for name in layer.names)
+        self._decompositions = decompositions
         self._rank_multiple = rank_multiple
-        self._first = _first_convolution(layers)
+        self._first = _first_convolution(found)
         moments = calibration.moments if calibration else {}
-        self._errors = [LayerErrors(layer, moments.get(layer.names[0])) for layer in layers]
+        self._errors = [LayerErrors(layer, moments.get(layer.names[0])) for layer in found]
 
     def clock(self, setting: LatencySetting) -> LayerClock:
         """Return what times the model's layers, and remembers what was timed before."""
@@ -161,49 +128,44 @@ class Planner:
             cache=cache,
         )
 
-    def plan(
-        self,
-        budgets: Budgets,
-        allocation: Allocation | None = None,
-        clock: LayerClock | None = None,
-    ) -> Plan:
-        """Return the plan that keeps these budgets; see `deeptwist.plan`.
+    def plan(self, ratio: float | None, budgets: Budgets, clock: LayerClock | None = None) -> Plan:
+        """Return the plan at this ratio, or that keeps these budgets.
 
         Args:
+            ratio: see `deeptwist.plan`.
             budgets: of the layers to compress together.
-            allocation: see `deeptwist.plan`.
             clock: for a budget of milliseconds.
         """
-        shares = self._shares_budgets(budgets, allocation)
-        for choice in (*(() if shares else self._decompositions), *self._rules.overrides.values()):
-            if isinstance(choice, Decomposition) and choice.needs_ratio and budgets.ratio is None:
-                raise DeepTwistError(f"{choice} has no rank: give it one, or give a ratio")
+        shares = budgets != Budgets()
+        self._check_ranks(ratio, budgets)
         multiple = self._rank_multiple or (1 if clock is None else self._timed_multiple(clock))
         ways = [self._ways(errors, multiple, clock) if shares else [] for errors in self._errors]
         shared = iter(share_budgets(filter(None, ways), budgets) if shares else ())
         planned = [
             _plan_shared(errors.layer, next(shared))
             if options
-            else self._plan_layer(errors, budgets.any_factor)
+            else self._plan_layer(errors, ratio or budgets.any_factor)
             for errors, options in zip(self._errors, ways, strict=True)
         ]
         return _assemble(self._model, self._inputs, self._inspection, planned)
 
-    def _shares_budgets(self, budgets: Budgets, allocation: str | None) -> bool:
-        """Whether ranks come from budgets of all layers together."""
-        if allocation not in (None, "uniform", "budget"):
-            raise unknown_name_error("allocation", allocation, ("uniform", "budget"))
-        needs_budget = budgets != Budgets(budgets.ratio) or len(self._decompositions) > 1
-        if allocation == "uniform" and needs_budget:
-            raise DeepTwistError("a uniform allocation takes a ratio and one decomposition alone")
-        if not needs_budget and allocation != "budget":
-            return False
-        if budgets.any_factor is None:
-            raise DeepTwistError("there is no budget to share: give ratio, macs or latency")
-        for decomposition in self._decompositions:
+    def _check_ranks(self, ratio: float | None, budgets: Budgets) -> None:
+        """Check that every decomposition has a rank, or one thing alone that sets it."""
+        shares = budgets != Budgets()
+        if ratio is not None:
+            check_ratio(ratio)
+            if shares:
+                raise DeepTwistError("a ratio is every layer's: weights= is that of all together")
+        for decomposition in self._decompositions if shares else ():
             if not decomposition.needs_ratio:
                 raise DeepTwistError(f"{decomposition} has a rank: leave it to the budget")
-        return True
+        if ratio is not None or budgets.weights is not None:
+            return
+        for choice in (*(() if shares else self._decompositions), *self._rules.overrides.values()):
+            if isinstance(choice, Decomposition) and choice.needs_ratio:
+                raise DeepTwistError(
+                    f"{choice} has no rank: give it one, or give ratio, weights, macs or latency"
+                )
 
     def _skip_reason(self, layer: Layer) -> str | None:
         """Return why a layer is kept, whatever an override says aside."""
@@ -211,6 +173,8 @@ class Planner:
             return layer.reason or "has no geometry"
         if layer.reason is not None or self._rules.override(layer.names) is not None:
             return layer.reason
+        if self._chosen and not any(self._chosen(name, layer.module) for name in layer.names):
+            return "not chosen"
         is_first = layer is self._first
         return self._rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
 
@@ -237,23 +201,19 @@ class Planner:
 
     def _plan_layer(self, errors: LayerErrors, ratio: float | None) -> PlannedLayer:
         """Plan a layer by itself: at a ratio, or as an override says."""
-        layer, decomposition = errors.layer, self._decompositions[0]
-        pattern, choice = self._rules.override(layer.names) or (None, decomposition)
+        layer, decompositions = errors.layer, self._decompositions
+        pattern, choice = self._rules.override(layer.names) or (None, decompositions)
         if choice is None:
             return _keep(layer, "by an override")
         if isinstance(choice, Decomposition):
-            decomposition = choice
-        else:
-            ratio, decomposition = check_ratio(choice), decomposition.without_rank()
+            decompositions = [choice]
+        elif isinstance(choice, int | float):
+            ratio = check_ratio(choice)
+            decompositions = [decomposition.without_rank() for decomposition in decompositions]
         reason = self._skip_reason(layer)
         if layer.convolution is not None and reason is None:
             try:
-                resolved = decomposition.resolve(layer.convolution, ratio)
-                if decomposition.needs_ratio:
-                    resolved = resolved.round_ranks(self._rank_multiple or 1)
-                _check_is_smaller(layer.convolution, layer.calls, resolved)
-                error = errors.error(layer.convolution, resolved)
-                return _compress(layer, layer.convolution, resolved, error=error)
+                return self._best(errors, layer.convolution, decompositions, ratio)
             except CannotDecomposeError as error:
                 reason = str(error)
         kept = _keep(layer, reason or "")
@@ -261,6 +221,36 @@ class Planner:
             shown = kept.convolution or kept.kind
             raise DeepTwistError(f"layer {kept.name!r} ({shown}) {kept.reason}")
         return kept
+
+    def _best(
+        self,
+        errors: LayerErrors,
+        convolution: ConvGeometry,
+        decompositions: Sequence[Decomposition],
+        ratio: float | None,
+    ) -> CompressedLayer:
+        """Return the layer in the decomposition that loses least of those that fit it.
+
+        Raises:
+            CannotDecomposeError: if none does, for the first one's reason.
+        """
+        fitting: list[CompressedLayer] = []
+        refusals: list[CannotDecomposeError] = []
+        for decomposition in decompositions:
+            try:
+                resolved = decomposition.resolve(convolution, ratio)
+                if decomposition.needs_ratio:
+                    resolved = resolved.round_ranks(self._rank_multiple or 1)
+                _check_is_smaller(convolution, errors.layer.calls, resolved)
+                error = errors.error(convolution, resolved)
+                fitting.append(_compress(errors.layer, convolution, resolved, error=error))
+            except CannotDecomposeError as refusal:
+                refusals.append(refusal)
+        if not fitting:
+            raise refusals[0]
+        if len(fitting) > 1 and any(layer.relative_error is None for layer in fitting):
+            raise DeepTwistError("which decomposition loses least is seen from weights: load them")
+        return min(fitting, key=lambda layer: layer.relative_error or 0.0)
 
 
 def plan_from_model(
@@ -323,14 +313,15 @@ def _assemble(
     planned: Sequence[PlannedLayer],
 ) -> Plan:
     layers = inspection.layers
+    examples = _count_examples(inputs, layers)
     counted = sum(layer.weight_numel for layer in layers)
     total = sum(p.numel() for p in model.parameters())
     empty = Plan(
         compressed=(),
         other_parameters=total - counted,
-        examples=_count_examples(inputs, layers),
+        examples=examples,
         inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
-        network_macs=inspection.macs,
+        network_macs=None if inspection.macs is None else inspection.macs // examples,
     )
     return empty.with_layers(planned)
 

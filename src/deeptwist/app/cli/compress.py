@@ -42,7 +42,7 @@ from deeptwist.app.training.metrics import RECIPE, Evaluation, Run, Summary, Var
 from deeptwist.app.training.post_training import recalibrate_batch_norm
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
-from deeptwist.compress import BUDGETS, SMALL, Job, Values
+from deeptwist.compress import SMALL, Job, Values
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError, first_line, require_extra
 from deeptwist.files import write_text
@@ -147,7 +147,7 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
     compression = recipe.compression
-    sizes = (*BUDGETS, "rank", "fraction", "plan")
+    sizes = ("ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan")
     given = [name for name in sizes if getattr(compression, name) is not None]
     if options.goal is None:
         if not given and not compression.override:

@@ -43,7 +43,7 @@ def plan(
     """Show which layers would be compressed, how, at what cost; change nothing.
 
     ```
-    deeptwist plan resnet32 --weights resnet32.safetensors --ratio 4 --skip-first-conv
+    deeptwist plan resnet32 --weights resnet32.safetensors --ratio 4
     deeptwist plan torchvision/resnet34 --decomposition spatial-svd --ratio 4 --min-in-channels 128
     deeptwist plan resnet32 --weights r32.safetensors --decomposition spatial-svd tucker --macs 3
       --calibrate cifar10

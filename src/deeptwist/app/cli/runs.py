@@ -103,7 +103,7 @@ def train(
     deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --optimizer.lr 0.05 --out runs/faster
     deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/dense
     deeptwist train resnet32 --data cifar10 --weights runs/dense/weights.safetensors
-      --decomposition tucker --ratio 4 --skip-first-conv --no-linear --out runs/tucker
+      --decomposition tucker --ratio 4 --out runs/tucker
     torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10-10-epochs.yaml
       --out runs/two
     ```

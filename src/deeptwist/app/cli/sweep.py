@@ -18,7 +18,7 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.plan.calibration import Calibration, calibrate, recalibrate_batch_norm
 from deeptwist.plan.plan import Plan
 
-_SIZES = "ratio", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
+_SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
 
 
 def run_sweep(

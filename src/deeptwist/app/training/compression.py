@@ -10,8 +10,9 @@ if TYPE_CHECKING:  # the command line shows these fields in its help, which must
     from torch import Tensor, nn
 
     from deeptwist.decompositions import Decomposition
+    from deeptwist.measure.latency import Latency
     from deeptwist.plan.calibration import Calibration
-    from deeptwist.plan.layer_filter import Override
+    from deeptwist.plan.layers import Override
     from deeptwist.plan.plan import Plan
 
 
@@ -21,15 +22,15 @@ class CompressionConfig:
 
     Attributes:
         decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp; of several,
-            each layer takes the one that loses least for its cost.
+            each layer takes the one that loses least.
         ratio: Dense ÷ factored weights that every compressed layer keeps at least.
+        weight_budget: Dense ÷ factored weights that the layers to compress keep together.
         macs: Dense ÷ factored MACs that the layers to compress keep together: a budget.
-        latency: Dense ÷ factored milliseconds, measured here, that these layers keep together.
+        latency: How many times as fast the whole network is to be, measured here.
         latency_ms: Milliseconds that the whole network takes at most, measured here.
         latency_batch: Examples in the batch that milliseconds are measured at.
         latency_runtime: What runs the network when it is measured.
         latency_threads: Processor threads; torch's choice if not given.
-        allocation: uniform: the ratio for every layer; budget: ranks that lose least together.
         rank: An explicit rank instead; two numbers for Tucker.
         fraction: For Tucker, the paper's fraction of the channels instead.
         tile: For tiled_svd: rows and columns of the lowered kernel.
@@ -46,19 +47,19 @@ class CompressionConfig:
 
     decomposition: tuple[str, ...] = ("spatial_svd",)
     ratio: float | None = None
+    weight_budget: float | None = None
     macs: float | None = None
     latency: float | None = None
     latency_ms: float | None = None
     latency_batch: int = 16
     latency_runtime: Literal["eager", "compile", "onnxruntime"] = "eager"
     latency_threads: int | None = None
-    allocation: Literal["uniform", "budget"] | None = None
     rank: int | tuple[int, int] | None = None
     fraction: float | None = None
     tile: tuple[int, int] | None = None
-    skip_first_conv: bool = False
+    skip_first_conv: bool = True
     min_in_channels: int = 1
-    linear: bool = True
+    linear: bool = False
     rank_multiple: int | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -120,30 +121,50 @@ class CompressionConfig:
         calibration: "Calibration | None" = None,
     ) -> "Plan":
         """Plan a model with these options; see `deeptwist.plan`."""
+        from deeptwist.plan.layers import Layers
         from deeptwist.plan.planner import plan
 
-        return plan(
+        made = plan(
             model,
             self.methods,
             example_input=example_input,
             ratio=self.ratio,
+            weights=self.weight_budget,
             macs=self.macs,
-            latency=self.latency,
-            latency_ms=self.latency_ms,
-            latency_batch=self.latency_batch,
-            latency_runtime=self.latency_runtime,
-            latency_threads=self.latency_threads,
-            allocation=self.allocation,
-            skip_first_conv=self.skip_first_conv,
-            min_in_channels=self.min_in_channels,
-            linear=self.linear,
+            latency=self._latency(),
+            layers=Layers(
+                skip_first_conv=self.skip_first_conv,
+                min_in_channels=self.min_in_channels,
+                linear=self.linear,
+                include=self.include,
+                exclude=self.exclude,
+                overrides=overrides or {},
+            ),
             rank_multiple=self.rank_multiple,
-            include=self.include,
-            exclude=self.exclude,
-            overrides=overrides,
-            min_speedup=self.min_speedup,
             calibration=calibration,
         )
+        return self.without_slow_layers(model, made)
+
+    def _latency(self) -> "Latency | None":
+        from deeptwist.measure.latency import Latency
+
+        if self.latency is None and self.latency_ms is None:
+            return None
+        return Latency(
+            speedup=self.latency,
+            ms=self.latency_ms,
+            batch=self.latency_batch,
+            runtime=self.latency_runtime,
+            threads=self.latency_threads,
+        )
+
+    def without_slow_layers(self, model: "nn.Module", plan: "Plan") -> "Plan":
+        """Return the plan without the layers that are not `min_speedup` times as fast."""
+        from deeptwist.plan.autotune import exclude_slow_layers
+
+        if self.min_speedup is None:
+            return plan
+        return exclude_slow_layers(model, plan, self.min_speedup)
 
 
 def _options_of(method: "type[Decomposition]") -> tuple[str, ...]:

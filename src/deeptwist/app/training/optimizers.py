@@ -10,7 +10,7 @@ from torch import nn
 from deeptwist.app.training.optimizer_names import TORCH_OPTIMIZERS
 from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe
 from deeptwist.errors import DeepTwistError, unknown_name_error
-from deeptwist.plan.layer_filter import matches
+from deeptwist.plan.layers import matches
 
 
 def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@
 
 from deeptwist.decompositions import from_dict
 from deeptwist.errors import DeepTwistError
-from deeptwist.plan.layer_filter import Override
+from deeptwist.plan.layers import Override
 
 
 def parse_override(text: str) -> tuple[str, Override]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the command line's help must not wait for torch
     from torch import Tensor, nn
 
     from deeptwist.plan.calibration import Calibration
-    from deeptwist.plan.layer_filter import Override
+    from deeptwist.plan.layers import Override
     from deeptwist.plan.plan import Plan
 
 Mode = Literal["dense", "deeptwist", "finetune", "projected", "random_noise", "decompose_at_end"]
@@ -145,7 +145,7 @@ class CompressionRecipe(CompressionConfig):
 
     Attributes:
         decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp; of several,
-            each layer takes the one that loses least for its cost.
+            each layer takes the one that loses least.
         rank: An explicit rank instead: 8, or 24x24 for Tucker.
         skip_first_conv: Keep the convolution that runs first.
         linear: Whether linear layers are compressed too.
@@ -165,8 +165,8 @@ class CompressionRecipe(CompressionConfig):
         Parameter(n_tokens=1),
     ] = None
     tile: Sizes | None = None
-    skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = False
-    linear: Annotated[bool, Parameter(negative="--no-linear")] = True
+    skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = True
+    linear: Annotated[bool, Parameter(negative="--no-linear")] = False
     override: tuple[str, ...] = ()
     plan: str | None = None
 
@@ -191,14 +191,10 @@ class CompressionRecipe(CompressionConfig):
     ) -> "Plan":
         """Read or make the plan for a model; see `deeptwist.plan`."""
         from deeptwist.app.training.overrides import parse_override
-        from deeptwist.plan.autotune import exclude_slow_layers
         from deeptwist.plan.plan import read_plan
 
         if self.plan is not None:
-            plan = read_plan(Path(self.plan))
-            if self.min_speedup is None:
-                return plan
-            return exclude_slow_layers(model, plan, self.min_speedup)
+            return self.without_slow_layers(model, read_plan(Path(self.plan)))
         overrides = {**dict(map(parse_override, self.override)), **(overrides or {})}
         return super().make_plan(model, example_input, overrides, calibration)
 

@@ -1,19 +1,19 @@
 """Which layers to compress: the paper's rules, name patterns and overrides."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.layers.geometry import ConvGeometry
 
 Override = Decomposition | float | None  # another decomposition, another ratio, or keep
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module name matches: exactly, as a glob, or as a regular expression after ``re:``.
+    """Return whether a name matches: exactly, as a glob, or as an expression after ``re:``.
 
     Raises:
         DeepTwistError: for an expression that is none.
@@ -27,18 +27,41 @@ def matches(pattern: str, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class LayerFilter:
-    """Which layers to compress; see `deeptwist.plan` for the fields."""
+class Layers:
+    """Which layers to compress.
 
-    skip_first_conv: bool = False
+    A name pattern is an exact module name, a glob (``layer3.*``) or, after ``re:``, a regular
+    expression that matches the whole name.
+
+    Attributes:
+        skip_first_conv: keep the convolution that runs first, as the paper does.
+        min_in_channels: keep layers with fewer input channels S (the paper: S ≥ 128).
+        linear: whether linear layers are compressed too.
+        include: pattern or patterns of the layers to compress.
+        exclude: pattern or patterns of the layers to keep.
+        overrides: pattern → another decomposition, another ratio, or `None` to keep the layer;
+            the last pattern that matches counts, before all rules above.
+
+    Raises:
+        DeepTwistError: if `min_in_channels` is no positive integer.
+    """
+
+    skip_first_conv: bool = True
     min_in_channels: int = 1
-    linear: bool = True
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    linear: bool = False
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_int("min_in_channels", self.min_in_channels)
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+            object.__setattr__(self, name, patterns)
+
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Refuses patterns that match no layer: they are mistyped.
+        """Refuse patterns that match no layer: they are mistyped.
 
         Raises:
             DeepTwistError: naming the pattern and the nearest layer.
@@ -51,7 +74,7 @@ class LayerFilter:
     def skip_reason(
         self, names: Iterable[str], convolution: ConvGeometry, *, is_first: bool
     ) -> str | None:
-        """Why a layer is to be kept; none where it is to be compressed."""
+        """Return why a layer is kept; `None` where it is to be compressed."""
         if any(matches(pattern, name) for pattern in self.exclude for name in names):
             return "excluded"
         if not any(matches(pattern, name) for pattern in self.include for name in names):
@@ -65,7 +88,7 @@ class LayerFilter:
         return None
 
     def override(self, names: Iterable[str]) -> tuple[str, Override] | None:
-        """The last override that matches, with its pattern."""
+        """Return the last override that matches, with its pattern."""
         last = None
         for pattern, choice in self.overrides.items():
             if any(matches(pattern, name) for name in names):
