@@ -2,22 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from experiments.paper.results import Figure
-from matplotlib.axes import Axes
 
-from deeptwist.app.report import plotting
-from deeptwist.app.report.styles import DASHED, INK, NO_LINE, SERIES, SOLID, PlotStyle
+from deeptwist.app.report import charts
 
-_MARKERS = "os^DvPX"
-_SHEET = files("deeptwist.app.report").joinpath("style.css").read_text(encoding="utf-8")
-_STYLE = (
-    _SHEET.partition("\n* {")[0]  # its colours
-    + "svg { background: var(--card); }\n"
-    + 'text { font-family: system-ui, "Noto Sans", "DejaVu Sans", sans-serif !important; }'
-)
+_STYLE = "@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg); } }"
 Points = Sequence[tuple[float, float]]
 
 
@@ -44,28 +35,13 @@ class Curve:
     band: Sequence[tuple[float, float, float]] = ()
 
     @property
-    def style(self) -> PlotStyle:
-        """Return the same for the report's charts."""
-        return PlotStyle(
-            INK if self.color is None else SERIES[self.color % len(SERIES)],
-            _MARKERS[(self.color or 0) % len(_MARKERS)] if self.markers else "",
-            filled=not self.dashed,
-            line=NO_LINE if not self.line else DASHED if self.dashed else SOLID,
-        )
-
-
-@dataclass(frozen=True)
-class _Chart(plotting.Chart):
-    """A chart with shaded bands behind its curves."""
-
-    shaded: tuple[Curve, ...] = ()
-
-    def draw(self, axes: Axes) -> None:
-        """Draw the bands, and over them the rest."""
-        for curve in self.shaded:
-            x, lowest, highest = zip(*curve.band, strict=True)
-            axes.fill_between(x, lowest, highest, color=curve.style.color, alpha=0.2, linewidth=0)
-        super().draw(axes)
+    def look(self) -> dict[str, Any]:
+        """Return the options of `Axes.plot`."""
+        color = charts.INK if self.color is None else charts.COLORS[self.color % len(charts.COLORS)]
+        marker = charts.MARKERS[(self.color or 0) % len(charts.MARKERS)] if self.markers else ""
+        line = "none" if not self.line else "--" if self.dashed else "-"
+        face = "none" if self.dashed else color
+        return {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": line}
 
 
 def known(points: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, float], ...]:
@@ -74,7 +50,13 @@ def known(points: Iterable[tuple[float, float | None]]) -> tuple[tuple[float, fl
 
 
 def draw(
-    name: str, title: str, curves: Sequence[Curve], start: float | None = None, **options: Any
+    name: str,
+    title: str,
+    curves: Sequence[Curve],
+    start: float | None = None,
+    level: tuple[str, float] | None = None,
+    log_x: bool = False,
+    **options: Any,
 ) -> list[Figure]:
     """Draw curves over one another; return no figure where none has a point.
 
@@ -83,19 +65,22 @@ def draw(
         title: see `Figure`.
         curves: see `Curve`.
         start: accuracy before compression, to draw a dotted line at.
-        options: further fields of `deeptwist.app.report.plotting.Chart`.
+        level: a name and a height to draw a dotted line at.
+        log_x: unused.
+        options: further ones of `deeptwist.app.report.charts.draw`.
     """
-    drawn = [(known(curve.points), curve.style, curve.name) for curve in curves]
-    if start is not None:
-        options["level"] = ("before compression", start)
-    chart = _Chart(
-        title,
-        "",
-        tuple(plotting.Curve(*each) for each in drawn if each[0]),
-        shaded=tuple(curve for curve in curves if curve.band),
-        **options,
-    )
-    if not chart.curves:
-        return []
-    opening, _, rest = plotting.render(chart, name=name).partition(">")
-    return [Figure(name, title, f"{opening}><style>{_STYLE}</style>{rest}")]
+    drawn = [charts.Curve(curve.name, known(curve.points), curve.look) for curve in curves]
+    for curve in curves:
+        for end in (1, 2):
+            edge = [(each[0], each[end]) for each in curve.band]
+            drawn.append(charts.Curve("", edge, {"color": curve.look["color"], "linewidth": 0.6}))
+    across = [x for curve in drawn for x, _ in curve.points]
+    level = ("before compression", start) if start is not None else level
+    if level is not None and across:
+        ends = [(x, level[1]) for x in (min(across), max(across))]
+        drawn.append(charts.Curve(level[0], ends, {"color": charts.MUTED, "linestyle": ":"}))
+    figures = charts.draw(title, "", drawn, salt=name, **options) if across else []
+    return [
+        Figure(name, title, figure.svg.replace(">", f"><style>{_STYLE}</style>", 1))
+        for figure in figures
+    ]

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from deeptwist._version import __version__
 from deeptwist.app.cli.console import progress_bar, writing
 from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.cli.tables import (
@@ -38,7 +36,7 @@ from deeptwist.app.training.evaluation import (
     test_inputs,
     training_inputs,
 )
-from deeptwist.app.training.metrics import RECIPE, Evaluation, Run, Summary, Variant, read_run
+from deeptwist.app.training.metrics import RECIPE, Evaluation
 from deeptwist.app.training.post_training import recalibrate_batch_norm
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
@@ -46,7 +44,6 @@ from deeptwist.compress import SMALL, Job, Values
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError, first_line, require_extra
 from deeptwist.files import write_text
-from deeptwist.measure.comparison import Comparison
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.plan import Plan
 from deeptwist.save import WEIGHTS
@@ -84,7 +81,7 @@ def run_compress(
     record.end("{:,} images to train on, {:,} test images".format(*counts))
     _compress(job, record, goal)
     _deploy(job, record, options)
-    record.run("report", REPORT, lambda: _report(job, record.results), lambda path: path)
+    record.run("report", REPORT, partial(_report, job), lambda path: path)
     reached = {} if goal is None else {"goal": goal(record.results["dense"]["accuracy"])}
     return record.to_dict() | reached
 
@@ -366,41 +363,6 @@ class Record:
             raise DeepTwistError(f"{self._path} is damaged: {first_line(error)}") from error
 
 
-def _report(job: ImageJob, results: dict[str, Values]) -> Values:
-    run = read_run(job.folder)
-    timed = next((row for row in results["time"]["settings"] if row["times"]), None)
-    latency = None if timed is None else TypeAdapter(Comparison).validate_python(timed["times"])
-    summary = replace(run.summary, latency=latency, latency_batch=timed and timed["batch"])
-    if "int8" in results:
-        int8 = results["int8"]["small"]
-        variant = Variant("int8", int8["accuracy"], int8["loss"], "small-int8.onnx")
-        summary = replace(summary, variants=(*summary.variants, variant))
-    dense = _dense_summary(summary, results["dense"])
-    runs = [Run(dense, [], [], None), replace(run, summary=summary)]
-    name = job.recipe.model.rpartition(":")[2]  # without the module that it comes from
-    path = write_report(runs, job.folder / REPORT, title=f"deeptwist compress {name}")
-    return {"path": str(path)}
-
-
-def _dense_summary(small: Summary, dense: Values) -> Summary:
-    return replace(
-        small,
-        name="dense",
-        mode="dense",
-        decomposition=None,
-        ratio=None,
-        accuracy_untrained=None,
-        accuracy=dense["accuracy"],
-        loss=dense["loss"],
-        parameters=small.parameters_before,
-        macs=small.macs_before,
-        bytes=dense["bytes"],
-        steps=0,
-        seconds=0.0,
-        output_difference=None,
-        latency=None,
-        latency_batch=None,
-        variants=(),
-        version=__version__,
-        top5=dense["top5"],
-    )
+def _report(job: ImageJob) -> Values:
+    title = f"deeptwist compress {job.recipe.model.rpartition(':')[2]}"  # without its module
+    return {"path": str(write_report([job.folder], job.folder / REPORT, title=title))}

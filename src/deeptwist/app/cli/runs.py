@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deeptwist.app.cli.console import progress_bar, speaks_for_all, writing
+from deeptwist.app.cli.console import progress_bar, speaks_for_all
 from deeptwist.app.cli.options import AsJson, CompressOptions, Model, WeightOptions
 from deeptwist.app.cli.tables import print_compressed, print_summaries
 from deeptwist.app.training.recipe import DataRecipe, Recipe
@@ -181,16 +181,10 @@ def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist
     ```
 
     Args:
-        runs: Folders that 'deeptwist train' wrote.
+        runs: Folders that 'deeptwist train' or 'deeptwist compress' wrote.
         out: The page.
         title: Its title.
     """
     from deeptwist.app.report import write_report
-    from deeptwist.app.training.metrics import read_run
 
-    if not runs:
-        raise DeepTwistError("name the folder of at least one run")
-    finished = [read_run(run) for run in runs]
-    with writing(out):
-        write_report(finished, out, title=title)
-    print(out)
+    print(write_report(runs, out, title=title))

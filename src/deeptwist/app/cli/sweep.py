@@ -10,7 +10,7 @@ from deeptwist.app.cli.console import print_table, progress_bar
 from deeptwist.app.cli.options import CalibrationOptions, NetworkOptions, SweepOptions
 from deeptwist.app.cli.ratio_sweep import RATIOS, SweepPoint, find_knee, sweep
 from deeptwist.app.data import ImageData, load_data
-from deeptwist.app.report.sweep import write_sweep
+from deeptwist.app.report.page import write_sweep
 from deeptwist.app.training.evaluation import evaluate, test_inputs, training_inputs
 from deeptwist.app.training.recipe import CompressionRecipe
 from deeptwist.decompose import decompose

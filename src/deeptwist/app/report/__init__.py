@@ -3,6 +3,6 @@
 from deeptwist.errors import require_extra
 
 with require_extra():
-    from deeptwist.app.report.html import write_report
+    from deeptwist.app.report.page import write_report
 
 __all__ = ["write_report"]

@@ -1,407 +1,299 @@
-"""The charts of a group of runs; each is left out where there is nothing to show."""
+"""The plots of a group of runs: drawn by matplotlib, each left out where nothing was measured."""
 
+import io
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from html import escape
+from typing import Any, Literal, NamedTuple
 
-from deeptwist.app.report.comparison import RunGroup
-from deeptwist.app.report.formatting import (
-    format_percent,
-    join_words,
-)
-from deeptwist.app.report.latency_chart import LatencyChart, latency_chart
-from deeptwist.app.report.plotting import Chart, Curve
-from deeptwist.app.report.styles import (
-    MUTED,
-    PlotStyle,
-    assign_styles,
-    before_and_after,
-    variant_styles,
-)
-from deeptwist.app.training.metrics import Run, Summary
-from deeptwist.app.training.modes import MODES, find_mode
-from deeptwist.plan.planned_layer import CompressedLayer
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-_SYMLOG_FROM = 0.5  # a ΔL/L beyond it would flatten all others on a linear axis
-_LOG_FROM = 30  # between the least and the greatest loss
+from deeptwist.app.report.records import ONNX, PARAMETERS, Cost, Network, Record, dense_networks
+
+INK, MUTED = "#1f2328", "#8a9098"
+COLORS = "#0072b2", "#c24a00", "#007d5b", "#a5437c", "#8a6700", "#5e4fc0"
+MARKERS, _DERIVED = "os^DvPX", "+x12"  # 42 runs look different, and what is derived from each
 _MAX_POINTS = 400  # on one line: a drawing is not wider
-
-StyledRuns = Sequence[tuple[Run, PlotStyle]]
+_WIDTH, _HEIGHT, _LETTERS = 4.0, 2.5, 46  # of a drawing, in inches; of a line of its legend
+_RC = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "grid.color": MUTED,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), INK),
+}
+_MARKED = {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.6, "clip_on": False}
 Points = Iterable[tuple[float, float | None]]
+Scale = Literal["linear", "log", "symlog"]
 
 
-def gain_charts(group: RunGroup) -> list[Chart]:
-    """Return what compression brought: accuracy against size and time, and each layer's work."""
-    styled = _with_styles(group)
-    charts = _accuracy_against_size(group, styled), _accuracy_against_time(group, styled)
-    layers = _layer_macs(styled)
-    return [chart for chart in (*charts, layers) if chart is not None and chart.names]
+class Curve(NamedTuple):
+    """Points that are drawn alike; those without a finite height are left out."""
+
+    label: str  # in the legend; empty for none there
+    points: Points
+    look: dict[str, Any]  # options of `Axes.plot`
 
 
-def detail_charts(group: RunGroup) -> "list[Chart | LatencyChart]":
-    """Return all further charts of a group that have something to show."""
-    styled = _with_styles(group)
-    charts = (
-        _test_accuracy(styled),
-        _train_loss(styled),
-        _loss_before_and_after(styled),
-        _accuracy_before_and_after(styled),
-        _loss_increase(styled),
-        _weight_shift(styled),
-        latency_chart(styled),
-        _relative_errors(styled),
-    )
-    return [chart for chart in charts if chart.names]
+class Chart(NamedTuple):
+    """A drawing with its title and what one sees."""
+
+    title: str
+    caption: str
+    svg: str
 
 
-def _with_styles(group: RunGroup) -> StyledRuns:
-    return list(zip(group.runs, assign_styles(group.runs), strict=True))
-
-
-def _is_compressed(run: Run) -> bool:
-    return find_mode(run.summary.mode).compresses
-
-
-# --- was it worth it
-
-
-def _accuracy_against_size(group: RunGroup, styled: StyledRuns) -> Chart | None:
-    return _accuracy_against(
-        group,
-        styled,
-        lambda summary: (summary.parameters_before / 1e6, summary.parameters / 1e6),
-        "Accuracy against size",
-        "further left is smaller, higher is better.",
-        "million parameters",
-    )
-
-
-def _accuracy_against_time(group: RunGroup, styled: StyledRuns) -> Chart | None:
-    def milliseconds(summary: Summary) -> tuple[float, float] | None:
-        latency, batch = summary.latency, summary.latency_batch or 1
-        if latency is None:
-            return None
-        return latency.dense.median / batch, latency.decomposed.median / batch
-
-    return _accuracy_against(
-        group,
-        styled,
-        milliseconds,
-        "Accuracy against milliseconds",
-        "further left is faster, higher is better. Across: the median time of a batch, dense and "
-        "decomposed timed in turn, ÷ its images.",
-        "milliseconds for one image",
-    )
-
-
-def _accuracy_against(
-    group: RunGroup,
-    styled: StyledRuns,
-    costs: Callable[[Summary], tuple[float, float] | None],
+def draw(
     title: str,
     caption: str,
+    curves: Iterable[Curve],
+    *,
     x: str,
-) -> Chart | None:
-    """Draw accuracy against what a network costs; `costs` gives the dense and the small one's."""
-    accuracy = group.dense_accuracy
-    pairs = [(run, style, costs(run.summary)) for run, style in styled if _is_compressed(run)]
-    points = [(run, style, pair[1]) for run, style, pair in pairs if pair is not None]
-    if accuracy is None or not points:
-        return None
-    before = {pair[0] for _, _, pair in pairs if pair is not None}
-    dense = Curve(
-        tuple((x, 100 * accuracy) for x in sorted(before)), PlotStyle(MUTED, "o").as_marker()
-    )
-    runs = [
-        Curve(((x, 100 * run.summary.accuracy),), style.as_marker(), run.summary.name)
-        for run, style, x in points
-    ]
-    kinds = variant_styles(kind.name for run, _, _ in points for kind in run.summary.variants)
-    variants = [
-        Curve(
-            ((x, 100 * variant.accuracy),),
-            replace(kinds[variant.name], color=style.color),
-            shift=11 + 8 * list(kinds).index(variant.name),
-        )
-        for run, style, x in points
-        for variant in run.summary.variants
-    ]
-    return Chart(
-        title,
-        f"Each marker is one run with {_modes([run for run, _, _ in points])}, at the accuracy of "
-        f"the network that it would deploy: {caption} Grey: the dense network, "
-        f"{format_percent(accuracy)}. The accuracy axis need not begin at zero."
-        + (" At a run's right, in its colour: the networks under it in the table." * bool(kinds)),
-        (*_ties(points), dense, *runs, *variants),
-        x=x,
-        y="test accuracy, %",
-        from_zero=True,
-        level=("dense", 100 * accuracy),
-        legend=tuple(kinds.items()),
-    )
-
-
-def _ties(points: Iterable[tuple[Run, PlotStyle, float]]) -> list[Curve]:
-    """Return thin lines between runs that differ in nothing but the ratio."""
-    lines: dict[tuple[str, str | None], tuple[PlotStyle, list[tuple[float, float]]]] = {}
-    for run, style, x in points:
-        summary = run.summary
-        _, line = lines.setdefault((summary.mode, summary.decomposition), (style, []))
-        line.append((x, 100 * summary.accuracy))
-    return [
-        Curve(tuple(sorted(line)), PlotStyle(MUTED, line=style.line, width=0.9))
-        for style, line in lines.values()
-        if len(line) > 1
-    ]
-
-
-def _modes(runs: Sequence[Run]) -> str:
-    modes = {find_mode(run.summary.mode) for run in runs}
-    words = {
-        "DeepTwist (filled)": MODES["deeptwist"] in modes,
-        "conventional fine-tuning (hollow)": MODES["finetune"] in modes,
-        "a control (hollow, in a colour of its own)": any(mode.is_ablation for mode in modes),
-    }
-    return join_words([word for word, is_present in words.items() if is_present], "or")
-
-
-# --- over epochs
-
-
-def _test_accuracy(styled: StyledRuns) -> Chart:
-    caption = "One line a run: the share of test images that are recognised after each epoch."
-    if any(run.distortions for run, _ in styled):
-        caption += (
-            " Where weights are distorted, these are the weights as training left them, some steps "
-            "after the last distortion; what is deployed is decomposed once more, and its accuracy "
-            "is in the table above."
-        )
-    curves = _curves(styled, lambda run: [(e["epoch"], _accuracy(e["test"])) for e in run.epochs])
-    title = "Test accuracy while training"
-    return Chart(title, caption, curves, x="epoch", y="test accuracy, %")
-
-
-def _train_loss(styled: StyledRuns) -> Chart:
-    return Chart(
-        "Training loss",
-        "One line a run: the mean cross-entropy over the epoch's images, augmented, each taken "
-        "before the step that learns from it.",
-        _curves(styled, lambda run: [(e["epoch"], e["train_loss"]) for e in run.epochs]),
-        x="epoch",
-        y="cross-entropy",
-    )
-
-
-# --- over distortions
-
-
-def _loss_before_and_after(styled: StyledRuns) -> Chart:
-    chart = _before_and_after(
-        styled,
-        "train",
-        lambda evaluation: float(evaluation["loss"]),
-        "Training loss before and after each distortion",
-        f"The mean cross-entropy over {_count_images(styled)}images spread over the training "
-        "split, not augmented.",
-        "cross-entropy",
-    )
-    heights = [y for curve in chart.curves for _, y in curve.points]
-    if not heights or not max(heights) > _LOG_FROM * min(heights) > 0:
-        return chart
-    caption = f"{chart.caption} The upright axis is logarithmic."
-    return replace(chart, scale="log", caption=caption)
-
-
-def _accuracy_before_and_after(styled: StyledRuns) -> Chart:
-    return _before_and_after(
-        styled,
-        "test",
-        _accuracy,
-        "Test accuracy before and after each distortion",
-        f"The share recognised of {_count_images(styled)}images spread over the test split.",
-        "test accuracy, %",
-    )
-
-
-def _before_and_after(
-    styled: StyledRuns,
-    split: Literal["train", "test"],
-    value: Callable[[dict[str, Any]], float],
-    title: str,
-    caption: str,
     y: str,
-) -> Chart:
-    def curves(moment: int) -> tuple[Curve, ...]:
-        return _curves(
-            [(run, before_and_after(style)[moment]) for run, style in styled],
-            lambda run: [(d["step"], value(d[split][moment])) for d in _thin(run) if d[split]],
-        )
+    scale: Scale = "linear",
+    from_zero: bool = False,
+    marks: Iterable[float] = (),
+    salt: str = "",
+) -> list[Chart]:
+    """Return a chart, or nothing where there is no point to draw.
 
-    before, after = curves(0), [replace(curve, label="") for curve in curves(1)]
-    marker = before[0].style.marker if before else ""
-    moments = before_and_after(PlotStyle(MUTED, marker))
-    return Chart(
-        title,
-        f"{caption} Solid and filled: just before each distortion; dashed and hollow: just after "
-        "it (Figure 3 of the paper). As the gap closes, low rank costs less."
-        + _notes(styled, before),
-        (*before, *after),
-        x="optimizer step",
-        y=y,
-        marks=_lr_milestones(styled, before),
-        legend=tuple(zip(("just before", "just after"), moments, strict=True)),
-    )
-
-
-def _loss_increase(styled: StyledRuns) -> Chart:
-    curves = _curves(styled, lambda run: [(d["step"], d["loss_increase"]) for d in _thin(run)])
-    furthest = max((abs(y) for curve in curves for _, y in curve.points), default=0.0)
-    linear = furthest <= _SYMLOG_FROM
-    axis = " The upright axis is linear up to ±0.1 and logarithmic beyond."
-    return Chart(
-        "What a distortion costs: ΔL/L",
-        "At each distortion, how much the loss on the same training images rises, as a share of "
-        "the loss just before (1 is a doubling; Figure 4 of the paper). Near zero, the weights "
-        f"have come to where low rank costs nothing.{'' if linear else axis}"
-        + _notes(styled, curves),
-        curves,
-        x="optimizer step",
-        y="ΔL/L",
-        scale="linear" if linear else "symlog",
-        marks=_lr_milestones(styled, curves),
-    )
-
-
-def _weight_shift(styled: StyledRuns) -> Chart:
-    curves = _curves(
-        styled,
-        lambda run: [(d["step"], d["weight_shift"]) for d in _thin(run) if d["weight_shift"]],
-    )
-    return Chart(
-        "How far a distortion moves the weights: Δw",
-        "At each distortion, the last one at the end of training included, the distance from the "
-        "weights to their low-rank approximation: Δw = ‖W − W′‖ ÷ N over all N compressed weights "
-        "(Figure 4 of the paper). Falling, the weights stay closer to low rank in between. "
-        "The upright axis is logarithmic." + _notes(styled, curves),
-        curves,
-        x="optimizer step",
-        y="Δw",
-        scale="log",
-        marks=_lr_milestones(styled, curves),
-    )
-
-
-def _curves(styled: StyledRuns, points_of: Callable[[Run], Points]) -> tuple[Curve, ...]:
-    """Return one curve for every run that has points of a finite height."""
-    curves = []
-    for run, style in styled:
-        points = tuple((x, y) for x, y in points_of(run) if y is not None and math.isfinite(y))
-        if points:
-            curves.append(Curve(points, style, run.summary.name))
-    return tuple(curves)
-
-
-def _accuracy(evaluation: dict[str, Any]) -> float:
-    return 100 * float(evaluation["accuracy"])
-
-
-def _thin(run: Run) -> list[dict[str, Any]]:
-    """Return a run's distortions: one a step, and no more than an axis can show.
-
-    The last one repeats the one before it where the interval divides the steps.
+    Args:
+        title: see `Chart`.
+        caption: see `Chart`.
+        curves: see `Curve`.
+        x: what goes across.
+        y: what goes up.
+        scale: of the upright axis: "log" where heights are far apart, "symlog" beyond ±0.5.
+        from_zero: whether the x axis begins at zero.
+        marks: where to draw dotted upright lines.
+        salt: with the title unlike that of any other drawing of the page; ids depend on both.
     """
-    by_step = {distortion["step"]: distortion for distortion in reversed(run.distortions)}
-    distortions = [by_step[step] for step in sorted(by_step)]
-    every = max(1, math.ceil(len(distortions) / _MAX_POINTS))
-    return distortions[::-1][::every][::-1]  # the last one stays
+    context: list[Any] = ["default", _RC, {"svg.hashsalt": f"{title} {salt}"}]
+    with style.context(context), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser's fonts have it
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        across: list[float] = []
+        heights: list[float] = []
+        for label, every, look in curves:
+            points = [(a, b) for a, b in every if b is not None and math.isfinite(b)]
+            if points:
+                across += [place for place, _ in points]
+                heights += [height for _, height in points]
+                often = math.ceil(len(points) / 12)
+                axes.plot(*zip(*points, strict=True), **look, markevery=often, label=_legend(label))
+        if not heights:
+            return []
+        for mark in marks:
+            axes.axvline(mark, color=MUTED, linestyle=":")
+        if scale == "symlog":
+            axes.set_yscale("symlog", linthresh=0.5)
+        elif scale == "log" and 0 < 30 * min(heights) < max(heights):
+            axes.set_yscale("log")
+        if from_zero:
+            axes.set_xlim(0, 1.08 * max(across))
+            axes.margins(y=0.15)
+        elif all(float(place).is_integer() for place in across):
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+        axes.set_title(y)
+        axes.set_xlabel(x)
+        return [Chart(title, caption, _to_svg(figure, title))]
 
 
-def _lr_milestones(styled: StyledRuns, curves: Sequence[Curve]) -> tuple[float, ...]:
-    """Return the steps, within the curves, at which a step schedule lowers the learning rate."""
-    end = max((curve.points[-1][0] for curve in curves), default=0)
-    steps = set()
-    for run, _ in styled:
-        schedule = run.summary.recipe.get("schedule", {})
-        if run.distortions and schedule.get("kind") == "step":
-            milestones = schedule["milestones"]
-            steps |= {epoch["step"] for epoch in run.epochs if epoch["epoch"] in milestones}
-    return tuple(sorted(step for step in steps if step < end))
+def _legend(name: str) -> str:
+    """Return a name not too long, and without what XML cannot hold; matplotlib drops "_"…."""
+    name = name if len(name) <= 48 else f"{name[:47]}…"
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name or "_"
 
 
-def _notes(styled: StyledRuns, curves: Sequence[Curve]) -> str:
-    notes = ""
-    if _lr_milestones(styled, curves):
-        notes += " Dotted: the learning rate drops."
-    if any(len(run.distortions) > _MAX_POINTS for run, _ in styled):
-        notes += f" Of more than {_MAX_POINTS} distortions, evenly spaced ones are drawn."
-    return notes
+def _to_svg(figure: Figure, title: str) -> str:
+    """Add the legend; return a figure as an ``<svg>`` element of a page that has others."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = max(1, min(3, _LETTERS // (max(map(len, labels), default=0) + 7)))
+    figure.set_size_inches(_WIDTH, _HEIGHT + 0.2 * math.ceil(len(labels) / columns))
+    legend = figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a run may be called "$x$"
+    buffer = io.StringIO()
+    nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", buffer.getvalue())  # of groups, the same in every one
+    # Coordinates are shortened; text, between > and <, stays as it is.
+    svg = re.sub(r"(>[^<]+<)|\d+\.\d{3,}", lambda m: m[1] or f"{float(m[0]):.2f}", svg)
+    spoken = escape(f"{title}: {', '.join(labels)}")
+    return f'<svg role="img" aria-label="{spoken}" {svg[svg.index("<svg") + 5 :]}'
 
 
-def _count_images(styled: StyledRuns) -> str:
-    """Return on how many images the runs were measured, and a space; "" where they differ."""
-    counts = {
-        run.summary.recipe.get("records", {}).get("images") for run, _ in styled if run.distortions
-    }
-    return f"{counts.pop()} " if len(counts) == 1 and None not in counts else ""
+def _looks(records: Sequence[Record]) -> list[tuple[Record, dict[str, Any]]]:
+    """Return the runs with how each looks in all charts: dense ones in grey."""
+    colors = [COLORS[n % len(COLORS)] if r.small else MUTED for n, r in enumerate(records)]
+    looks = [{"color": c, "marker": MARKERS[n % len(MARKERS)]} for n, c in enumerate(colors)]
+    return list(zip(records, looks, strict=True))
 
 
-# --- layers
-
-
-def _layer_macs(styled: StyledRuns) -> Chart:
-    distinct = _distinct_plans(styled)
-    dense = [(run, PlotStyle(MUTED, "o")) for run, _ in distinct[:1]]
-    before = [replace(c, label="") for c in _curves(dense, partial(_macs, factored=False))]
-    curves = _curves(distinct, partial(_macs, factored=True))
-    return Chart(
-        "What each layer gained",
-        "The work of each layer for one image, before (grey) and after: the gap is what was "
-        "saved. Runs with the same plan share one line, under the first one's name.",
-        (*before, *curves),
-        x="layer, as numbered in its table below",
-        y="million MACs",
-        bottom=0,
-        legend=(("dense", PlotStyle(MUTED, "o")),) if curves else (),
-    )
-
-
-def _macs(run: Run, *, factored: bool) -> Points:
-    plan = run.plan
-    if plan is None:
+def gain_charts(records: Sequence[Record]) -> list[Chart]:
+    """Return accuracy against what networks cost: parameters, megabytes of ONNX, milliseconds."""
+    if not any(record.small for record in records):
         return []
-    macs = [plan.layer_macs(layer, factored=factored) / 1e6 for layer in plan.layers]
-    return list(enumerate(macs, start=1))
+    dense = dense_networks(records)
+    styled = [(n, {"color": MUTED, "marker": "+" if n.start else "o"}) for n in dense]
+    ties: dict[str, list[Network]] = {}  # runs that differ in the ratio alone
+    for record, look in _looks(records):
+        for network, marker in zip(record.small, [look["marker"], *_DERIVED], strict=False):
+            styled.append((network, look | {"marker": marker}))
+        for network in record.small[:1]:
+            ties.setdefault(network.kind.rpartition(", ")[0], []).append(network)
+    charts = []
+    for column in dict.fromkeys(column for network, _ in styled for column in network.costs):
+        if column != PARAMETERS and column != ONNX and not column.startswith("ms"):
+            continue
+        million = 1e6 if column == PARAMETERS else 1
+        curves = []
+        for network, look in styled:
+            points, y = _place(network, column, million), 100 * network.accuracy
+            curves.append(Curve(network.name, points, _MARKED | look))
+            ends = getattr(network.costs.get(column), "quartiles", None) or ()
+            curves.append(Curve("", [(x, y) for x in ends], {"color": look["color"]}))
+        for tied in ties.values():
+            line = sorted(point for network in tied for point in _place(network, column, million))
+            curves.append(Curve("", line, {"color": MUTED, "linewidth": 0.8, "zorder": 1}))
+        name = column.replace("ms", "milliseconds").replace("MB", "megabytes")
+        x = f"million {name}" if column == PARAMETERS else name.partition(", ")[0]
+        over = partial(draw, x=x, y="test accuracy, %", from_zero=True, salt=records[0].title)
+        charts += over(f"Accuracy against {name}", "", curves)
+    return charts
 
 
-def _relative_errors(styled: StyledRuns) -> Chart:
-    curves = _curves(_distinct_plans(styled), _layer_errors)
-    return Chart(
-        "Relative error of each layer",
-        "How much of each layer's weights its approximation misses before any training: 0 is "
-        "exact, 1 is all of it. Layers that are kept have no point. Runs with the same plan share "
-        "one line, under the first one's name.",
-        curves,
-        x="layer, as numbered in its table below",
-        y="‖W − W′‖ ÷ ‖W‖",
-        bottom=0,
-    )
+def _place(network: Network, column: str, unit: float) -> list[tuple[float, float]]:
+    """Return where a network's marker stands; nowhere if its cost was not measured."""
+    cost = network.costs.get(column)
+    return [(cost.value / unit, 100 * network.accuracy)] if isinstance(cost, Cost) else []
 
 
-def _distinct_plans(styled: StyledRuns) -> list[tuple[Run, PlotStyle]]:
-    """Return the first run of every plan."""
-    first: list[tuple[Run, PlotStyle]] = []
-    for run, style in styled:
-        if run.plan and all(run.plan != other.plan for other, _ in first):
-            first.append((run, style))
-    return first
+def training_charts(records: Sequence[Record]) -> list[Chart]:
+    """Return loss and accuracy over epochs, and what distortions changed."""
+    marks = sorted({epoch for record in records for epoch in record.milestones})
+    note = " Upright dots: the learning rate drops." * bool(marks)
 
+    def lines(points: Callable[[Record], Points], **changes: Any) -> list[Curve]:
+        named = "" if changes else "{}"
+        styled = _looks(records)
+        return [Curve(named.format(r.name), points(r), look | changes) for r, look in styled]
 
-def _layer_errors(run: Run) -> Points:
-    layers = run.plan.layers if run.plan else ()
-    return [
-        (number, layer.relative_error)
-        for number, layer in enumerate(layers, start=1)
-        if isinstance(layer, CompressedLayer)
+    def over_epochs(value: Callable[[dict[str, Any]], float]) -> list[Curve]:
+        return lines(lambda run: [(epoch["epoch"], value(epoch)) for epoch in run.epochs])
+
+    def over_distortions(value: Callable[[Any], float | None], **changes: Any) -> list[Curve]:
+        return lines(lambda run: [(x, value(d)) for x, d in _distortions(run)], **changes)
+
+    def around(split: str, name: str, unit: int = 1) -> list[Curve]:
+        before, after = (
+            lambda d, moment=moment: unit * d[split][moment][name] if d[split] else None
+            for moment in (0, 1)
+        )
+        after_look = {"linestyle": ":", "markerfacecolor": "none"}
+        return [*over_distortions(before), *over_distortions(after, **after_look)]
+
+    loss, accuracy = "cross-entropy", "test accuracy, %"
+    specifications: list[tuple[str, str, str, Scale, list[Curve]]] = [
+        (
+            "Test accuracy while training",
+            "After each epoch, with the weights as training left them.",
+            accuracy,
+            "linear",
+            over_epochs(lambda epoch: 100 * epoch["test"]["accuracy"]),
+        ),
+        (
+            "Training loss",
+            "The mean over each epoch's images, augmented.",
+            loss,
+            "log",
+            over_epochs(lambda epoch: epoch["train_loss"]),
+        ),
+        (
+            "Training loss around distortions",
+            "On some images, not augmented: just before each one and, dotted, just after it.",
+            loss,
+            "log",
+            around("train", "loss"),
+        ),
+        (
+            "Test accuracy around distortions",
+            "On some test images: just before each one and, dotted, just after it.",
+            accuracy,
+            "linear",
+            around("test", "accuracy", 100),
+        ),
+        (
+            "What a distortion costs: ΔL/L",
+            "The share by which the loss rises at each; logarithmic beyond ±0.5.",
+            "ΔL/L",
+            "symlog",
+            over_distortions(lambda distortion: distortion["loss_increase"]),
+        ),
+        (
+            "How far a distortion moves the weights: Δw",
+            "‖W − W′‖ ÷ N, over all N compressed weights.",
+            "Δw",
+            "log",
+            over_distortions(lambda distortion: distortion["weight_shift"]),
+        ),
     ]
+    over = partial(draw, x="epoch", marks=marks, salt=records[0].title)
+    return [
+        chart
+        for title, caption, y, scale, curves in specifications
+        for chart in over(title, caption + note, curves, y=y, scale=scale)
+    ]
+
+
+def _distortions(run: Record) -> list[tuple[float, dict[str, Any]]]:
+    """Return a run's distortions by epoch, and no more than an axis can show."""
+    steps = run.epochs[-1]["step"] / run.epochs[-1]["epoch"] if run.epochs else math.inf
+    every = math.ceil(len(run.distortions) / _MAX_POINTS) or 1
+    return [(line["step"] / steps, line) for line in run.distortions[::-1][::every][::-1]]
+
+
+def distinct_plans(records: Sequence[Record]) -> list[tuple[Record, dict[str, Any]]]:
+    """Return the first run of every plan, with its looks."""
+    plans = [record.plan for record in records]
+    looks = enumerate(_looks(records))
+    return [(r, look) for n, (r, look) in looks if r.plan and r.plan not in plans[:n]]
+
+
+def layer_charts(records: Sequence[Record]) -> list[Chart]:
+    """Return the work of each layer, before and after."""
+
+    def macs(run: Record, *, factored: bool) -> Points:
+        assert run.plan is not None
+        counts = [run.plan.layer_macs(layer, factored=factored) for layer in run.plan.layers]
+        return [(number, count / 1e6) for number, count in enumerate(counts, start=1)]
+
+    plans = distinct_plans(records)
+    dense = [Curve("dense", macs(r, factored=False), {"color": MUTED}) for r, _ in plans[:1]]
+    return draw(
+        "The work of each layer",
+        "For one image, dense and as planned: the gap is what is saved. Runs with the same plan "
+        "share one line, under the first one's name.",
+        [*dense, *(Curve(r.name, macs(r, factored=True), look) for r, look in plans)],
+        x="layer, as numbered in its table",
+        y="million MACs",
+        salt=records[0].title,
+    )

@@ -1,0 +1,326 @@
+"""The pages: tables and charts are made first, the template only lays them out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader
+
+from deeptwist.app.report.charts import (
+    COLORS,
+    Chart,
+    Curve,
+    distinct_plans,
+    draw,
+    gain_charts,
+    layer_charts,
+    training_charts,
+)
+from deeptwist.app.report.records import (
+    MACS,
+    PARAMETERS,
+    Cost,
+    Network,
+    Record,
+    dense_networks,
+    read_record,
+)
+from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.table import layer_row
+
+if TYPE_CHECKING:
+    from deeptwist.app.cli.ratio_sweep import SweepPoint
+
+_NONE, _NBSP = "–", "\N{NO-BREAK SPACE}"
+_WORDS = {"ms": ("faster", "slower"), "MB": ("smaller", "larger")}
+
+
+class Cell(NamedTuple):
+    """A cell of a table: its text, a smaller second line, and more on it in a tooltip."""
+
+    text: str
+    note: str = ""
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header, each as long as it; the first cell of a row is its heading."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: Sequence[str] = ()  # the columns that are set on the left
+    title: str = ""  # what stands there where the table is folded
+
+
+def write_report(folders: Sequence[Path], path: Path, *, title: str) -> Path:
+    """Write finished runs as one HTML file that needs nothing else, not even a network.
+
+    Args:
+        folders: of runs or jobs; those of several networks or data sets get a part each.
+        path: the file to write; an old one is replaced.
+        title: of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        DeepTwistError: if there is no run, one cannot be read, or the file cannot be written.
+    """
+    if not folders:
+        raise DeepTwistError("there is no run to report on")
+    groups: dict[str, list[Record]] = {}
+    for record in map(read_record, folders):
+        groups.setdefault(record.title, []).append(record)
+    sections: list[dict[str, Any]] = []
+    for name, records in groups.items():
+        lead, table = _summary(records), _results_table(records)
+        plans = [_layer_table(run.plan, records) for run, _ in distinct_plans(records) if run.plan]
+        sections += [
+            {"heading": name, "lead": lead, "table": table, "charts": gain_charts(records)},
+            {"heading": "While training", "charts": training_charts(records)},
+            {"heading": "Layers", "charts": layer_charts(records), "folded": plans},
+        ]
+    ordered = [record for records in groups.values() for record in records]
+    commands = [record.command for record in ordered]
+    sections.append({"heading": "Settings", **_settings(ordered), "commands": commands})
+    _write_page(path, title, sections)
+    return path
+
+
+def _write_page(path: Path, title: str, sections: Sequence[dict[str, Any]]) -> None:
+    """Lay sections out by the template, without those that hold nothing, and write the page."""
+    environment = Environment(
+        loader=PackageLoader("deeptwist.app", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [
+        section for section in sections if any(section[key] for key in {*section} - {"heading"})
+    ]
+    page = environment.get_template("page.html.j2").render(title=title, sections=shown)
+    try:
+        # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
+        write_text(path, page.encode(errors="replace").decode())
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
+
+
+# --- results
+
+
+def _summary(records: Sequence[Record]) -> str:
+    """Return one sentence: the best compressed network beside the dense one."""
+    accuracies = [record.dense[0].accuracy for record in records if not record.small]
+    ends = [record.small[0] for record in records if record.small]
+    if not ends:
+        return f"The dense network has {_percent(max(accuracies))}; none is compressed yet."
+    best = max(ends, key=lambda network: (network.accuracy, _ratio(network)))
+    sizes = " and ".join(
+        f"{_times(best.costs[column], column, 1)} {column}" for column in (PARAMETERS, MACS)
+    )
+    dense = _percent(max(accuracies, default=best.start or 0))
+    accuracy = f"{best.name} ({best.kind}): {_percent(best.accuracy)}"
+    return f"{accuracy} at {sizes}; the dense network has {dense}."
+
+
+def _ratio(network: Network) -> float:
+    cost = network.costs[PARAMETERS]
+    return cost.ratio or 0 if isinstance(cost, Cost) else 0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}{_NBSP}%"
+
+
+def _results_table(records: Sequence[Record]) -> Table:
+    """Return one row for each network, and a column for each thing that was measured."""
+    networks = [*dense_networks(records), *(n for record in records for n in record.small)]
+    columns = list(dict.fromkeys(column for network in networks for column in network.costs))
+    untrained = ["untrained, %"] * any(network.untrained is not None for network in networks)
+    rows = [
+        (
+            Cell(network.name, network.kind if network.kind != network.name else ""),
+            Cell(f"{100 * network.accuracy:.2f}", _change(network)),
+            *(_share(network.untrained) for _ in untrained),
+            *(_cost(network.costs.get(column), column) for column in columns),
+        )
+        for network in networks
+    ]
+    caption = (
+        "On the test images, of what would be deployed. Small: against the dense network that the "
+        "run started from, of the same precision, and timed in turn. Milliseconds are medians for "
+        "a batch; in the plots, lines through markers are their quartiles, and the accuracy axis "
+        "does not begin at zero."
+    )
+    return Table(caption, ["network", "accuracy, %", *untrained, *columns], rows)
+
+
+def _change(network: Network) -> str:
+    if network.start is None:
+        return ""
+    points = f"{100 * (network.accuracy - network.start):+.2f}"
+    return f"{'0.00' if float(points) == 0 else points.replace('-', '−')}{_NBSP}points"
+
+
+def _share(share: float | None) -> Cell:
+    return Cell(_NONE if share is None else f"{100 * share:.2f}")
+
+
+def _cost(cost: Cost | str | None, column: str) -> Cell:
+    if not isinstance(cost, Cost):
+        return Cell(_NONE, cost or "")
+    tooltip = ""
+    if cost.quartiles:
+        tooltip = "quartiles {} to {}".format(*map(_milliseconds, cost.quartiles))
+    forms = {PARAMETERS: "{:,.0f}", MACS: "{:,.0f}"}
+    text = forms.get(column, "{:.2f}").format(cost.value)
+    text = _milliseconds(cost.value) if column.startswith("ms") else text
+    return Cell(text, _times(cost, column), tooltip)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _times(cost: Cost | str, column: str, digits: int = 2) -> str:
+    """Return how many times less than the dense network's a cost is: ``"4.15× fewer"``."""
+    if not isinstance(cost, Cost) or not cost.ratio:
+        return ""
+    less, more = _WORDS.get(column[:2], ("fewer", "more"))
+    ratio, word = (cost.ratio, less) if cost.ratio >= 1 else (1 / cost.ratio, more)
+    return f"{ratio:.{digits}f}×{_NBSP}{word}"
+
+
+# --- layers, settings
+
+
+def _layer_table(plan: Plan, records: Sequence[Record]) -> Table:
+    """Return every layer of a plan, named for the runs that have it."""
+    header = ["no.", "layer", "shape", "lowered", "decomposition", "rank"]
+    rows = []
+    for number, layer in enumerate(plan.layers, start=1):
+        macs = (plan.layer_macs(layer, factored=factored) for factored in (False, True))
+        name, *cells = layer_row(layer, *macs)
+        aliases = f"also {', '.join(layer.aliases)}" if layer.aliases else ""
+        rows.append([Cell(str(number)), Cell(name, aliases), *map(Cell, cells)])
+    weights = f"{plan.dense_parameters:,} → {plan.parameters:,}"
+    total = Cell("all", f"with {plan.other_parameters:,} other parameters")
+    sums = weights, f"{plan.dense_macs:,} → {plan.macs:,}", ""
+    rows.append([Cell(""), total, *[Cell("")] * 4, *map(Cell, sums)])
+    users = ", ".join(record.name for record in records if record.plan == plan)
+    return Table(
+        "Weights without biases; MACs for one image; the relative error is that before training.",
+        [*header, "weights", "MACs", "relative error"],
+        rows,
+        words=("layer", "decomposition", "relative error"),
+        title=f"{users}: {len(plan.compressed)} of {len(plan.layers)} layers decomposed",
+    )
+
+
+def _settings(records: Sequence[Record]) -> dict[str, Any]:
+    """Return what all runs have in common, and a table of what they differ in."""
+    keys = dict.fromkeys(key for record in records for key in record.settings)
+    values = {key: [record.settings.get(key, _NONE) for record in records] for key in keys}
+    differing = [key for key in keys if len({*values[key]}) > 1]
+    rows = [
+        [Cell(record.name), *(Cell(values[key][number]) for key in differing)]
+        for number, record in enumerate(records)
+    ]
+    table = Table("What the runs differ in.", ["run", *differing], rows, words=differing)
+    shared = [(key, values[key][0]) for key in keys if key not in differing]
+    return {"terms": shared, "table": table if differing else None}
+
+
+# --- a sweep over ratios
+
+
+def write_sweep(
+    points: "Sequence[SweepPoint]",
+    knee: int,
+    path: Path,
+    *,
+    title: str,
+    dense_accuracy: float | None = None,
+) -> None:
+    """Write a sweep over ratios as one HTML file that needs nothing else.
+
+    Args:
+        points: see `deeptwist.app.cli.ratio_sweep.sweep`.
+        knee: the index of the point that is marked.
+        path: the file to write; an old one is replaced.
+        title: of the page.
+        dense_accuracy: of the dense network, where the points have accuracies.
+
+    Raises:
+        DeepTwistError: if the file cannot be written.
+    """
+    rows = [
+        (
+            Cell(f"{point.ratio:g}×", "knee" * (index == knee)),
+            Cell(f"{point.error:.3f}"),
+            Cell(f"{point.weights:.2f}×"),
+            Cell(f"{point.macs:.2f}×"),
+            _share(point.accuracy),
+        )
+        for index, point in enumerate(points)
+    ]
+    header = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained, %"
+    table = Table("The whole network, planned at each ratio.", header, rows)
+    _write_page(
+        path, title, [{"table": table, "charts": _sweep_charts(points, knee, dense_accuracy)}]
+    )
+
+
+def _sweep_charts(
+    points: "Sequence[SweepPoint]", knee: int, dense_accuracy: float | None
+) -> list[Chart]:
+    note = " Dotted: the knee; from there on each step costs more than the one before it."
+    level = [] if dense_accuracy is None else [(p.ratio, 100 * dense_accuracy) for p in points]
+    specifications = [
+        (
+            "Predicted error",
+            "The root mean square, over the layers, of the relative error of each: of its outputs "
+            f"on the calibration images, or of its weights where there are none.{note}",
+            "relative error",
+            {"error": [(p.ratio, p.error) for p in points]},
+        ),
+        (
+            "What is saved",
+            "Of the whole network, layers that stay dense included.",
+            "times fewer",
+            {
+                "weights": [(p.ratio, p.weights) for p in points],
+                "MACs": [(p.ratio, p.macs) for p in points],
+            },
+        ),
+        (
+            "Accuracy without training",
+            f"Decomposed, batch norm's statistics taken anew, nothing trained.{note}",
+            "test accuracy, %",
+            {
+                "decomposed": [(p.ratio, 100 * p.accuracy) for p in points if p.accuracy],
+                "dense": level,
+            },
+        ),
+    ]
+    looks = [
+        {"color": color, "marker": marker} for color, marker in zip(COLORS, "os", strict=False)
+    ]
+    return [
+        chart
+        for title, caption, y, lines in specifications
+        for chart in draw(
+            title,
+            caption,
+            [Curve(*line, look) for line, look in zip(lines.items(), looks, strict=False)],
+            x="ratio asked",
+            y=y,
+            marks=[points[knee].ratio],
+        )
+    ]
