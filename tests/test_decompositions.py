@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, Tucker
 from deeptwist.decompositions import from_dict
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.tiled import is_aligned
 
 KERNELS = st.builds(
     lambda shape, seed: torch.randn(
@@ -114,7 +115,7 @@ def test_without_a_tile_it_is_all_rows_over_equal_parts_of_the_inputs(
     convolution = ConvGeometry.from_module(nn.Conv2d(channels, 40, 3))
     chosen = TiledSVD(rank=5).resolve(convolution, None)
     assert chosen == TiledSVD(rank=5, tile=(40, cols))
-    assert chosen.is_aligned(convolution)
+    assert is_aligned(chosen.grid(convolution.kernel_shape), convolution.kernel_numel)
 
 
 # --- layers against F.unfold

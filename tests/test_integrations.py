@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
-from deeptwist.decompositions.base import FactoredLayer  # type: ignore[attr-defined]
+from deeptwist.decompositions import FactoredLayer
 from deeptwist.integrations.optimizer_hooks import after_each_step
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

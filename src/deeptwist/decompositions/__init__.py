@@ -8,8 +8,7 @@ from typing import Any
 
 from deeptwist.decompositions.base import CannotDecomposeError, Decomposition, Factors
 from deeptwist.decompositions.cp import CP
-from deeptwist.decompositions.spatial_svd import SpatialSVD
-from deeptwist.decompositions.svd import SVD
+from deeptwist.decompositions.svd import SVD, SpatialSVD
 from deeptwist.decompositions.tiled_svd import TiledSVD
 from deeptwist.decompositions.tucker import Tucker
 from deeptwist.errors import DeepTwistError, unknown_name_error

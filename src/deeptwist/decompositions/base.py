@@ -13,21 +13,21 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 - A start changes the time, and the result by little: ``docs/distortion.md`` says how little.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions.ranks import check_ratio, largest_rank, round_down
 from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.factored import FactoredLayer
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
 from deeptwist.layers.moments import SecondMoment
 
-Tensors = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]  # one kernel's factors, as its method's `factorize` gives them
 
 
 class CannotDecomposeError(DeepTwistError):
@@ -41,7 +41,7 @@ class Factors:
     Attributes:
         decomposition: whose factors they are.
         shape: the kernel's, (g, o, i, *k).
-        tensors: as `Decomposition.factorize` gives them; the first axis of each is a batch.
+        tensors: as `Decomposition.factorize` gives them.
     """
 
     decomposition: "Decomposition"
@@ -57,19 +57,6 @@ class Factors:
     def kernels(self) -> list[Tensor]:
         """Return the kernel (g, o, i, *k) of each of `Decomposition.convolutions`, in order."""
         return self.decomposition.kernels(self.tensors, self.shape)
-
-    def project_on_tangent(self, direction: Tensor) -> Tensor:
-        """Return the part of a direction that lies in the tangent space of the low-rank kernels.
-
-        Along it a step keeps the rank, to first order: what training moves a factored layer by.
-
-        Args:
-            direction: (g, o, i, *k); computed in the factors' dtype.
-        """
-        with torch.autocast(direction.device.type, enabled=False):
-            return self.decomposition.project_on_tangent(
-                direction.to(self.tensors[0].dtype), self.tensors
-            )
 
     def to(
         self, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -88,11 +75,9 @@ class Decomposition(ABC):
 
     Attributes:
         rank: `None` to let a ratio set it.
-        has_tangent_space: whether `project_on_tangent` is written for it.
     """
 
     method: ClassVar[str]
-    has_tangent_space: ClassVar[bool] = False
     rank: int | tuple[int, ...] | None = None
 
     @abstractmethod
@@ -117,12 +102,15 @@ class Decomposition(ABC):
 
     @abstractmethod
     def factorize(
-        self, kernel: Tensor, start: Tensors | None, second_moment: SecondMoment | None
-    ) -> Tensors:
-        """Return the factors of a kernel; `decompose` says of what.
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        start: Tensors | None,
+        second_moment: SecondMoment | None,
+    ) -> Tensors:  # the first axis of each is a batch: of groups, or of tiles
+        """Return the factors of a kernel.
 
         Args:
-            kernel: (g, o, i, *k), finite, in fp32 or fp64.
+            kernel: finite, in fp32 or fp64.
             start: factors of a kernel that was nearly this one, of the same shapes and dtype, or
                 `None` for exact ones. One refines them in a fixed number of steps, without
                 reading a number back: an accelerator must not be waited for.
@@ -135,26 +123,15 @@ class Decomposition(ABC):
 
     @abstractmethod
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
-        """Return the kernel of each convolution in `convolutions`, in order, from factors."""
+        """Return the kernel (g, o, i, *k) of each of `convolutions`, in order, from factors."""
 
     def parts(self, convolution: ConvGeometry) -> list[ConvGeometry]:
         """Return all of `convolutions`, in the order of their kernels."""
         return [part for stage in self.convolutions(convolution) for part in stage]
 
-    def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors | None:
-        """Return the leading part of factors of higher rank, to start from at this one.
-
-        `None` where the leading components are not the ones that matter most.
-        """
-        return None
-
-    def project_on_tangent(self, direction: Tensor, tensors: Tensors) -> Tensor:
-        """See `Factors.project_on_tangent`; of a method that `has_tangent_space`."""
-        raise NotImplementedError(type(self).__name__)
-
     def decompose(
         self,
-        kernel: Tensor,
+        kernel: Tensor,  # (g, o, i, *k)
         start: Factors | None = None,
         *,
         second_moment: SecondMoment | None = None,
@@ -162,49 +139,49 @@ class Decomposition(ABC):
         """Approximate a kernel.
 
         Args:
-            kernel: (g, o, i, *k), finite; computed in fp32, or in fp64 where it is fp64. The rank
-                must be resolved.
-            start: the factors of a kernel that was nearly this one, at these ranks or higher ones.
-                They are refined by a few steps, at a fraction of the time; without them, or where
-                higher ranks cannot be cut (`truncate`), the factors are exact.
+            kernel: finite; computed in fp32, or in fp64 where it is fp64. The rank must be
+                resolved.
+            start: this decomposition's factors of a kernel that was nearly this one. They are
+                refined by a few steps, at a fraction of the time; without them they are exact.
             second_moment: of the layer's inputs, for the least mean squared error of its outputs
                 in place of the weights'; a start is then not used. Never worse for them than
                 without it.
+
+        Raises:
+            DeepTwistError: if the start is another decomposition's.
         """
         kernel = kernel.detach().to(compute_dtype(kernel.dtype))
         if start is not None:
+            if start.decomposition != self:
+                raise DeepTwistError(f"{self} cannot start from factors of {start.decomposition}")
             start = start.to(device=kernel.device, dtype=kernel.dtype)
         # A loop that runs under autocast must not have its factors computed in bf16.
         with torch.no_grad(), torch.autocast(kernel.device.type, enabled=False):
             if second_moment is not None:
                 return self._decompose_calibrated(kernel, second_moment)
-            tensors = start.tensors if start else None
-            if start is not None and start.decomposition != self:
-                tensors = self.truncate(start.tensors, kernel.shape)
-            tensors = self.factorize(kernel, tensors, None)
+            tensors = self.factorize(kernel, start.tensors if start else None, None)
             return Factors(self, tuple(kernel.shape), tensors)
 
     def refine_together(
-        self, kernels: Sequence[Tensor], starts: Sequence[Factors]
+        self,
+        kernels: Sequence[Tensor],  # (g, o, i, *k) each
+        starts: Sequence[Factors],
     ) -> list[Factors]:
-        """Refine the factors of kernels of one shape at once: as groups of one kernel.
-
-        Args:
-            kernels: (g, o, i, *k) each; see `decompose`.
-            starts: of one decomposition.
-        """
+        """Refine the factors of kernels of one shape at once, as groups of one; see `decompose`."""
         if len(kernels) == 1:
             return [self.decompose(kernels[0], starts[0])]
         columns = zip(*(start.tensors for start in starts), strict=True)
         stacked = torch.cat(list(kernels))
-        start = Factors(
-            starts[0].decomposition, tuple(stacked.shape), tuple(map(torch.cat, columns))
-        )
+        start = Factors(self, tuple(stacked.shape), tuple(map(torch.cat, columns)))
         refined = self.decompose(stacked, start)
         parts = zip(*(tensor.chunk(len(kernels)) for tensor in refined.tensors), strict=True)
         return [Factors(self, tuple(kernels[0].shape), tensors) for tensors in parts]
 
-    def _decompose_calibrated(self, kernel: Tensor, second_moment: SecondMoment) -> Factors:
+    def _decompose_calibrated(
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        second_moment: SecondMoment,
+    ) -> Factors:
         # Where a method cannot take all of the moment into account, the plain way may be better.
         candidates = [
             Factors(self, tuple(kernel.shape), self.factorize(kernel, None, moment))
@@ -214,17 +191,19 @@ class Decomposition(ABC):
         return candidates[int(lost[1] < lost[0])]
 
     def errors_at_all_ranks(
-        self, kernel: Tensor, second_moment: SecondMoment | None = None
-    ) -> Tensor | None:
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        second_moment: SecondMoment | None = None,
+    ) -> Tensor | None:  # (full rank,), or (full R_t, full R_s)
         """Return the relative error at every rank, from one spectrum; `None` where there is no way.
 
         Args:
-            kernel: (g, o, i, *k), finite; the rank need not be resolved.
+            kernel: finite; the rank need not be resolved.
             second_moment: as for `decompose`; the error is then that of the outputs.
 
         Returns:
-            ‖W − W′‖_F / ‖W‖_F in fp64, with the rank, less one, for its index: one axis for a
-            rank, two for a pair of ranks. See the method for whether it is exact.
+            ‖W − W′‖_F / ‖W‖_F in fp64, with the rank, less one, for its index. See the method for
+            whether it is exact.
         """
         return None
 
@@ -251,6 +230,10 @@ class Decomposition(ABC):
         """Return how many numbers the factors hold, the bias not counted."""
         return sum(part.weight_numel for part in self.parts(convolution))
 
+    def built_convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
+        """Return `convolutions` as the layer runs them: larger where they multiply zeros too."""
+        return self.convolutions(convolution)
+
     def workload(
         self, convolution: ConvGeometry, input_size: Sequence[int]
     ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
@@ -261,7 +244,7 @@ class Decomposition(ABC):
             input_size: that layer's spatial input size.
         """
         size, work = tuple(input_size), []
-        for stage in self.convolutions(convolution):
+        for stage in self.built_convolutions(convolution):
             work += [(part, size) for part in stage]
             size = stage[0].output_size(size)
         return work
@@ -271,21 +254,21 @@ class Decomposition(ABC):
         return sum(part.macs(size) for part, size in self.workload(convolution, input_size))
 
     def make_layer(
-        self, convolution: ConvGeometry, kernels: Sequence[Tensor], bias: Tensor | None
+        self,
+        convolution: ConvGeometry,
+        kernels: Sequence[Tensor],  # (g, o, i, *k), one for each of `convolutions`
+        bias: Tensor | None,  # (out_channels,)
     ) -> FactoredLayer:
-        """Return the layer that holds these kernels.
-
-        Args:
-            convolution: the geometry of the layer that it stands in for.
-            kernels: one for each convolution in `convolutions`.
-            bias: (out_channels,) or `None`.
-        """
+        """Return the layer that holds these kernels, in place of one of this geometry."""
         modules = self.make_modules(convolution, kernels, bias)
         # What follows from the geometry, as the order of channels, is made on the processor.
         return FactoredLayer(modules, convolution, self).to(kernels[0].device)
 
     def make_modules(
-        self, convolution: ConvGeometry, kernels: Sequence[Tensor], bias: Tensor | None
+        self,
+        convolution: ConvGeometry,
+        kernels: Sequence[Tensor],  # (g, o, i, *k) each
+        bias: Tensor | None,  # (out_channels,)
     ) -> list[nn.Module]:
         """Return the modules of `make_layer`, in order."""
         parts = self.parts(convolution)
@@ -329,7 +312,7 @@ class SingleRankDecomposition(Decomposition):
             raise no_rank_error(self)
         return self.rank
 
-    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> "Decomposition":  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> "Decomposition":
         full = self.full_rank(convolution)
         if self.rank is not None:
             if self.rank > full:
@@ -350,16 +333,20 @@ class SingleRankDecomposition(Decomposition):
         return replace(self, rank=rank)
 
 
-def in_full_metric(
-    errors: Tensor, at: Tensor, kernel: Tensor, approximation: Tensor, moment: SecondMoment
-) -> Tensor:
+def rescale_to_moment(
+    errors: Tensor,  # at all ranks
+    at: Tensor,  # one of them, a scalar
+    kernel: Tensor,  # (g, o, i, *k)
+    approximation: Tensor,  # (g, o, i, *k)
+    moment: SecondMoment,
+) -> Tensor:  # as errors
     """Return errors that a part of a moment tells, scaled so that one of them is the outputs'.
 
     Args:
-        errors: at all ranks, in the metric that a method's closed form takes.
+        errors: in the metric that a method's closed form takes.
         at: the one of them that is the approximation's.
-        kernel: (g, o, i, *k).
-        approximation: of the same shape.
+        kernel: the exact one.
+        approximation: at the rank of `at`.
         moment: the whole of it.
     """
     if float(at) <= 0:
@@ -381,3 +368,36 @@ def cannot_shrink_error(
     return CannotDecomposeError(
         f"cannot be {ratio:g}× smaller: rank 1 holds {smallest:,} of {dense:,} weights"
     )
+
+
+def check_ratio(ratio: float) -> float:
+    """Return a compression ratio.
+
+    Raises:
+        DeepTwistError: unless it is a finite number above 1.
+    """
+    if not (math.isfinite(ratio) and ratio > 1):
+        raise DeepTwistError(f"ratio {ratio} compresses nothing: give a number above 1, such as 4")
+    return ratio
+
+
+def largest_rank(weight_numel: Callable[[int], int], maximum: int, budget: float) -> int:
+    """Return the largest rank from 1 to `maximum` whose weights fit the budget; 0 if none does.
+
+    Ranks round down, so that a compression ratio is a promise.
+
+    Args:
+        weight_numel: the number of weights at a rank, never falling with it.
+        maximum: the full rank.
+        budget: the most weights allowed.
+    """
+    low, high = 0, maximum
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if weight_numel(middle) <= budget else (low, middle - 1)
+    return low
+
+
+def round_down(rank: int, multiple: int) -> int:
+    """Return the largest multiple up to a rank; the rank itself where it is smaller than one."""
+    return rank // multiple * multiple or rank

@@ -45,7 +45,7 @@ class CP(SingleRankDecomposition):
 
     method: ClassVar[str] = "cp"
 
-    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:
         if convolution.kernel_numel == 1:
             return SVD(rank=self.rank).resolve(convolution, ratio)
         return super().resolve(convolution, ratio)
@@ -55,7 +55,7 @@ class CP(SingleRankDecomposition):
         sides = convolution.kernel_shape[1:]
         return math.prod(sides) // max(sides)
 
-    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
         groups, dims = convolution.groups, convolution.dims
         hidden = groups * self.resolved_rank
         wide = [axis for axis in range(dims) if convolution.kernel_size[axis] > 1]
@@ -146,11 +146,11 @@ class CP(SingleRankDecomposition):
         rest = (1 - (ranks - max(points)) / max(1, 1.5 * as_large - max(points))).clamp_min(0)
         return torch.where(beyond, last * rest.sqrt(), errors)
 
-    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:
         kernel: Tensor = tensors[0] @ _khatri_rao(tensors[1:]).mT
         return kernel.reshape(tuple(shape))
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
         out, into, *spatial = tensors
         dims = len(spatial)
         ones = [1] * dims

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from deeptwist.layers.geometry import compute_dtype
 
-_FLOOR = 1e-8  # of a second moment's mean eigenvalue, added to all: no direction counts for nothing
-_LEAST = 1e-30  # the same for an input that is zero altogether
+_RIDGE = 1e-8  # of a second moment's mean eigenvalue, added to all: no direction counts for nothing
+_MIN_RIDGE = 1e-30  # the same for an input that is zero altogether
 
 
 def truncated_svd(
@@ -141,11 +141,11 @@ def regularized(second_moment: Tensor) -> Tensor:
     Directions that no input had, as of dead channels or of fewer inputs than directions, then count
     for little, but not for nothing: as much as what rounding may have left of them below zero.
     """
-    floor = max(_FLOOR, second_moment.shape[-1] * torch.finfo(second_moment.dtype).eps)
+    floor = max(_RIDGE, second_moment.shape[-1] * torch.finfo(second_moment.dtype).eps)
     moment = to_unit_scale(second_moment.double(), second_moment.dim())[0]
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return moment + (mean * floor).clamp_min(_LEAST) * identity
+    return moment + (mean * floor).clamp_min(_MIN_RIDGE) * identity
 
 
 def to_unit_scale(tensor: Tensor, dims: int) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.base import Decomposition, Tensors
-from deeptwist.decompositions.matrix import MatrixDecomposition
+from deeptwist.decompositions.svd import MatrixDecomposition
 from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs
 from deeptwist.layers.lowering import Grid, Segment, lower, unlower
 from deeptwist.layers.moments import SecondMoment
-from deeptwist.layers.tiled import TiledLayerBuilder
+from deeptwist.layers.tiled import TiledLayerBuilder, is_aligned
 
 _CHANNELS = 128  # in a tile that is chosen, at least: docs/speed.md
 
@@ -56,17 +56,12 @@ class TiledSVD(MatrixDecomposition):
         lowered = shape[1], math.prod(shape[2:])
         return Grid(lowered, self.tile or lowered)
 
-    def full_rank(self, convolution: ConvGeometry) -> int:  # noqa: D102
+    def full_rank(self, convolution: ConvGeometry) -> int:
         return min(*self.lowered_shape(convolution), *self.grid(convolution.kernel_shape).tile)
 
-    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:
         tile = self.tile or _aligned_tile(convolution)
         return super(TiledSVD, replace(self, tile=tile)).resolve(convolution, ratio)
-
-    def is_aligned(self, convolution: ConvGeometry) -> bool:
-        """Return whether every tile covers whole input channels."""
-        columns = self.grid(convolution.kernel_shape).cols
-        return all(column.length % convolution.kernel_numel == 0 for column in columns)
 
     def ranks(self, shape: Sequence[int]) -> list[int]:
         """Return every patch's rank: `rank` for full tiles, what keeps their ratio for edges."""
@@ -83,40 +78,32 @@ class TiledSVD(MatrixDecomposition):
 
         return [rank(row, col) for row, col in grid.patches]
 
-    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
         return self._builder(convolution).convolutions
 
-    def workload(  # noqa: D102
-        self, convolution: ConvGeometry, input_size: Sequence[int]
-    ) -> list[tuple[ConvGeometry, tuple[int, ...]]]:
-        builder = self._builder(convolution)
-        if convolution.dims == 0 and builder.dims == 1:
-            input_size = (math.prod(input_size),)
-        if self.is_aligned(convolution):
-            return super().workload(convolution, input_size)
-        into, (_, out) = builder.window_convolutions, builder.convolutions
-        output_size = convolution.output_size(input_size)
-        return [(part, tuple(input_size)) for part in into] + [(part, output_size) for part in out]
+    def built_convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
+        return self._builder(convolution).built_convolutions
 
-    def make_modules(  # noqa: D102
-        self, convolution: ConvGeometry, kernels: Sequence[Tensor], bias: Tensor | None
+    def make_modules(
+        self,
+        convolution: ConvGeometry,
+        kernels: Sequence[Tensor],  # (g, o, i, *k) each
+        bias: Tensor | None,  # (out_channels,)
     ) -> list[nn.Module]:
         return self._builder(convolution).make_modules(kernels, bias)
 
     def _builder(self, convolution: ConvGeometry) -> TiledLayerBuilder:
         shape = convolution.kernel_shape
-        return TiledLayerBuilder(
-            convolution, self.grid(shape), self.ranks(shape), self.is_aligned(convolution)
-        )
+        return TiledLayerBuilder(convolution, self.grid(shape), self.ranks(shape))
 
-    def partition(self, kernel: Tensor) -> list[Tensor]:  # noqa: D102
+    def partition(self, kernel: Tensor) -> list[Tensor]:  # (g, o, i, *k) → (b, h, w) each
         return [patch.flatten(0, 2) for patch in self.grid(kernel.shape).split(lower(kernel))]
 
-    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # noqa: D102
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         grid = self.grid(shape)
         return unlower(grid.assemble(_patches(grid, matrices, shape[0])), shape)
 
-    def moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
+    def column_moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
         """Return every tile's own diagonal block; what tiles of one row share is left out."""
         moment, moments = second_moment.full, []
         for row, col in self.grid(shape).patches:
@@ -127,10 +114,9 @@ class TiledSVD(MatrixDecomposition):
             moments.append(wide.flatten(0, 2))
         return moments
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
         grid, size = self.grid(shape), shape[3:]
-        taps = math.prod(size)
-        aligned = all(column.length % taps == 0 for column in grid.cols)
+        aligned = is_aligned(grid, math.prod(size))
         # A linear layer in more than one tile runs as a 1×1 convolution.
         ones = (1,) * (len(size) or int(grid.num_tiles > 1))
         width = len(grid.cols)
@@ -150,8 +136,8 @@ class TiledSVD(MatrixDecomposition):
         out = []
         for line in lines:
             # (g, rows, cols, h, r) → (g, rows, h, cols·r), the patches of a row side by side
-            abreast = [left.permute(0, 1, 3, 2, 4).flatten(3) for left, _ in line]
-            kernel = torch.cat(abreast, dim=3).flatten(0, 1)
+            side_by_side = [left.permute(0, 1, 3, 2, 4).flatten(3) for left, _ in line]
+            kernel = torch.cat(side_by_side, dim=3).flatten(0, 1)
             out.append(kernel.reshape(*kernel.shape, *ones))
         return into + out
 
@@ -166,7 +152,7 @@ def _aligned_tile(convolution: ConvGeometry) -> tuple[int, int]:
 
 
 def _patches(grid: Grid, batches: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """Return every patch's tiles (b, …) as (g, tile row, tile col, …)."""
+    """Return every patch's tiles (b, …), in one batch, as (g, tile row, tile col, …)."""
     return [
         batch.unflatten(0, (groups, row.count, col.count))
         for batch, (row, col) in zip(batches, grid.patches, strict=True)

@@ -5,6 +5,7 @@ Applications", 2016; De Lathauwer et al., "On the Best Rank-1 and Rank-(R1, …,
 Approximation", 2000 (HOOI); DeepTwist, section 3.1.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,8 +19,10 @@ from deeptwist.decompositions.base import (
     Decomposition,
     Tensors,
     cannot_shrink_error,
-    in_full_metric,
+    check_ratio,
+    largest_rank,
     no_rank_error,
+    rescale_to_moment,
 )
 from deeptwist.decompositions.linalg import (
     leading_subspace,
@@ -27,7 +30,6 @@ from deeptwist.decompositions.linalg import (
     regularized,
     to_unit_scale,
 )
-from deeptwist.decompositions.ranks import check_ratio, floor_fraction, largest_rank
 from deeptwist.decompositions.svd import SVD
 from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
@@ -51,7 +53,6 @@ class Tucker(Decomposition):
     """
 
     method: ClassVar[str] = "tucker"
-    has_tangent_space: ClassVar[bool] = True
     rank: tuple[int, int] | None = None
     fraction: float | None = None
 
@@ -66,7 +67,7 @@ class Tucker(Decomposition):
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise DeepTwistError(f"Tucker fraction {self.fraction} is not above 0 and at most 1")
 
-    def without_rank(self) -> Self:  # noqa: D102
+    def without_rank(self) -> Self:
         return replace(self, rank=None, fraction=None)
 
     @property
@@ -76,7 +77,7 @@ class Tucker(Decomposition):
             raise no_rank_error(self)
         return self.rank
 
-    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:  # noqa: D102
+    def resolve(self, convolution: ConvGeometry, ratio: float | None) -> Decomposition:
         _, out, into, *_ = convolution.kernel_shape
         if convolution.kernel_numel == 1:
             return self._as_svd(min(out, into)).resolve(convolution, ratio)
@@ -122,11 +123,11 @@ class Tucker(Decomposition):
             raise cannot_shrink_error(convolution, weight_numel(1), ratio)
         return at(step)
 
-    def full_rank(self, convolution: ConvGeometry) -> tuple[int, int]:  # noqa: D102
+    def full_rank(self, convolution: ConvGeometry) -> tuple[int, int]:
         _, out, into, *_ = convolution.kernel_shape
         return out, into
 
-    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:  # noqa: D102
+    def convolutions(self, convolution: ConvGeometry) -> tuple[ParallelConvs, ...]:
         rank_out, rank_in = (convolution.groups * rank for rank in self.resolved_rank)
         groups, dims = convolution.groups, convolution.dims
         return (
@@ -187,37 +188,14 @@ class Tucker(Decomposition):
         factors = basis_out[..., :out], core[:, :out, :into], basis_in
         approximation = self.reconstruct(factors, kernel.shape) * scale.flatten()
         at = errors[out - 1, into - 1]
-        return in_full_metric(errors, at, kernel, approximation, second_moment)
+        return rescale_to_moment(errors, at, kernel, approximation, second_moment)
 
-    def truncate(self, tensors: Tensors, shape: Sequence[int]) -> Tensors:  # noqa: D102
-        # The strongest directions come first: power steps keep their order.
-        (basis_out, core, basis_in), (out, into) = tensors, self.resolved_rank
-        return basis_out[..., :out], core[:, :out, :into], basis_in[..., :into]
-
-    def project_on_tangent(self, direction: Tensor, tensors: Tensors) -> Tensor:
-        """Return what changes of the core, the output basis and the input basis can reach.
-
-        Koch and Lubich, "Dynamical Tensor Approximation", 2010, section 2.
-        """
-        tensor = direction.flatten(3)
-        weight = self.reconstruct(tensors, direction.shape).flatten(3)
-        bases = [torch.linalg.qr(basis).Q for basis in (tensors[0], tensors[2])]
-        core = torch.einsum("goik,gor,gis->grsk", tensor, *bases)
-        projected = torch.einsum("grsk,gor,gis->goik", core, *bases)
-        for axis, basis in zip((1, 2), bases, strict=True):
-            unfolding, own = (x.transpose(1, axis).flatten(2) for x in (tensor, weight))
-            rows = torch.linalg.qr(own.mT @ basis).Q  # what the rest of the factors spans
-            change = (unfolding - basis @ (basis.mT @ unfolding)) @ rows @ rows.mT
-            side = tensor.transpose(1, axis)
-            projected = projected + change.reshape(side.shape).transpose(1, axis)
-        return projected.reshape(direction.shape)
-
-    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # noqa: D102
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:
         basis_out, core, basis_in = tensors
         kernel = torch.einsum("gor,grsk,gis->goik", basis_out, core.flatten(3), basis_in)
         return kernel.reshape(tuple(shape))
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # noqa: D102
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
         basis_out, core, basis_in = tensors
         ones, into = [1] * (len(shape) - 3), basis_in.mT
         return [
@@ -225,6 +203,14 @@ class Tucker(Decomposition):
             core,
             basis_out.reshape(*basis_out.shape, *ones),
         ]
+
+
+def floor_fraction(channels: int, fraction: float) -> int:
+    """Return ⌊fraction · channels⌋, the paper's rank (section 4).
+
+    The fraction is read as the decimal that was written: 0.29 · 100 is 29, not 28.
+    """
+    return math.floor(Fraction(str(float(fraction))) * channels)
 
 
 def _hooi(tensor: Tensor, rank_out: int, rank_in: int) -> Tensors:

@@ -41,8 +41,8 @@ class FactoredLayer(nn.Sequential):
         return WeightView(self, self.convolution.weight_shape)
 
     @property
-    def bias(self) -> Tensor | None:
-        """Return the bias (out_channels,), if there is one."""
+    def bias(self) -> Tensor | None:  # (out_channels,)
+        """Return the bias, if there is one."""
         return stages_bias(self)
 
     def pad_input(self, padding: nn.Module) -> None:

@@ -57,15 +57,15 @@ class ConvGeometry:
             )
         if not isinstance(self.kernel_size, tuple) or len(self.kernel_size) > 3:
             raise DeepTwistError(f"kernel_size {self.kernel_size!r} is not one to three sizes")
-        least = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
-        for name, smallest in least.items():
+        minima = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
+        for name, minimum in minima.items():
             values = getattr(self, name)
             if name == "padding" and values == "same":
                 continue
             if not isinstance(values, tuple) or len(values) != self.dims:
                 raise DeepTwistError(f"{name} {values!r} is not one number per spatial axis")
             for value in values:
-                check_int(name, value, smallest)
+                check_int(name, value, minimum)
         if self.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
             raise DeepTwistError(f"padding_mode {self.padding_mode!r} is not one of torch's")
         if not isinstance(self.transposed, bool):
@@ -73,7 +73,7 @@ class ConvGeometry:
 
     @classmethod
     def from_module(cls, layer: nn.Module) -> "ConvGeometry":
-        """Reads the geometry of a torch layer.
+        """Read the geometry of a torch layer.
 
         Args:
             layer: an `nn.Conv{1,2,3}d`, `nn.ConvTranspose{1,2,3}d` or `nn.Linear`.
@@ -87,60 +87,51 @@ class ConvGeometry:
         if not (transposed or isinstance(layer, _CONVOLUTIONS)):
             raise DeepTwistError(f"{type(layer).__name__} is not a convolution or linear layer")
         conv = cast(nn.Conv2d, layer)  # all six have these fields
-        kernel_size = _sizes(conv.kernel_size, conv.weight.dim() - 2)
-        zeros = (0,) * len(kernel_size)
-        padding: tuple[int, ...] | Literal["same"] = zeros
-        if conv.padding == "same":
-            padding = "same"
-        elif not isinstance(conv.padding, str):
-            padding = _sizes(conv.padding, len(kernel_size))
+        dims = conv.weight.dim() - 2
+        padding = 0 if conv.padding == "valid" else conv.padding
         return cls(
             in_channels=index(conv.in_channels),
             out_channels=index(conv.out_channels),
-            kernel_size=kernel_size,
-            stride=_sizes(conv.stride, len(kernel_size)),
-            padding=padding,
-            dilation=_sizes(conv.dilation, len(kernel_size)),
+            kernel_size=_sizes(conv.kernel_size, dims),
+            stride=_sizes(conv.stride, dims),
+            padding="same" if padding == "same" else _sizes(padding, dims),
+            dilation=_sizes(conv.dilation, dims),
             groups=index(conv.groups),
             padding_mode=conv.padding_mode,
             transposed=transposed,
-            output_padding=_sizes(conv.output_padding, len(kernel_size)) if transposed else zeros,
+            output_padding=_sizes(conv.output_padding if transposed else 0, dims),
         )
 
     @property
     def dims(self) -> int:
-        """The number of spatial axes: 0 for a linear layer."""
+        """Return the number of spatial axes: 0 for a linear layer."""
         return len(self.kernel_size)
 
     @property
     def kernel_numel(self) -> int:
-        """The number of kernel positions, d·d in the paper; 1 for a linear layer."""
+        """Return the number of kernel positions, d·d in the paper; 1 for a linear layer."""
         return math.prod(self.kernel_size)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """The kernel's shape (g, o, i, *k): one independent kernel per group."""
-        return (
-            self.groups,
-            self.out_channels // self.groups,
-            self.in_channels // self.groups,
-            *self.kernel_size,
-        )
+        """Return the kernel's shape (g, o, i, *k): one independent kernel per group."""
+        out, into = self.out_channels // self.groups, self.in_channels // self.groups
+        return (self.groups, out, into, *self.kernel_size)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """The shape of torch's weight: (o, i/g, *k), or (i, o/g, *k) for a transposed layer."""
+        """Return the shape of torch's weight: (o, i/g, *k), of a transposed layer (i, o/g, *k)."""
         into, out = self.in_channels, self.out_channels
         first, second = (into, out) if self.transposed else (out, into)
         return (first, second // self.groups, *self.kernel_size)
 
     @property
     def weight_numel(self) -> int:
-        """How many numbers the kernel holds, the bias not counted."""
+        """Return how many numbers the kernel holds, the bias not counted."""
         return math.prod(self.kernel_shape)
 
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
-        """The spatial size that comes out for a spatial size that goes in."""
+        """Return the spatial size that comes out for a spatial size that goes in."""
         if self.padding == "same":
             return tuple(input_size)
         sizes = []
@@ -155,14 +146,14 @@ class ConvGeometry:
         return tuple(sizes)
 
     def macs(self, input_size: Sequence[int]) -> int:
-        """Multiply-accumulates for one example of this spatial size; the bias not counted."""
+        """Return the multiply-accumulates (MACs) for one example of this size, without the bias."""
         positions = input_size if self.transposed else self.output_size(input_size)
         return self.weight_numel * math.prod(positions)
 
     def restricted_to(
         self, axes: Collection[int], in_channels: int, out_channels: int, groups: int
     ) -> "ConvGeometry":
-        """The convolution that does this one's work on some spatial axes and none on the others.
+        """Return the convolution that does this one's work on some spatial axes alone.
 
         It keeps kernel size, stride, padding and dilation on `axes` and is pointwise elsewhere;
         without axes it is the 1×1 convolution.
@@ -186,15 +177,14 @@ class ConvGeometry:
             output_padding=keep(self.output_padding, 0),
         )
 
-    def make_module(self, kernel: Tensor, bias: Tensor | None) -> nn.Module:
-        """The plain torch layer of this geometry that holds these numbers.
+    def make_module(
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        bias: Tensor | None,  # (out_channels,)
+    ) -> nn.Module:
+        """Return the plain torch layer of this geometry that holds these numbers.
 
-        Args:
-            kernel: (g, o, i, *k), see `kernel_shape`.
-            bias: (out_channels,) or none.
-
-        Returns:
-            An `nn.Linear`, `nn.Conv{1,2,3}d` or `nn.ConvTranspose{1,2,3}d`.
+        It is an `nn.Linear`, `nn.Conv{1,2,3}d` or `nn.ConvTranspose{1,2,3}d`.
         """
         # On 'meta' the layer costs no memory and no random numbers until it gets its own.
         layer: nn.Linear | nn.Conv2d
@@ -223,13 +213,13 @@ class ConvGeometry:
         return layer
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` is its inverse."""
+        """Return a JSON-ready dictionary; `from_dict` inverts it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ConvGeometry":
-        """The inverse of `to_dict`.
+        """Invert `to_dict`.
 
         Raises:
             DeepTwistError: if a field is missing, unknown or of no sense.
@@ -268,7 +258,7 @@ ParallelConvs = tuple[ConvGeometry, ...]  # side by side, each on its part of th
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
-    """One number per spatial axis, as torch reads them: one for all, numpy's integers too.
+    """Return one number per spatial axis, as torch reads them: one for all, numpy's integers too.
 
     Raises:
         DeepTwistError: if they are not integers.
@@ -281,28 +271,34 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> ConvGeometry:
-    """The 1×1 convolution with `dims` spatial axes (the linear layer where there are none)."""
+    """Return the 1×1 convolution with `dims` spatial axes; with none, the linear layer."""
     ones, zeros = (1,) * dims, (0,) * dims
     return ConvGeometry(
         in_channels, out_channels, ones, ones, zeros, ones, groups, output_padding=zeros
     )
 
 
-def weight_to_kernel(weight: Tensor, convolution: ConvGeometry) -> Tensor:
-    """A torch weight as the kernel (g, o, i, *k): transposed layers store (g·i, o, *k)."""
+def weight_to_kernel(
+    weight: Tensor,  # (g·o, i, *k), or transposed (g·i, o, *k)
+    convolution: ConvGeometry,
+) -> Tensor:  # (g, o, i, *k)
+    """Return a torch weight as a kernel."""
     groups, out, into, *size = convolution.kernel_shape
     if convolution.transposed:
         return weight.reshape(groups, into, out, *size).transpose(1, 2)
     return weight.reshape(groups, out, into, *size)
 
 
-def kernel_to_weight(kernel: Tensor, convolution: ConvGeometry) -> Tensor:
-    """The inverse of `weight_to_kernel`."""
+def kernel_to_weight(
+    kernel: Tensor,  # (g, o, i, *k)
+    convolution: ConvGeometry,
+) -> Tensor:  # (g·o, i, *k), or transposed (g·i, o, *k)
+    """Invert `weight_to_kernel`."""
     if convolution.transposed:
         kernel = kernel.transpose(1, 2)
     return kernel.flatten(0, 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that a decomposition computes in: fp64 for fp64, fp32 for all narrower ones."""
+    """Return the type that a decomposition computes in: fp64 for fp64, fp32 for narrower ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32

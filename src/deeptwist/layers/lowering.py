@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 
-def lower(kernel: Tensor) -> Tensor:
-    """Return the paper's lowering T × (S·d·d): (g, o, i, *k) → (g, o, i·Πk), inputs outermost."""
+def lower(kernel: Tensor) -> Tensor:  # (g, o, i, *k) → (g, o, i·Πk)
+    """Return the paper's lowering T × (S·d·d), input channels outermost."""
     return kernel.flatten(2)
 
 
-def unlower(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+def unlower(matrix: Tensor, shape: Sequence[int]) -> Tensor:  # (g, o, i·Πk) → (g, o, i, *k)
     """Invert `lower`, for a kernel of this shape."""
     return matrix.reshape(tuple(shape))
 
 
-def lower_spatial(kernel: Tensor) -> Tensor:
-    """Return the separable lowering (T·d_h) × (S·d_w): (g, o, i, kh, *kw) → (g, o·kh, i·Πkw).
+def lower_spatial(kernel: Tensor) -> Tensor:  # (g, o, i, kh, *kw) → (g, o·kh, i·Πkw)
+    """Return the separable lowering (T·d_h) × (S·d_w).
 
     With fewer than two spatial axes it is `lower`; with three, the first goes with the outputs
     and the other two with the inputs.
@@ -35,7 +35,7 @@ def lower_spatial(kernel: Tensor) -> Tensor:
     return kernel.transpose(2, 3).reshape(groups, out * first, into * math.prod(rest))
 
 
-def unlower_spatial(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+def unlower_spatial(matrix: Tensor, shape: Sequence[int]) -> Tensor:  # (g, o, i, kh, *kw)
     """Invert `lower_spatial`, for a kernel of this shape."""
     if len(shape) < 5:
         return unlower(matrix, shape)
@@ -53,7 +53,7 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """The index after the run's last."""
+        """Return the index after the run's last."""
         return self.offset + self.length * self.count
 
 
@@ -83,26 +83,26 @@ class Grid:
 
     @property
     def rows(self) -> tuple[Segment, ...]:
-        """The segments of the rows."""
+        """Return the segments of the rows."""
         return segments(self.shape[0], self.tile[0])
 
     @property
     def cols(self) -> tuple[Segment, ...]:
-        """The segments of the columns."""
+        """Return the segments of the columns."""
         return segments(self.shape[1], self.tile[1])
 
     @property
     def patches(self) -> tuple[tuple[Segment, Segment], ...]:
-        """The (rows, cols) segments of every patch, row by row."""
+        """Return the (rows, cols) segments of every patch, row by row."""
         return tuple((row, col) for row in self.rows for col in self.cols)
 
     @property
     def num_tiles(self) -> int:
-        """The number of tiles, edges included."""
+        """Return the number of tiles, edges included."""
         return sum(row.count * col.count for row, col in self.patches)
 
-    def split(self, matrix: Tensor) -> list[Tensor]:
-        """Cut a matrix (..., m, n) into its patches, each (..., tile row, tile col, h, w)."""
+    def split(self, matrix: Tensor) -> list[Tensor]:  # (…, m, n) → (…, tile row, tile col, h, w)
+        """Cut a matrix into its patches."""
         return [
             matrix[..., row.offset : row.stop, col.offset : col.stop]
             .unflatten(-1, (col.count, col.length))
@@ -111,7 +111,7 @@ class Grid:
             for row, col in self.patches
         ]
 
-    def assemble(self, patches: list[Tensor]) -> Tensor:
+    def assemble(self, patches: list[Tensor]) -> Tensor:  # (…, m, n)
         """Invert `split`."""
         blocks = [patch.transpose(-3, -2).flatten(-2).flatten(-3, -2) for patch in patches]
         width = len(self.cols)

@@ -37,30 +37,21 @@ class SecondMoment:
 
     @property
     def in_channels(self) -> int:
-        """The input channels i of one group."""
+        """Return the input channels i of one group."""
         return self.values.shape[-1] // self._taps(self.axes)
 
     @property
-    def full(self) -> Tensor:
-        """The moment (g, i·Πk, i·Πk) of whole patches: what `lower`'s columns multiply."""
+    def full(self) -> Tensor:  # (g, i·Πk, i·Πk)
+        """Return the moment of whole patches: what `lower`'s columns multiply."""
         return self.over(len(self.kernel_size))
 
     @property
-    def spatial(self) -> Tensor:
-        """The moment of patches along all kernel axes but the first: `lower_spatial`'s columns.
-
-        With fewer than two kernel axes it is `full`.
-        """
-        dims = len(self.kernel_size)
-        return self.over(dims - 1 if dims > 1 else dims)
-
-    @property
-    def channels(self) -> Tensor:
-        """The moment (g, i, i) of the input channels."""
+    def channels(self) -> Tensor:  # (g, i, i)
+        """Return the moment of the input channels."""
         return self.over(0)
 
-    def over(self, axes: int) -> Tensor:
-        """Return the moment (g, n, n) over input channels and the last `axes` kernel axes.
+    def over(self, axes: int) -> Tensor:  # (g, n, n)
+        """Return the moment over input channels and the last `axes` kernel axes.
 
         Axes that are held but not asked for are averaged out (the mean of the diagonal blocks);
         axes that are asked for but not held come in as uncorrelated.
@@ -83,8 +74,8 @@ class SecondMoment:
         wide.diagonal(dim1=2, dim2=5).copy_(blocks.unsqueeze(-1))
         return wide.reshape(groups, channels * asked, channels * asked)
 
-    def squared_norm(self, kernel: Tensor) -> Tensor:
-        """Return ‖K M^½‖²_F of a kernel (g, o, i, *k), a scalar in fp64.
+    def squared_norm(self, kernel: Tensor) -> Tensor:  # (g, o, i, *k) → ()
+        """Return ‖K M^½‖²_F of a kernel K, in fp64.
 
         Of W − W′ it is the mean squared error of the outputs, times the positions along axes that
         are not resolved.
@@ -95,8 +86,12 @@ class SecondMoment:
         rows = rows.reshape(groups, -1, channels * held)
         return ((rows @ self.values.double()) * rows).sum()
 
-    def relative_error(self, exact: Tensor, approximation: Tensor) -> float:
-        """Return the root of E‖y − y′‖² / E‖y‖² of the outputs y of two kernels (g, o, i, *k).
+    def relative_error(
+        self,
+        exact: Tensor,  # (g, o, i, *k)
+        approximation: Tensor,  # (g, o, i, *k)
+    ) -> float:
+        """Return the root of E‖y − y′‖² / E‖y‖² of the outputs y of two kernels.
 
         It is 0 where no output differs, and also where there is no output to compare with.
         """

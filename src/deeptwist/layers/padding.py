@@ -14,8 +14,8 @@ class ConstantPad(nn.Module):
         super().__init__()
         self.margins, self.mode = tuple(margins), mode
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, c, *size) → (…, c, *padded size)."""
+    def forward(self, x: Tensor) -> Tensor:  # (…, c, *size) → (…, c, *padded size)
+        """Pad the input."""
         return functional.pad(x, self.margins, self.mode)
 
 
@@ -37,6 +37,6 @@ class SamePad(nn.Module):
             margins += [total // 2, total - total // 2]
         return margins
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, c, *size) → (…, c, *padded size)."""
+    def forward(self, x: Tensor) -> Tensor:  # (…, c, *size) → (…, c, *padded size)
+        """Pad the input."""
         return functional.pad(x, self.margins(x.shape[-len(self.stride) :]))

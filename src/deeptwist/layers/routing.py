@@ -20,8 +20,8 @@ class SplitConcat(nn.Module):
         self.channels = list(channels)
         self.axis = -1 - dims
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, Σ channels, *size) → (…, Σ outputs, *size′)."""
+    def forward(self, x: Tensor) -> Tensor:  # (…, Σ channels, *size) → (…, Σ outputs, *size′)
+        """Run the layers."""
         parts = x.split(self.channels, dim=self.axis)
         # By index: torch.fx cannot iterate over what it traces.
         outputs = [layer(parts[index]) for index, layer in enumerate(self.layers)]
@@ -33,18 +33,18 @@ class ChannelPermutation(nn.Module):
 
     order: Tensor
 
-    def __init__(self, order: Tensor, dims: int):
+    def __init__(self, order: Tensor, dims: int):  # order: (channels,)
         super().__init__()
         self.register_buffer("order", order, persistent=False)  # follows from the geometry
         self.axis = -1 - dims
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, c, *size) → (…, c, *size)."""
+    def forward(self, x: Tensor) -> Tensor:  # (…, c, *size) → (…, c, *size)
+        """Reorder the channels."""
         return x.index_select(self.axis, self.order)
 
 
-def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:
-    """The module for this order of channels; none where it changes nothing."""
+def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:  # order: (channels,)
+    """Return the module for this order of channels; `None` where it changes nothing."""
     identity = torch.arange(len(order))
     return None if torch.equal(order, identity) else ChannelPermutation(order, dims)
 
@@ -52,14 +52,14 @@ def permutation(order: Tensor, dims: int) -> ChannelPermutation | None:
 class PointwiseOnLastDim(nn.Sequential):
     """Runs pointwise 1-D convolutions over the last axis, where a linear layer's features are."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) → (..., out_features)."""
+    def forward(self, x: Tensor) -> Tensor:  # (…, in_features) → (…, out_features)
+        """Run the convolutions over the features."""
         rows = x.unsqueeze(0).flatten(0, -2)  # (Π leading, in_features)
         y: Tensor = super().forward(rows.unsqueeze(-1))  # type: ignore[no-untyped-call]
         return y.reshape(x.shape[:-1] + y.shape[1:2])
 
 
-def stages_bias(stages: Iterable[nn.Module]) -> Tensor | None:
+def stages_bias(stages: Iterable[nn.Module]) -> Tensor | None:  # (out_channels,)
     """Return what modules one after the other add to each output channel; the last has the bias."""
     bias: Tensor | None = None
     for stage in stages:

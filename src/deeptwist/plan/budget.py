@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
-from deeptwist.decompositions.ranks import check_ratio
+from deeptwist.decompositions.base import check_ratio
 from deeptwist.errors import DeepTwistError
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.layer_clock import LayerClock

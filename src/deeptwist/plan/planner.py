@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer, from_dict
-from deeptwist.decompositions.ranks import check_ratio
+from deeptwist.decompositions.base import check_ratio
 from deeptwist.errors import DeepTwistError, check_int
 from deeptwist.inspection.run import as_tuple
 from deeptwist.inspection.usage import Inspection, Layer, inspect_model
