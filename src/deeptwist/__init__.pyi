@@ -3,6 +3,7 @@
 from deeptwist._version import __version__ as __version__
 from deeptwist.compress import compress as compress
 from deeptwist.decompose import decompose as decompose
+from deeptwist.decompose import recalibrate_batch_norm as recalibrate_batch_norm
 from deeptwist.decompositions import CP as CP
 from deeptwist.decompositions import SVD as SVD
 from deeptwist.decompositions import Decomposition as Decomposition
@@ -15,7 +16,6 @@ from deeptwist.measure.latency import Latency as Latency
 from deeptwist.plan.autotune import exclude_slow_layers as exclude_slow_layers
 from deeptwist.plan.calibration import Calibration as Calibration
 from deeptwist.plan.calibration import calibrate as calibrate
-from deeptwist.plan.calibration import recalibrate_batch_norm as recalibrate_batch_norm
 from deeptwist.plan.layers import Layers as Layers
 from deeptwist.plan.plan import Plan as Plan
 from deeptwist.plan.planner import plan as plan

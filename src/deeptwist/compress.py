@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deeptwist.decompose import decompose
+from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.decompositions import Decomposition, SpatialSVD
 from deeptwist.errors import DeepTwistError
 from deeptwist.export import export_onnx
@@ -26,13 +26,7 @@ from deeptwist.measure.comparison import compare_functions
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.networks import Setting
 from deeptwist.measure.runtimes import OnnxNetwork, prepare
-from deeptwist.plan.calibration import (
-    Calibration,
-    Inputs,
-    calibrate,
-    first_element,
-    recalibrate_batch_norm,
-)
+from deeptwist.plan.calibration import Calibration, Inputs, calibrate, default_inputs
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
 from deeptwist.save import load
@@ -104,7 +98,7 @@ def compress(
     """
     options = {"decomposition": SpatialSVD(), **options}
     _check_budget(options, goal)
-    batches = [*map(inputs or first_element, islice(train_loader, calibration_batches))]
+    batches = [*map(inputs or default_inputs, islice(train_loader, calibration_batches))]
     if not batches:
         raise DeepTwistError("there is nothing to calibrate on: train_loader gives no batch")
     device = next(model.parameters()).device

@@ -1,26 +1,27 @@
 """From weights to factors to the decomposed model: the swap of every planned layer."""
 
+import copy
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.proof import check_runs, random_inputs, run_counted
-from deeptwist.inspection.run import FORWARD_ERRORS, as_tuple
+from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
+from deeptwist.inspection.run import FORWARD_ERRORS
 from deeptwist.inspection.swap import swap
-from deeptwist.inspection.weights import Weight, get_layer, has_hooks, weight_of
+from deeptwist.inspection.weights import Weight, get_layer, get_weight, has_hooks, weight_of
 from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
-from deeptwist.plan.calibration import Calibration, to_device
+from deeptwist.plan.calibration import Calibration, default_inputs, to_device
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
 
 logger = logging.getLogger("deeptwist")
-
-Inputs = Tensor | tuple[Tensor, ...]
 
 
 def planned_weight(model: nn.Module, layer: CompressedLayer) -> Weight:
@@ -116,12 +117,7 @@ def to_floats(scalars: Sequence[Tensor]) -> list[float]:
     return torch.stack([x.to(scalars[0].device) for x in scalars]).tolist() if scalars else []
 
 
-def decompose(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    calibration: Calibration | None = None,
-) -> nn.Module:
+def decompose(model: nn.Module, plan: Plan, *, calibration: Calibration | None = None) -> nn.Module:
     """The decomposed model: a copy in which every planned layer is held by its factors.
 
     The factors start from the weights as they are now. The copy shares nothing with `model`,
@@ -137,17 +133,13 @@ def decompose(
         DeepTwistError: if a weight is not finite, or if the plan is for another model.
     """
     check_plan(model, plan)
-    kernels = {
-        name: factors.kernels() for name, factors in factorize(model, plan, calibration).items()
-    }
-    small = replace_layers(model, plan, kernels)
+    factors = factorize(model, plan, calibration)
+    small = replace_layers(model, plan, {name: f.kernels() for name, f in factors.items()})
     if not plan.inputs:
         return small
-    inputs = example_inputs(model, plan)
+    inputs = example_inputs(model, plan.inputs)
     try:
-        check_runs(
-            model, small, {layer.name: len(layer.calls) for layer in plan.compressed}, inputs
-        )
+        check_runs(model, small, {x.name: len(x.calls) for x in plan.compressed}, inputs)
     except DeepTwistError:
         try:
             run_counted(model, inputs, {})
@@ -158,7 +150,9 @@ def decompose(
     return small
 
 
-def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -> None:
+def dry_run(
+    model: nn.Module, plan: Plan, example_input: Tensor | tuple[Tensor, ...] | None = None
+) -> None:
     """Run a copy of a model with factored layers of random numbers, and throw it away.
 
     What can fail because of the model fails here, before the training and not after it.
@@ -166,12 +160,11 @@ def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -
     Raises:
         DeepTwistError: if the model cannot be copied, or cannot run with factored layers.
     """
-    generators: dict[torch.device, torch.Generator] = {}
 
     def random_kernel(part: ConvGeometry, device: torch.device) -> Tensor:
         kernel = torch.empty(part.kernel_shape, device=device)
         if not kernel.is_meta:
-            generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
+            generator = torch.Generator(device).manual_seed(0)
             kernel.normal_(0, math.prod(part.kernel_shape[2:]) ** -0.5, generator=generator)
         return kernel
 
@@ -181,17 +174,9 @@ def dry_run(model: nn.Module, plan: Plan, example_input: Inputs | None = None) -
         parts = layer.decomposition.parts(layer.convolution)
         kernels[layer.name] = [random_kernel(part, device) for part in parts]
     small = replace_layers(model, plan, kernels)
-    check_runs(model, small, dict.fromkeys(kernels), example_inputs(model, plan, example_input))
-
-
-def example_inputs(
-    model: nn.Module, plan: Plan, example_input: Inputs | None = None
-) -> tuple[Tensor, ...]:
-    """Return inputs on the model's device: those given, or random ones of the planned shapes."""
-    if example_input is None:
-        return random_inputs(model, plan.inputs)
-    device = next(model.parameters()).device
-    return tuple(x.to(device) for x in as_tuple(example_input))
+    check_runs(
+        model, small, dict.fromkeys(kernels), example_inputs(model, plan.inputs, example_input)
+    )
 
 
 def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
@@ -212,18 +197,14 @@ def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
     return plan.with_layers(kept.get(layer.name, layer) for layer in plan.layers)
 
 
-def materialize_weights(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy in which layers that compute their weight hold these; the model if none do."""
+def materialize_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy in which plain layers hold these weights, by name; the model without any."""
     plain: dict[str, nn.Module] = {}
-    for layer in plan.compressed:
-        if layer.name not in weights:
-            continue
-        weight = planned_weight(model, layer)
-        kernel = weight_to_kernel(weights[layer.name], layer.convolution)
+    for name, values in weights.items():
+        weight = get_weight(model, name)
         bias = None if weight.bias is None else weight.bias.detach()
-        dense = layer.convolution.make_module(kernel, bias)
-        padding = weight.padding
-        plain[layer.name] = dense if padding is None else nn.Sequential(padding, dense)
+        dense = weight.geometry.make_module(weight_to_kernel(values, weight.geometry), bias)
+        plain[name] = dense if weight.padding is None else nn.Sequential(weight.padding, dense)
     return swap(model, plain) if plain else model
 
 
@@ -258,3 +239,33 @@ def _make_factored(dense: Weight, layer: CompressedLayer, kernels: list[Tensor])
             if name.endswith("bias"):
                 parameter.requires_grad_(bias.requires_grad)
     return factored
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    inputs: Callable[[Any], tuple[Tensor, ...]] | None = None,
+) -> nn.Module:
+    """Return a copy whose batch norms hold the mean statistics of these batches.
+
+    Args:
+        model: deployed; left as it is.
+        batches: see `deeptwist.calibrate`.
+        inputs: see `deeptwist.calibrate`.
+    """
+    read = inputs or default_inputs
+    model = copy.deepcopy(model).eval()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all that it sees
+        norm.train()
+    device = next(model.parameters()).device
+    for batch in batches:
+        model(*(tensor.to(device) for tensor in read(batch)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()

@@ -183,15 +183,17 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
         )
     assert isinstance(config, dict)
-    kinds = {"layers": dict, "aliases": dict, "base_model": str, "weights_sha256": str}
+    kinds = {"layers": dict, "base_model": str, "weights_sha256": str}
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise DeepTwistError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
-    if not all(isinstance(name, str) for name in config["aliases"].values()):
-        raise DeepTwistError(f"{path} is damaged: an alias is not a name")
-    versions = config.get("module_versions", {})  # not in folders that 0.1 saved
-    if not isinstance(versions, dict) or not all(type(v) is int for v in versions.values()):
-        raise DeepTwistError(f"{path} is damaged: 'module_versions' is not versions by module")
+    kinds_by_name: dict[str, type] = {"aliases": str, "module_versions": int}
+    for key, of_each in kinds_by_name.items():
+        named = config.get(key)
+        if not isinstance(named, dict) or not all(type(x) is of_each for x in named.values()):
+            raise DeepTwistError(
+                f"{path} is damaged: {key!r} is missing or not {of_each.__name__}s"
+            )
     return config
 
 
@@ -237,38 +239,33 @@ def _aliased(state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[st
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Copy a state into a model of exactly its names, shapes and kinds of types."""
     expected = model.state_dict(keep_vars=True)
-    base_model = config["base_model"]
+    stranger = f"the saved model is another one ({config['base_model']!r})"
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
         raise DeepTwistError(
-            f"the artefact is of another model ({base_model!r}): "
-            f"{len(missing)} tensors missing {sorted(missing)[:2]}, "
+            f"{stranger}: {len(missing)} tensors missing {sorted(missing)[:2]}, "
             f"{len(extra)} unexpected {sorted(extra)[:2]}"
         )
     for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
+        saved = state[name]
+        if saved.shape != tensor.shape:
             raise DeepTwistError(
-                f"the artefact is of another model ({base_model!r}): {name!r} is "
-                f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
+                f"{stranger}: {name!r} is {tuple(saved.shape)} there and {tuple(tensor.shape)} here"
             )
-        saved = state[name].dtype
-        if saved != tensor.dtype:
-            if not (saved.is_floating_point and tensor.is_floating_point()):
+        if saved.dtype != tensor.dtype:
+            if not (saved.is_floating_point() and tensor.is_floating_point()):
                 raise DeepTwistError(
-                    f"the artefact is of another model ({base_model!r}): {name!r} is {saved} "
-                    f"there and {tensor.dtype} here"
+                    f"{stranger}: {name!r} is {saved.dtype} there and {tensor.dtype} here"
                 )
-            tensor.data = tensor.data.to(saved)
+            tensor.data = tensor.data.to(saved.dtype)
     # Copied, not assigned: what is tied stays tied, and no memory of the file's is held on to.
-    versioned = OrderedDict(state)
-    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    versions = config.get("module_versions")
-    if versions is not None:
-        metadata = {
-            name: {**values, "version": versions.get(name, 1)} for name, values in metadata.items()
-        }
-    versioned._metadata = metadata  # type: ignore[attr-defined]
+    versioned, versions = OrderedDict(state), config["module_versions"]
+    versioned._metadata = {  # type: ignore[attr-defined]
+        name: {**values, "version": versions.get(name, 1)}
+        for name, values in model.state_dict()._metadata.items()  # type: ignore[attr-defined]
+    }
     model.load_state_dict(versioned, strict=True)
 
 

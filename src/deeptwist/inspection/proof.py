@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.run import explaining, output_tensors, preserving_state
+from deeptwist.inspection.run import as_tuple, explaining, output_tensors, preserving_state
 from deeptwist.inspection.weights import get_layer
 
 logger = logging.getLogger("deeptwist")
@@ -221,16 +221,21 @@ def coarsest_eps(tensors: Sequence[Tensor]) -> float:
     return max(precisions)
 
 
-def random_inputs(
-    model: nn.Module, shapes: Sequence[tuple[tuple[int, ...], str]]
+def example_inputs(
+    model: nn.Module,
+    shapes: Sequence[tuple[tuple[int, ...], str]],
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return inputs on the model's device: standard normal numbers, zeros in place of integers.
+    """Return inputs on the model's device: those given, or standard normal numbers, or zeros.
 
     Args:
         model: one that is of one floating-point type as a whole gets it in place of another.
-        shapes: the shape of each input, with the name of its type in torch.
+        shapes: the shape of each random input, with the name of its type in torch.
+        example_input: what is taken instead, if given.
     """
     device = next(model.parameters()).device
+    if example_input is not None:
+        return tuple(x.to(device) for x in as_tuple(example_input))
     types = {p.dtype for p in model.parameters() if p.is_floating_point()}
     generator = torch.Generator().manual_seed(0)
     inputs = []

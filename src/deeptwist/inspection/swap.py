@@ -1,8 +1,9 @@
 """A copy of a model in which some modules are others, whatever else the model holds on to."""
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection.weights import InProjection, get_layer, has_compiled_forward
 
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, CodeType)
+_ATOMS = (
+    *(str, bytes, int, float, complex, bool, type(None)),
+    *(type, ModuleType, CodeType, FrameType, TracebackType),
+)
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
@@ -70,36 +74,13 @@ def _referenced(root: object, skipped: frozenset[int]) -> Iterator[object]:
             continue
         visited.add(id(value))
         yield value
-        waiting += _parts(value)
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, Tensor):
-        return []
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return [*value]
-    if isinstance(value, FunctionType):
-        # Of its globals, only the networks that it names: all else is code.
-        named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        return [
-            *cells,
-            *(value.__defaults__ or ()),
-            *(x for x in named if isinstance(x, nn.Module)),
-        ]
-    # A method and its object, a partial and its arguments, an object and its attributes.
-    parts = [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords")]
-    return [*parts, getattr(value, "__dict__", None)]
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+        if isinstance(value, FunctionType):
+            # Of its globals, only the networks that it names: all else is code.
+            named = [value.__globals__.get(name) for name in value.__code__.co_names]
+            waiting += [x for x in named if isinstance(x, nn.Module)]
+            waiting += [*gc.get_referents(*(value.__closure__ or ())), value.__defaults__]
+        elif not isinstance(value, Tensor):
+            waiting += gc.get_referents(value)
 
 
 def _is_copyable(value: object) -> bool:

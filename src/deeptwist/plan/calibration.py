@@ -1,6 +1,5 @@
 """Calibration: the second moment of every layer's inputs, gathered from a few batches."""
 
-import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
@@ -91,7 +89,7 @@ def calibrate(
         DeepTwistError: if there is no batch, or a layer's inputs are not finite.
     """
     check_int("max_side", max_side)
-    read = inputs or first_element
+    read = inputs or default_inputs
     device = next(model.parameters()).device
     collectors: dict[str, _Collector] = {}
     handles: list[RemovableHandle] = []
@@ -123,39 +121,12 @@ def calibrate(
     return Calibration(moments)
 
 
-@torch.no_grad()
-def recalibrate_batch_norm(
-    model: nn.Module, batches: Iterable[Any], *, inputs: Callable[[Any], Inputs] | None = None
-) -> nn.Module:
-    """Return a copy whose batch norms hold the mean statistics of these batches.
-
-    Args:
-        model: deployed; left as it is.
-        batches: see `calibrate`.
-        inputs: see `calibrate`.
-    """
-    read = inputs or first_element
-    model = copy.deepcopy(model).eval()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all that it sees
-        norm.train()
-    device = next(model.parameters()).device
-    for batch in batches:
-        model(*(tensor.to(device) for tensor in read(batch)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
-
-
 def to_device(moment: SecondMoment | None, kernel: Tensor) -> SecondMoment | None:
     """Return a moment where its kernel is."""
     return None if moment is None else replace(moment, values=moment.values.to(kernel.device))
 
 
-def first_element(batch: Any) -> Inputs:
+def default_inputs(batch: Any) -> Inputs:
     """Return a network's input in a batch: the batch itself, or its first element.
 
     Raises:

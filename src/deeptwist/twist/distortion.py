@@ -14,7 +14,6 @@ from deeptwist.decompose import (
     check_finite,
     check_plan,
     dry_run,
-    example_inputs,
     frobenius_norms,
     keep_frozen,
     materialize_weights,
@@ -23,7 +22,7 @@ from deeptwist.decompose import (
 )
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.proof import check_equivalent
+from deeptwist.inspection.proof import check_equivalent, example_inputs
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -319,8 +318,8 @@ class DeepTwist:
 
     def _compare(self, small: nn.Module) -> float | None:
         calls = {layer.name: len(layer.calls) for layer in self.plan.compressed}
-        dense = materialize_weights(self.model, self.plan, self._written)
-        inputs = example_inputs(self.model, self.plan, self._example_input)
+        dense = materialize_weights(self.model, self._written)
+        inputs = example_inputs(self.model, self.plan.inputs, self._example_input)
         try:
             difference = check_equivalent(dense, small, calls, inputs)
         except DeepTwistError as error:

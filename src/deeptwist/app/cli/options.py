@@ -185,8 +185,7 @@ def small_network(
         DeepTwistError: if both an artefact and options of a plan are given, or the plan
             compresses no layer.
     """
-    from deeptwist.decompose import decompose
-    from deeptwist.plan.calibration import recalibrate_batch_norm
+    from deeptwist.decompose import decompose, recalibrate_batch_norm
     from deeptwist.plan.planner import plan_from_model
     from deeptwist.save import load
 

@@ -13,9 +13,9 @@ from deeptwist.app.data import ImageData, load_data
 from deeptwist.app.report.page import write_sweep
 from deeptwist.app.training.evaluation import evaluate, test_inputs, training_inputs
 from deeptwist.app.training.recipe import CompressionRecipe
-from deeptwist.decompose import decompose
+from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.errors import DeepTwistError
-from deeptwist.plan.calibration import Calibration, calibrate, recalibrate_batch_norm
+from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 
 _SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"

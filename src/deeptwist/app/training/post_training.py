@@ -7,7 +7,7 @@ from torch import nn
 
 from deeptwist.app.data import ImageData, batches
 from deeptwist.app.training.evaluation import preprocess
-from deeptwist.plan.calibration import recalibrate_batch_norm as recalibrate
+from deeptwist.decompose import recalibrate_batch_norm as recalibrate
 
 
 def recalibrate_batch_norm(
