@@ -18,7 +18,7 @@ from tests.cases import every_layer
 import deeptwist as dt
 from deeptwist import Plan
 from deeptwist.app.cli import main
-from deeptwist.app.cli.runs import train
+from deeptwist.app.cli.commands import train
 from deeptwist.app.data import load_digits
 from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.evaluation import evaluate
@@ -73,7 +73,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plan", "resnet20", "--ratoi", "4"], "Did you mean --ratio?"),
         (["plan", "resnet20", "--ratio", "four"], "--ratio"),
         (["plan", "resnet20", "--ratio", "0.5"], "ratio 0.5 compresses nothing"),
-        (["plan", "resnet20"], "give it one, or give ratio, weights, macs or latency"),
+        (["plan", "resnet20"], "say how small: --ratio 4, --weight-budget 4"),
         (["plan", "resnt20", "--ratio", "4"], "did you mean 'resnet20'?"),
         (["plan", "resnet20", "--ratio", "4", "--exclude", "layer1.0.conv"], "'layer1.0.conv2'?"),
         (
@@ -98,10 +98,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "(64→64, 3×3) cannot hold Tucker ranks (80, 80): at most (64, 64)",
         ),
         (["plan", "resnet20", "--plan", "nowhere.json"], "nowhere.json"),
-        (["evaluate", "resnet20", "--data", "digist", "--artefact", "x"], "did you mean 'digits'?"),
-        (["evaluate", "resnet20", "--data", "digits", "--artefact", "nowhere"], "no config.json"),
+        (["evaluate", "resnet20", "--data", "digist", "--small", "x"], "did you mean 'digits'?"),
+        (["evaluate", "resnet20", "--data", "digits", "--small", "nowhere"], "no config.json"),
         (["evaluate", "resnet20", "--data", "digits"], "--weights"),
-        (["train", "resnet20", "--data", "/nowhere/at/all", "--out", "x"], "/nowhere/at/all"),
+        (
+            ["train", "resnet20", "--data", "/nowhere/at/all", "--ratio", "4", "--out", "x"],
+            "/nowhere/at/all",
+        ),
+        (["train", "resnet20", "--data", "/nowhere/at/all", "--out", "x"], "say how small"),
         (["train", "resnet20", "--data", "digits", "--ratio", "4", "--out", "/proc/x"], "/proc/x"),
         (["train", "resnet20", "--optimiser.lr", "1", "--out", "x"], "mean --optimizer.lr?"),
         (["train", "resnet20", "--optimizer.ln", "1", "--out", "x"], "mean --optimizer.lr?"),
@@ -111,7 +115,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "nowhere.yaml", "--out", "x"], "nowhere.yaml"),
         (["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"], "rounds 1"),
         (
-            ["benchmark", "resnet20", "--artefact", "x", "--decomposition", "cp", "--ratio", "100"],
+            ["benchmark", "resnet20", "--small", "x", "--decomposition", "cp", "--ratio", "100"],
             "decomposed already: leave out the options of a plan",
         ),
         (["plan", "resnet20", "--ratio", "4", "--out", "."], "cannot write .: Is a directory"),
@@ -228,7 +232,7 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
     plan = ["--decomposition", "svd", "--ratio", 2, "--no-skip-first-conv"]
     sizes = json.loads(run("decompose", *network, *plan, "--out", tmp_path, "--json").stdout)
     assert sizes["parameters"] < sizes["parameters_before"] / 1.9
-    words = ["evaluate", "resnet20", "--artefact", tmp_path, "--data", "digits", "--json"]
+    words = ["evaluate", "resnet20", "--small", tmp_path, "--data", "digits", "--json"]
     printed = json.loads(run(*words).stdout)
 
     dense = build_model("resnet20", in_channels=1)
@@ -276,9 +280,7 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
     assert "holds a run" in refused(*words)
 
     evaluated = json.loads(
-        run(
-            "evaluate", "resnet20", "--artefact", out / "model", "--data", "digits", "--json"
-        ).stdout
+        run("evaluate", "resnet20", "--small", out / "model", "--data", "digits", "--json").stdout
     )
     assert evaluated["accuracy"] == pytest.approx(summary["accuracy"], abs=1e-9)
 
@@ -288,7 +290,7 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
             "resnet20",
             "--input",
             "1x8x8",
-            "--artefact",
+            "--small",
             out / "model",
             "--rounds",
             3,

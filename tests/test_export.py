@@ -513,7 +513,7 @@ def test_the_command_frees_sizes_and_fixes_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["onnx", "program", "state-dict"])
 def test_the_command_writes_an_artefact(kind: str, artefact: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    words = [*WORDS, "--artefact", artefact, "--format", kind, "--out", out]
+    words = [*WORDS, "--small", artefact, "--format", kind, "--out", out]
     printed = json.loads(run(*words, "--json").stdout)
     assert printed.keys() == {*asdict(Exported(out, 0)), "format"}
     assert printed["path"] == str(out)
@@ -538,10 +538,10 @@ def test_the_command_decomposes_by_itself(tmp_path: Path) -> None:
             "--opset applies to ONNX only",
         ),
         (["--ratio", "1.5", "--format", "tflite"], "tflite"),
-        (["--artefact", "nowhere"], "no config.json"),
-        (["--artefact", "nowhere", "--ratio", "2"], "--artefact is decomposed already"),
+        (["--small", "nowhere"], "no config.json"),
+        (["--small", "nowhere", "--ratio", "2"], "--small is decomposed already"),
         (["--ratio", "1.5", "--exclude", "*"], "compresses no layer"),
-        ([], "give it one, or give ratio, weights, macs or latency"),
+        ([], "say how small: --ratio 4, --weight-budget 4"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], answer: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tests.test_cli import refused, run
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.app.cli.ratio_sweep import RATIOS, SweepPoint, find_knee, sweep
+from deeptwist.app.cli.sweep import RATIOS, SweepPoint, find_knee, sweep
 
 NETWORK = "tests.test_compress:network"
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.app.cli.ratio_sweep import SweepPoint
+from deeptwist.app.cli.sweep import SweepPoint
 from deeptwist.app.report import write_report
 from deeptwist.app.report.page import write_sweep
 from deeptwist.app.training.recipe import make_recipe

@@ -186,8 +186,7 @@ class Job:
         tried: list[tuple[float, float]] = []
 
         def score_at(ratio: float) -> float:
-            plan = self.make_plan(self.calibration, ratio)
-            tried.append((ratio, score(self.make_small(plan))))
+            tried.append((ratio, score(self.make_small(self._plan(ratio)))))
             advance()
             return tried[-1][1]
 
@@ -197,8 +196,12 @@ class Job:
         return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
 
     def choose_plan(self, ratio: float | None = None) -> Values:
-        """Plan as asked, or at the ratio that was found."""
-        self.plan = self.make_plan(self.calibration, ratio)
+        """Plan as asked, or at the ratio that was found.
+
+        Raises:
+            DeepTwistError: if the plan compresses no layer.
+        """
+        self.plan = self._plan(ratio)
         if self.folder is not None:
             write_text(self.folder / PLAN, self.plan.to_json())
         promise = None if self.plan.latency is None else str(self.plan.latency)
@@ -269,6 +272,12 @@ class Job:
             runs.append(network.prepare(example_input))
         times = compare_functions(*runs, rounds=rounds)
         return {**values, "batch": len(example_input), "times": asdict(times)}
+
+    def _plan(self, ratio: float | None) -> Plan:
+        plan = self.make_plan(self.calibration, ratio)
+        if not plan.compressed:
+            raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
+        return plan
 
     def _file(self, name: str) -> Path:
         if self.folder is None:

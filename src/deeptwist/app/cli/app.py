@@ -6,7 +6,7 @@ from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
 from deeptwist._version import __version__
-from deeptwist.app.cli import networks, runs
+from deeptwist.app.cli import commands
 from deeptwist.app.training.recipe import read_values
 
 # Where a trained network is at hand, a few gentle epochs of its factors cost least.
@@ -51,14 +51,14 @@ def _values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCo
 
 app.config = (_values_of_recipe,)
 for command in (
-    runs.demo,
-    runs.compress,
-    networks.plan,
-    networks.decompose,
-    runs.train,
-    runs.evaluate,
-    networks.benchmark,
-    networks.export,
-    runs.report,
+    commands.demo,
+    commands.compress,
+    commands.plan,
+    commands.decompose,
+    commands.train,
+    commands.evaluate,
+    commands.benchmark,
+    commands.export,
+    commands.report,
 ):
     app.command(command)

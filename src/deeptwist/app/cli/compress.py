@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.app.cli.console import progress_bar, writing
-from deeptwist.app.cli.options import CompressOptions
+from deeptwist.app.cli.options import CompressOptions, check_size, given_sizes
 from deeptwist.app.cli.tables import (
     describe_accuracy,
     describe_export,
@@ -144,13 +144,13 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
     compression = recipe.compression
-    sizes = ("ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan")
-    given = [name for name in sizes if getattr(compression, name) is not None]
+    given = given_sizes(compression)
     if options.goal is None:
         if not given and not compression.override:
             raise DeepTwistError(
                 "say how small: --ratio 4, --macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
             )
+        check_size(compression)
         return None
     if given:
         raise DeepTwistError(f"a --goal finds the ratio: leave out {', '.join(given)}")

@@ -2,11 +2,8 @@
 
 import shutil
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from deeptwist.app.cli.compress import run_compress
 from deeptwist.app.cli.console import progress_bar
@@ -22,25 +19,14 @@ _MARK = ".demo"  # what tells a demo's folder from a folder of the user's own
 _DENSE, _SMALL = "dense", "small"
 _BATCH = 256  # to time: the images are 8×8, and fewer would measure the calls, not the work
 
+NEXT_STEPS = """
+now with a network and images of your own (folders train/CLASS/, val/CLASS/):
 
-class DigitsNet(nn.Module):
-    """Five 3×3 convolutions of up to 256 channels with batch norm, for images of 8×8."""
-
-    def __init__(self, num_classes: int, in_channels: int):
-        super().__init__()
-        widths = (in_channels, 64, 128, 128, 256, 256)
-        layers: list[nn.Module] = []
-        for number, (before, after) in enumerate(pairwise(widths)):
-            stride = 2 if number == 3 else 1
-            layers.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(after), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (b, num_classes) for images (b, in_channels, h, w)."""
-        logits: Tensor = self.classifier(self.features(images).mean((2, 3)))
-        return logits
+  deeptwist plan torchvision/resnet18 --decomposition spatial-svd --ratio 4
+  deeptwist train torchvision/resnet18 --data photos/ --image-size 128 \\
+      --mode dense --epochs 30 --out runs/dense
+  deeptwist compress torchvision/resnet18 --weights runs/dense/weights.safetensors \\
+      --data photos/ --image-size 128 --ratio 4 --out runs/small"""
 
 
 def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
@@ -52,14 +38,14 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
         seed: of the initial weights and of the order of the images.
 
     Returns:
-        What every stage of the job came to.
+        What every step of the job came to.
 
     Raises:
         DeepTwistError: if a number is not one of a training's, or the folder holds something else
             or cannot be written.
     """
     recipe = {
-        "model": f"{__name__}:{DigitsNet.__name__}",
+        "model": "deeptwist.app.models.digits:DigitsNet",
         "batch_size": 64,
         "seed": seed,
         "schedule": {"epochs": epochs},

@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -12,6 +12,8 @@ from deeptwist.errors import DeepTwistError, check_int
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from deeptwist.app.data import ImageData
+    from deeptwist.compress import Job
     from deeptwist.measure.networks import Setting
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
@@ -22,6 +24,7 @@ Model = Annotated[
         help="resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory."
     ),
 ]
+_SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
@@ -113,23 +116,8 @@ class CalibrationOptions:
     calibrate: str | None = None
     calibration_images: int = 1024
 
-    def inputs(self, model: "nn.Module", example: "Tensor") -> "list[Tensor]":
-        """Return the images in batches, of the example's size; none where there is no data set."""
-        from deeptwist.app.data import load_data
-        from deeptwist.app.training.evaluation import training_inputs
-
-        if self.calibrate is None:
-            return []
+    def __post_init__(self) -> None:
         check_int("calibration_images", self.calibration_images)
-        size = None if self.calibrate in ("digits", "cifar10") else example.shape[-1]
-        data = load_data(self.calibrate, image_size=size)
-        return [*training_inputs(data, model, self.calibration_images)]
-
-    def moments(self, model: "nn.Module", inputs: "list[Tensor]") -> "Calibration | None":
-        """Return the calibration on what `inputs` returned; `None` where that is none."""
-        from deeptwist.plan.calibration import calibrate
-
-        return calibrate(model, inputs) if inputs else None
 
 
 NO_CALIBRATION = CalibrationOptions()
@@ -162,14 +150,85 @@ class SweepOptions:
 NO_SWEEP = SweepOptions()
 
 
-def small_network(
+def given_sizes(compression: CompressionRecipe) -> list[str]:
+    """Return the options that say how small, of those that are given."""
+    return [name for name in _SIZES if getattr(compression, name) is not None]
+
+
+def check_size(compression: CompressionRecipe) -> None:
+    """Check, before any work, that something says how small the network shall be.
+
+    Raises:
+        DeepTwistError: if nothing does, or a number that does compresses nothing.
+    """
+    from deeptwist.decompositions.base import check_ratio
+
+    if not given_sizes(compression) and not compression.override:
+        raise DeepTwistError("say how small: --ratio 4, --weight-budget 4, --macs 3 or --latency 2")
+    for factor in (compression.ratio, compression.weight_budget, compression.macs):
+        if factor is not None:
+            check_ratio(factor)
+
+
+def make_job(
     model: str,
     network: NetworkOptions,
     options: CompressionRecipe | None,
-    artefact: Path | None,
     calibration: CalibrationOptions = NO_CALIBRATION,
+    data: "ImageData | None" = None,
     *,
     recalibrate: bool = False,
+) -> "Job":
+    """Return the job on a network without training, calibrated where images are given.
+
+    Args:
+        model: the network's name.
+        network: see `NetworkOptions`.
+        options: of a plan.
+        calibration: images to choose ranks and factors on.
+        data: images that the network is built for, and calibrated on in place of those.
+        recalibrate: take batch norm's statistics anew on them.
+
+    Raises:
+        DeepTwistError: if there is no such network, nothing says how small it shall be, or there
+            are no images to recalibrate on.
+    """
+    from deeptwist.app.data import load_data
+    from deeptwist.app.training.evaluation import test_inputs, training_inputs
+    from deeptwist.compress import Job
+    from deeptwist.decompose import recalibrate_batch_norm
+
+    recipe = options or CompressionRecipe()
+    if data is not None:
+        classes, channels = len(data.classes), data.shape[0]
+        dense = network.build(model, num_classes=classes, in_channels=channels)
+        example = test_inputs(data, dense, 2)
+    else:
+        dense, example = network.build(model), network.example_input(model)
+        check_size(recipe)
+        if calibration.calibrate is not None:
+            size = None if calibration.calibrate in ("digits", "cifar10") else example.shape[-1]
+            data = load_data(calibration.calibrate, image_size=size)
+    if recalibrate and data is None:
+        raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
+    count = calibration.calibration_images
+    batches = [] if data is None else [*training_inputs(data, dense, count)]
+
+    def make_plan(calibration: "Calibration | None", ratio: float | None) -> "Plan":
+        asked = recipe if ratio is None else replace(recipe, ratio=ratio)
+        return asked.make_plan(dense, example, calibration=calibration)
+
+    def recover(small: "nn.Module") -> "nn.Module":
+        return recalibrate_batch_norm(small, batches) if recalibrate else small
+
+    job = Job(dense, make_plan, lambda: batches, recover)
+    if batches:
+        job.calibrate()
+    return job
+
+
+def small_network(
+    model: str, network: NetworkOptions, options: CompressionRecipe | None, small: Path | None
 ) -> "tuple[nn.Module, nn.Module, Plan]":
     """Return a network dense and decomposed, as saved or as planned here, with the plan.
 
@@ -177,35 +236,26 @@ def small_network(
         model: the network's name.
         network: see `NetworkOptions`.
         options: of a plan.
-        artefact: a folder with a decomposed network.
-        calibration: images to choose ranks and factors on.
-        recalibrate: take batch norm's statistics anew on them.
+        small: a folder with the decomposed network.
 
     Raises:
-        DeepTwistError: if both an artefact and options of a plan are given, or the plan
+        DeepTwistError: if both a folder and options of a plan are given, or the plan
             compresses no layer.
     """
-    from deeptwist.decompose import decompose, recalibrate_batch_norm
     from deeptwist.plan.planner import plan_from_model
     from deeptwist.save import load
 
-    if artefact is not None and options is not None:
+    if small is None:
+        job = make_job(model, network, options)
+        job.choose_plan()
+        return job.model, job.decompose(), job.plan
+    if options is not None:
         raise DeepTwistError(
-            "the network in --artefact is decomposed already: leave out the options of a plan"
+            "the network in --small is decomposed already: leave out the options of a plan"
         )
-    dense, example = network.build(model), network.example_input(model)
-    if artefact is not None:
-        small = load(artefact, model=network.build(model))
-        return dense, small, plan_from_model(small, dense, example)
-    inputs = calibration.inputs(dense, example)
-    if recalibrate and not inputs:
-        raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
-    moments = calibration.moments(dense, inputs)
-    plan = (options or CompressionRecipe()).make_plan(dense, example, calibration=moments)
-    if not plan.compressed:
-        raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
-    small = decompose(dense, plan, calibration=moments)
-    return dense, recalibrate_batch_norm(small, inputs) if recalibrate else small, plan
+    dense = network.build(model)
+    decomposed = load(small, model=network.build(model))
+    return dense, decomposed, plan_from_model(decomposed, dense, network.example_input(model))
 
 
 @Parameter(name="*")

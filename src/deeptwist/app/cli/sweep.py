@@ -1,108 +1,133 @@
-"""`deeptwist plan --sweep`: a network planned at many ratios."""
+"""Which ratio can I afford: a network planned at several, and where the loss begins to run away."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
-
-from deeptwist.app.cli.console import print_table, progress_bar
-from deeptwist.app.cli.options import CalibrationOptions, NetworkOptions, SweepOptions
-from deeptwist.app.cli.ratio_sweep import RATIOS, SweepPoint, find_knee, sweep
-from deeptwist.app.data import ImageData, load_data
-from deeptwist.app.report.page import write_sweep
-from deeptwist.app.training.evaluation import evaluate, test_inputs, training_inputs
+from deeptwist.app.cli.console import progress_bar
+from deeptwist.app.cli.options import (
+    CalibrationOptions,
+    NetworkOptions,
+    SweepOptions,
+    given_sizes,
+    make_job,
+)
+from deeptwist.app.data import load_data
+from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.recipe import CompressionRecipe
-from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.errors import DeepTwistError
-from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 
-_SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
+RATIOS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 
-def run_sweep(
+@dataclass(frozen=True)
+class SweepPoint:
+    """A network planned at one ratio.
+
+    Attributes:
+        ratio: asked for.
+        error: the root mean square of the relative errors of all layers that some plan of the
+            sweep compresses.
+        weights: dense ÷ decomposed parameters of the whole network.
+        macs: dense ÷ decomposed MACs of the layers.
+        accuracy: of the network decomposed so, without training; `None` where it is not measured.
+    """
+
+    ratio: float
+    error: float
+    weights: float
+    macs: float
+    accuracy: float | None = None
+
+
+def sweep(
+    make_plan: Callable[[float], Plan],
+    ratios: Iterable[float] = RATIOS,
+    accuracy: Callable[[Plan], float] | None = None,
+) -> list[SweepPoint]:
+    """Return a network's points at several ratios.
+
+    Args:
+        make_plan: a ratio → the plan.
+        ratios: see `make_plan`.
+        accuracy: a plan → the accuracy of the network that it makes.
+    """
+    plans = {ratio: make_plan(ratio) for ratio in ratios}
+    names = {layer.name for plan in plans.values() for layer in plan.compressed}
+    points = []
+    for ratio, plan in plans.items():
+        squares = sum((layer.relative_error or 0.0) ** 2 for layer in plan.compressed)
+        points.append(
+            SweepPoint(
+                ratio=ratio,
+                error=math.sqrt(squares / max(1, len(names))),
+                weights=plan.compression_ratio,
+                macs=plan.dense_macs / max(1, plan.macs),
+                accuracy=None if accuracy is None else accuracy(plan),
+            )
+        )
+    return points
+
+
+def find_knee(points: Sequence[SweepPoint], dense_accuracy: float | None = None) -> int:
+    """Return the index of the last point before the loss runs away.
+
+    It lies farthest below the straight line from the first to the last point, over the logarithm
+    of the ratio, each axis scaled to its range (Satopaa et al., 2011).
+
+    Args:
+        points: of rising ratios; their loss is that of accuracy, or else the predicted error.
+        dense_accuracy: of the dense network, where the points have accuracies.
+    """
+    x = [math.log(point.ratio) for point in points]
+    if dense_accuracy is None:
+        losses = [point.error for point in points]
+    else:
+        losses = [dense_accuracy - (point.accuracy or 0.0) for point in points]
+    width, height = x[-1] - x[0], losses[-1] - losses[0]
+    if width <= 0 or height <= 0:
+        return len(points) - 1
+    below = [(a - x[0]) / width - (b - losses[0]) / height for a, b in zip(x, losses, strict=True)]
+    return max(range(len(points)), key=below.__getitem__)
+
+
+def sweep_network(
     model: str,
     network: NetworkOptions,
     recipe: CompressionRecipe,
     calibration: CalibrationOptions,
     options: SweepOptions,
-    *,
-    as_json: bool,
-) -> None:
-    """Plan at many ratios, print what is lost and saved, and draw it where asked."""
-    given = [name for name in _SIZES if getattr(recipe, name) is not None]
+) -> tuple[list[SweepPoint], float | None]:
+    """Plan a network at many ratios; return the points and, where there are images, its accuracy.
+
+    Raises:
+        DeepTwistError: if the recipe says how small.
+    """
+    given = given_sizes(recipe)
     if given:
         raise DeepTwistError(f"a sweep chooses the ratios: leave out {', '.join(given)}")
-    accuracy: Callable[[Plan], float] | None = None
-    dense_accuracy = None
-    if options.data is None:
-        dense, example = network.build(model), network.example_input(model)
-        moments = calibration.moments(dense, calibration.inputs(dense, example))
-    else:
+    data, accuracy, dense_accuracy = None, None, None
+    if options.data is not None:
         size = None if options.data in ("digits", "cifar10") else network.size(model)[-1]
         data = load_data(options.data, image_size=size)
-        classes, channels = len(data.classes), data.shape[0]
-        dense = network.build(model, num_classes=classes, in_channels=channels)
-        example = test_inputs(data, dense, 2)
-        inputs = [*training_inputs(data, dense, calibration.calibration_images)]
-        moments = calibrate(dense, inputs)
-        accuracy = _accuracy(dense, data, inputs, moments, options.test_images)
+    recipe = replace(recipe, ratio=RATIOS[0])
+    job = make_job(model, network, recipe, calibration, data, recalibrate=data is not None)
+    if data is not None:
+        test, images = (
+            data.test.evenly_spaced(min(options.test_images, len(data.test.labels))),
+            data,
+        )
+
+        def accuracy(plan: Plan) -> float:
+            small = job.make_small(plan) if plan.compressed else job.model
+            return evaluate(small, test, images).accuracy
+
         dense_accuracy = accuracy(Plan(()))
     with progress_bar("sweep", len(RATIOS)) as advance:
 
         def make_plan(ratio: float) -> Plan:
             advance()
-            return replace(recipe, ratio=ratio).make_plan(dense, example, calibration=moments)
+            return job.make_plan(job.calibration, ratio)
 
-        points = sweep(make_plan, accuracy=accuracy)
-    knee = find_knee(points, dense_accuracy)
-    if options.page is not None:
-        title = f"deeptwist plan --sweep {model}, {recipe.label}"
-        write_sweep(points, knee, options.page, title=title, dense_accuracy=dense_accuracy)
-    if as_json:
-        values = {"dense_accuracy": dense_accuracy, "knee": points[knee].ratio}
-        print(json.dumps({**values, "points": [asdict(point) for point in points]}))
-        return
-    _print_sweep(f"{model}, {recipe.label}", points, knee, dense_accuracy)
-
-
-def _accuracy(
-    dense: nn.Module,
-    data: ImageData,
-    inputs: list[Tensor],
-    moments: Calibration,
-    images: int,
-) -> Callable[[Plan], float]:
-    """Return what tells the accuracy of the network that a plan makes, without training."""
-    test = data.test.evenly_spaced(min(images, len(data.test.labels)))
-
-    def accuracy(plan: Plan) -> float:
-        small = dense
-        if plan.compressed:
-            small = decompose(dense, plan, calibration=moments)
-            small = recalibrate_batch_norm(small, inputs)
-        return evaluate(small, test, data).accuracy
-
-    return accuracy
-
-
-def _print_sweep(
-    title: str, points: Sequence[SweepPoint], knee: int, dense_accuracy: float | None
-) -> None:
-    """Print a row for each ratio, and which of them is the knee."""
-    header = ["ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""]
-    rows = [
-        [
-            f"{point.ratio:g}×",
-            f"{point.error:.3f}",
-            f"{point.weights:.2f}×",
-            f"{point.macs:.2f}×",
-            "" if point.accuracy is None else f"{point.accuracy:.2%}",
-            "knee" * (index == knee),
-        ]
-        for index, point in enumerate(points)
-    ]
-    if dense_accuracy is not None:
-        rows.insert(0, ["dense", "", "", "", f"{dense_accuracy:.2%}", ""])
-    print_table(title, header, rows)
+        return sweep(make_plan, accuracy=accuracy), dense_accuracy

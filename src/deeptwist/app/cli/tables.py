@@ -7,6 +7,7 @@ from deeptwist.app.cli.console import print_table
 
 if TYPE_CHECKING:
     from deeptwist.app.benchmark.layers import LayerComparison
+    from deeptwist.app.cli.sweep import SweepPoint
     from deeptwist.app.training.metrics import Summary
     from deeptwist.measure.networks import Measurement
 
@@ -102,6 +103,27 @@ def _count_row(label: str, dense: int, small: int) -> list[str]:
 def _time_row(label: str, times: dict[str, Any]) -> list[str]:
     medians = [f"{times[side]['median']:.2f}" for side in ("dense", "decomposed")]
     return [label, *medians, f"{times['speedup']:.2f}× as fast"]
+
+
+def print_sweep(
+    title: str, points: "Sequence[SweepPoint]", knee: int, dense_accuracy: float | None
+) -> None:
+    """Print a row for each ratio, and which of them is the knee."""
+    header = ["ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""]
+    rows = [
+        [
+            f"{point.ratio:g}×",
+            f"{point.error:.3f}",
+            f"{point.weights:.2f}×",
+            f"{point.macs:.2f}×",
+            "" if point.accuracy is None else f"{point.accuracy:.2%}",
+            "knee" * (index == knee),
+        ]
+        for index, point in enumerate(points)
+    ]
+    if dense_accuracy is not None:
+        rows.insert(0, ["dense", "", "", "", f"{dense_accuracy:.2%}", ""])
+    print_table(title, header, rows)
 
 
 def print_summaries(title: str, summaries: "Sequence[Summary]") -> None:

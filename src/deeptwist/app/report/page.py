@@ -32,7 +32,7 @@ from deeptwist.plan.plan import Plan
 from deeptwist.plan.table import layer_row
 
 if TYPE_CHECKING:
-    from deeptwist.app.cli.ratio_sweep import SweepPoint
+    from deeptwist.app.cli.sweep import SweepPoint
 
 _NONE, _NBSP = "–", "\N{NO-BREAK SPACE}"
 _WORDS = {"ms": ("faster", "slower"), "MB": ("smaller", "larger")}
@@ -251,7 +251,7 @@ def write_sweep(
     """Write a sweep over ratios as one HTML file that needs nothing else.
 
     Args:
-        points: see `deeptwist.app.cli.ratio_sweep.sweep`.
+        points: see `deeptwist.app.cli.sweep.sweep`.
         knee: the index of the point that is marked.
         path: the file to write; an old one is replaced.
         title: of the page.

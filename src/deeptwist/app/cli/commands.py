@@ -1,0 +1,420 @@
+"""The commands, and what help shows of them.
+
+Heavy imports wait inside the commands, so that help answers at once.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from deeptwist.app.cli.console import progress_bar, speaks_for_all, writing
+from deeptwist.app.cli.options import (
+    NO_CALIBRATION,
+    NO_SWEEP,
+    AsJson,
+    BenchmarkOptions,
+    CalibrationOptions,
+    CompressOptions,
+    Model,
+    NetworkOptions,
+    PlanOptions,
+    SweepOptions,
+    WeightOptions,
+    check_size,
+    make_job,
+    small_network,
+)
+from deeptwist.app.cli.tables import (
+    print_compressed,
+    print_layers,
+    print_networks,
+    print_summaries,
+    print_sweep,
+)
+from deeptwist.app.training.recipe import CompressionRecipe, DataRecipe, Recipe
+from deeptwist.errors import DeepTwistError
+
+_WEIGHTS, _NETWORK = WeightOptions(), NetworkOptions()
+_BENCHMARK, _COMPRESS = BenchmarkOptions(), CompressOptions()
+
+
+def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> None:
+    """Train a small network on embedded data, compress it, time both, write a report.
+
+    ```
+    deeptwist demo
+    ```
+
+    Args:
+        out: Folder of the runs and the report; an earlier demo there is replaced.
+        epochs: Of each training.
+        seed: Of weights and data order.
+    """
+    from deeptwist.app.cli.demo import NEXT_STEPS, run_demo
+
+    result = run_demo(out, epochs=epochs, seed=seed)
+    print_compressed("handwritten digits, five convolutions of up to 256 channels", result)
+    print(NEXT_STEPS)
+
+
+def compress(
+    network: Annotated[str, Parameter(help="A network as elsewhere, or a recipe (.yaml).")],
+    *,
+    out: Path,
+    recipe: Annotated[Recipe, Parameter(name="*")],
+    options: CompressOptions = _COMPRESS,
+    resume: bool = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a trained network smaller: the whole job in one command and one folder.
+
+    Evaluates the dense network, calibrates, plans, decomposes, trains, takes batch norm's
+    statistics anew, exports both networks to ONNX, times them in turn, writes a report. Unless a
+    recipe or an option says otherwise, and whatever defaults stand below: spatial SVD on all
+    convolutions but the first, calibrated on 1,024 images, and 6 epochs of conventional
+    fine-tuning from a learning rate of 0.02.
+
+    ```
+    deeptwist compress resnet32 --weights r32.safetensors --data cifar10 --ratio 4 --out runs/r32
+    deeptwist compress torchvision/resnet18 --weights r18.safetensors --data photos/
+      --goal 'accuracy>=dense-0.01' --epochs 0 --int8 --out runs/r18
+    deeptwist compress mine.models:network --data photos/ --macs 3 --batch 1 --out runs/mine
+    deeptwist compress mine.models:network --data photos/ --macs 3 --batch 1 --out runs/mine
+      --resume
+    ```
+
+    Args:
+        out: Folder of the job: plan, small network, ONNX files, report, every step's result.
+        resume: Go on with the job in the folder: steps that are done are skipped.
+    """
+    from deeptwist.app.cli.compress import run_compress
+
+    result = run_compress(recipe, options, out, resume=resume)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print_compressed(f"{recipe.model} on {recipe.data.source}", result)
+
+
+def plan(
+    model: Model,
+    *,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    calibration: CalibrationOptions = NO_CALIBRATION,
+    out: Path | None = None,
+    sweep: SweepOptions = NO_SWEEP,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers would be compressed, how, at what cost; change nothing.
+
+    ```
+    deeptwist plan resnet32 --weights resnet32.safetensors --ratio 4
+    deeptwist plan torchvision/resnet34 --decomposition spatial-svd --ratio 4 --min-in-channels 128
+    deeptwist plan resnet32 --weights r32.safetensors --decomposition spatial-svd tucker --macs 3
+      --calibrate cifar10
+    ```
+
+    Args:
+        out: Write the plan as JSON to this file.
+    """
+    from deeptwist.files import write_text
+
+    if sweep.sweep:
+        _sweep(model, network, options or CompressionRecipe(), calibration, sweep, as_json)
+        return
+    job = make_job(model, network, options, calibration)
+    planned = job.make_plan(job.calibration, None)
+    if out is not None:
+        with writing(out):
+            write_text(out, planned.to_json())
+    print(planned.to_json() if as_json else planned)
+
+
+def _sweep(
+    model: str,
+    network: NetworkOptions,
+    recipe: CompressionRecipe,
+    calibration: CalibrationOptions,
+    options: SweepOptions,
+    as_json: bool,
+) -> None:
+    """Plan at many ratios, print what is lost and saved, and draw it where asked."""
+    from deeptwist.app.cli.sweep import find_knee, sweep_network
+    from deeptwist.app.report.page import write_sweep
+
+    points, dense_accuracy = sweep_network(model, network, recipe, calibration, options)
+    knee = find_knee(points, dense_accuracy)
+    if options.page is not None:
+        title = f"deeptwist plan --sweep {model}, {recipe.label}"
+        write_sweep(points, knee, options.page, title=title, dense_accuracy=dense_accuracy)
+    if as_json:
+        values = {"dense_accuracy": dense_accuracy, "knee": points[knee].ratio}
+        print(json.dumps({**values, "points": [asdict(point) for point in points]}))
+    else:
+        print_sweep(f"{model}, {recipe.label}", points, knee, dense_accuracy)
+
+
+def train(
+    network: Annotated[str, Parameter(help="A recipe (.yaml), or a network as elsewhere.")],
+    *,
+    out: Path,
+    recipe: Annotated[Recipe, Parameter(name="*")],
+    resume: bool = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network: as it is, under DeepTwist, or decomposed (conventional fine-tuning).
+
+    ```
+    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --data cifar10 --out runs/svd
+    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --data cifar10 --out runs/svd --resume
+    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --optimizer.lr 0.05 --out runs/faster
+    deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/dense
+    deeptwist train resnet32 --data cifar10 --weights runs/dense/weights.safetensors
+      --decomposition tucker --ratio 4 --out runs/tucker
+    torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10-10-epochs.yaml
+      --out runs/two
+    ```
+
+    Args:
+        out: Folder of the run: recipe, metrics, checkpoints, plan, model and summary.
+        resume: Go on from the last checkpoint in the folder, if there is one.
+    """
+    from deeptwist.app.data import load_data
+    from deeptwist.app.training.run import build_run
+    from deeptwist.app.training.run import train as train_run
+    from deeptwist.app.training.run_dir import check_same_recipe
+
+    if recipe.training_mode.compresses:
+        check_size(recipe.compression)
+    check_same_recipe(out, recipe, resume=resume)
+    data = load_data(recipe.data)
+    run = build_run(recipe, data, name=out.name)
+    with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
+        summary = train_run(run, out, resume=resume, on_step=advance)
+    if not speaks_for_all():
+        return
+    if as_json:
+        print(json.dumps(asdict(summary)))
+    else:
+        print_summaries(f"{recipe.model} on {data.name}", [summary])
+
+
+def decompose(
+    model: Model,
+    *,
+    out: Path,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    calibration: CalibrationOptions = NO_CALIBRATION,
+    recalibrate: bool = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decompose a network as it is, without training, and save it.
+
+    ```
+    deeptwist decompose resnet32 --weights resnet32.safetensors --ratio 2 --out small/
+    deeptwist decompose resnet32 --weights r32.safetensors --decomposition spatial-svd --macs 2
+      --calibrate cifar10 --recalibrate --out small/
+    ```
+
+    Args:
+        out: Folder for config.json and model.safetensors.
+        recalibrate: Take batch norm's statistics anew on the images of --calibrate.
+    """
+    from deeptwist.save import WEIGHTS, save
+
+    job = make_job(model, network, options, calibration, recalibrate=recalibrate)
+    job.choose_plan()
+    size = (save(job.decompose(), out, base_model=model) / WEIGHTS).stat().st_size
+    planned = job.plan
+    if as_json:
+        result = {
+            "out": str(out),
+            "parameters_before": planned.dense_parameters,
+            "parameters": planned.parameters,
+            "macs_before": planned.dense_macs,
+            "macs": planned.macs,
+            "bytes": size,
+        }
+        print(json.dumps(result))
+        return
+    print(
+        f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
+        f"({planned.compression_ratio:.2f}×), {planned.dense_macs:,} → {planned.macs:,} MACs, "
+        f"{len(planned.compressed)} layers compressed, {len(planned.kept)} kept"
+    )
+
+
+def evaluate(
+    model: Model,
+    *,
+    data: Annotated[DataRecipe | None, Parameter(name="*")] = None,
+    small: Path | None = None,
+    network: WeightOptions = _WEIGHTS,
+    as_json: AsJson = False,
+) -> None:
+    """Measure accuracy and loss on the test images: of a dense network or of a saved small one.
+
+    ```
+    deeptwist evaluate resnet32 --data cifar10 --weights resnet32.safetensors
+    deeptwist evaluate resnet32 --data cifar10 --small runs/tucker/model
+    ```
+
+    Args:
+        small: A folder that deeptwist saved, instead of --weights.
+    """
+    from deeptwist.app.data import load_data
+    from deeptwist.app.training.evaluation import batch_size_for
+    from deeptwist.app.training.evaluation import evaluate as evaluate_network
+    from deeptwist.save import load
+
+    if data is None:
+        raise DeepTwistError("name the images: --data digits, or a folder")
+    if (small is None) == (network.weights is None):
+        raise DeepTwistError("give either --weights of the dense network or --small of a small one")
+    dataset = load_data(data)
+    count = len(dataset.test.labels)
+    built = network.build(model, num_classes=len(dataset.classes), in_channels=dataset.shape[0])
+    if small is not None:
+        built = load(small, model=built)
+    with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:
+        result = evaluate_network(built, dataset.test, dataset, on_batch=advance)
+    if as_json:
+        print(json.dumps({"data": dataset.name, "images": count, **asdict(result)}))
+    else:
+        print(
+            f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} on {count:,} images of "
+            f"{dataset.name}"
+        )
+
+
+def benchmark(
+    model: Model,
+    *,
+    small: Path | None = None,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    settings: BenchmarkOptions = _BENCHMARK,
+    as_json: AsJson = False,
+) -> None:
+    """Time a network dense and decomposed, in turn, in one process: each layer, then the whole.
+
+    ```
+    deeptwist benchmark torchvision/resnet34 --decomposition spatial-svd --ratio 4
+    deeptwist benchmark resnet32 --small runs/tucker/model --batch 1 64 --threads 1 2
+    deeptwist benchmark torchvision/resnet34 --ratio 4 --runtime eager onnxruntime
+    ```
+
+    Args:
+        small: A folder that deeptwist saved; without it the network is decomposed here.
+    """
+    from deeptwist.app.benchmark.suite import benchmark as run_benchmark
+
+    combinations = settings.settings()
+    dense, decomposed, planned = small_network(model, network, options, small)
+    steps = len(planned.compressed) * settings.layers + settings.rounds * len(combinations)
+    with progress_bar("benchmark", steps) as advance:
+        result = run_benchmark(
+            dense,
+            decomposed,
+            planned,
+            lambda batch: network.example_input(model, batch),
+            combinations,
+            rounds=settings.rounds,
+            layers=settings.layers,
+            on_step=advance,
+        )
+    if as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    print_layers(result.layers)
+    print_networks(model, result.networks, result.macs_before / max(1, result.macs))
+    memory = result.peak_memory
+    print(
+        f"\npeak memory at batch {combinations[0].batch}, above weights and input: "
+        f"dense {memory.dense / 2**20:.1f} MB, decomposed {memory.decomposed / 2**20:.1f} MB"
+        f"\n{result.machine}"
+    )
+
+
+def export(
+    model: Model,
+    *,
+    out: Path,
+    small: Path | None = None,
+    format: Literal["onnx", "program", "state-dict"] = "onnx",
+    batch: int | None = None,
+    dynamic_size: Annotated[bool, Parameter(negative=())] = False,
+    opset: int | None = None,
+    network: NetworkOptions = _NETWORK,
+    options: PlanOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a decomposed network for use without deeptwist, and verify what was written.
+
+    ```
+    deeptwist export resnet32 --small runs/tucker/model --out small.onnx
+    deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
+    deeptwist export my_nets:unet --small runs/unet/model --dynamic-size --out small.onnx
+    deeptwist export my_nets:detector --small runs/det/model --batch 1 --out small.onnx
+    ```
+
+    Args:
+        out: The file.
+        small: A folder that deeptwist saved; without it the network is decomposed here.
+        format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
+        batch: A fixed batch size, as detectors need; free if not given.
+        dynamic_size: Leave height and width free too.
+        opset: Version of ONNX's operators; torch's choice if not given.
+    """
+    from deeptwist.export import export_onnx, export_program, export_state_dict
+
+    if opset is not None and format != "onnx":
+        raise DeepTwistError(f"--opset applies to ONNX only: leave it out with --format {format}")
+    if format == "state-dict" and (batch is not None or dynamic_size):
+        raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
+    if small is not None and network.weights is not None:
+        raise DeepTwistError("the network in --small has weights: leave out --weights")
+    _, decomposed, _ = small_network(model, network, options, small)
+    example = network.example_input(model, batch or 2).to(next(decomposed.parameters()).dtype)
+    if format == "onnx":
+        written = export_onnx(
+            decomposed, out, example, batch=batch, dynamic_size=dynamic_size, opset=opset
+        )
+    elif format == "program":
+        written = export_program(decomposed, out, example, batch=batch, dynamic_size=dynamic_size)
+    else:
+        written = export_state_dict(decomposed, out)
+    if as_json:
+        print(json.dumps({**asdict(written), "path": str(out), "format": format}))
+        return
+    version = "" if written.opset is None else f" (opset {written.opset})"
+    print(f"{out}: {format}{version}, {written.bytes:,} bytes")
+    if written.worst_difference is not None:
+        batches = ", ".join(map(str, written.batches))
+        sizes = ", ".join("×".join(map(str, size)) for size in written.sizes)
+        print(
+            f"outputs differ from PyTorch's by {written.worst_difference:.1e} at most, "
+            f"at batches {batches}" + (f" and sizes {sizes}" if sizes else "")
+        )
+
+
+def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist") -> None:
+    """Turn finished runs into one page that opens offline.
+
+    ```
+    deeptwist report runs/dense runs/tucker --out report.html
+    ```
+
+    Args:
+        runs: Folders that 'deeptwist train' or 'deeptwist compress' wrote.
+        out: The page.
+        title: Its title.
+    """
+    from deeptwist.app.report import write_report
+
+    print(write_report(runs, out, title=title))
