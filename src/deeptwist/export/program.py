@@ -1,31 +1,30 @@
-"""Write a model to a file.
+"""A `torch.export` program, a plain state dict, and what every export begins and ends with.
 
 A file takes its name only after it is complete and, where it can be run, verified.
 """
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 
-from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
-from deeptwist.export.convert import check_free_axes, convert, told_with, trace
-from deeptwist.export.signature import Inputs, make_signature
-from deeptwist.export.verify import run_in_onnxruntime, verify
+from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.export.signature import Inputs, Signature, make_signature, run_model
+from deeptwist.export.verify import verify
 from deeptwist.files import atomic_write
 from deeptwist.inspection.run import output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
 from deeptwist.measure.runtimes import suppress_output
 from deeptwist.save import deduplicate
-
-_LARGEST_ONNX = 2**31  # bytes of one protobuf message
 
 
 @dataclass(frozen=True)
@@ -49,68 +48,6 @@ class Exported:
     batches: tuple[int, ...] = ()
     sizes: tuple[tuple[int, ...], ...] = ()
     worst_difference: float | None = None
-
-
-def export_onnx(
-    model: nn.Module,
-    path: str | Path,
-    example_input: Tensor | Inputs,
-    *,
-    batch: int | None = None,
-    dynamic_size: bool = False,
-    opset: int | None = None,
-    tolerance: float | None = None,
-) -> Exported:
-    """Write a model as one ONNX file, verified in onnxruntime.
-
-    Args:
-        model: any network; exported in evaluation mode, from a copy on the processor.
-        path: the file.
-        example_input: a batch of any size, or the tuple of the model's positional inputs. Only
-            shapes and types are read, and the rows of integer inputs, which verification repeats.
-        batch: the batch size that the file takes, for networks whose outputs have no batch in
-            front, as detectors; free if not given. Where torch's exporter cannot convert a
-            network, its older one is tried.
-        dynamic_size: whether height and width (the length of 1-D inputs) are free too. What the
-            model asks of them, as multiples of 32, holds for the file.
-        opset: the version of ONNX's operators; torch's choice if not given.
-        tolerance: the largest relative difference of an output; the square root of the
-            precision of its type if not given, 3.5e-4 in fp32.
-
-    Raises:
-        DeepTwistError: if the extra 'onnx' is missing, the model cannot be traced with free axes
-            or converted to the opset, is larger than 2 GB, or computes something else in
-            onnxruntime; or if the file cannot be written.
-    """
-    with require_extra("onnx"):
-        for package in ("onnx", "onnxruntime", "onnxscript"):
-            import_module(package)
-    if opset is not None:
-        check_int("opset", opset)
-    size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
-    if size >= _LARGEST_ONNX:
-        raise DeepTwistError(
-            f"the weights take {size / 2**30:.1f} GB and one ONNX file holds less than 2 GB: "
-            "export a program or a state dict"
-        )
-    plain, signature = (
-        _inference_copy(model),
-        make_signature(model, example_input, batch, dynamic_size),
-    )
-    with _writing(Path(path)) as temporary:
-        proto, reason = convert(plain, signature, opset)
-        version = next(entry.version for entry in proto.opset_import if not entry.domain)
-        if opset not in (None, version):
-            raise DeepTwistError(
-                f"opset {opset} cannot be had: an operator of this model has no conversion and "
-                f"the exporter stayed at {version}; ask for {version} or another, or for none"
-            )
-        with told_with(reason, signature):
-            check_free_axes(proto, signature)
-            temporary.write_bytes(proto.SerializeToString())
-            sizes, worst = verify(plain, signature, run_in_onnxruntime(temporary), tolerance)
-        bytes_ = temporary.stat().st_size
-    return Exported(Path(path), bytes_, version, signature.batches, sizes, worst)
 
 
 def export_program(
@@ -139,11 +76,9 @@ def export_program(
         DeepTwistError: if the model cannot be traced with free axes, if the program computes
             something else than the model, or if the file cannot be written.
     """
-    plain, signature = (
-        _inference_copy(model),
-        make_signature(model, example_input, batch, dynamic_size),
-    )
-    with _writing(Path(path)) as temporary:
+    plain = inference_copy(model)
+    signature = make_signature(model, example_input, batch, dynamic_size)
+    with writing(Path(path)) as temporary:
         program = trace(plain, signature)
         traced = program.module()
         with temporary.open("wb") as file, suppress_output():
@@ -168,14 +103,53 @@ def export_state_dict(model: nn.Module, path: str | Path) -> Exported:
     Raises:
         DeepTwistError: if the file cannot be written.
     """
-    tensors, aliases = deduplicate(_inference_copy(model))
+    tensors, aliases = deduplicate(inference_copy(model))
     copies = {alias: tensors[name].clone() for alias, name in aliases.items()}
-    with _writing(Path(path)) as temporary:
+    with writing(Path(path)) as temporary:
         save_file({**tensors, **copies}, temporary)
         return Exported(Path(path), temporary.stat().st_size)
 
 
-def _inference_copy(model: nn.Module) -> nn.Module:
+def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
+    """Return the program that `torch.export` makes of a model.
+
+    Raises:
+        DeepTwistError: if the model cannot run on the signature, or be traced.
+    """
+    # Zeros, because the program keeps them; two, because torch takes a batch of one for fixed.
+    batch = signature.batch or 2
+    zeros = tuple(x.new_zeros(batch, *x.shape[1:]) for x in signature.example)
+    run_model(plain, zeros)  # a wrong input is told plainly here, and by torch.export at length
+    dims: dict[str, Any] = {"batch": Dim("batch")}  # torch finds the bounds of the others
+    shapes = [
+        {a: dims.get(name, Dim.DYNAMIC) for a, name in x.items()} for x in signature.free_axes
+    ]
+    try:
+        with suppress_output():
+            program = torch.export.export(plain, zeros, dynamic_shapes=tuple(shapes))
+    except Exception as error:  # a forward may fail to be traced in any way
+        raise DeepTwistError(
+            f"torch.export cannot trace {type(plain).__name__} with {_described(signature)}: "
+            f"{reason_of(error)}"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine are nobody's business
+    return program
+
+
+def _described(signature: Signature) -> str:
+    free = sorted({name for axes in signature.free_axes for name in axes.values()})
+    return f"a free {' and '.join(free)}" if free else "a fixed batch"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what torch.export objects to: the first point of its list, where it makes one."""
+    lines = str(error).splitlines()
+    points = [line.strip(" -") for line in lines if line.startswith("  - ")]
+    return textwrap.shorten(points[0] if points else first_line(error), 300)
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
     """Return a copy for use: on the processor, in evaluation mode, its weights plain parameters."""
     # A forward that is compiled, or wrapped, would go on running the model itself.
     plain = swap(model, {}).cpu().eval().requires_grad_(False)
@@ -199,7 +173,7 @@ def _inference_copy(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of `path`, renamed to it at the end."""
     if path.is_dir() or not path.parent.is_dir():  # said before the work, not after it
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"

@@ -1,0 +1,186 @@
+"""ONNX: a network as one file, verified in onnxruntime."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeptwist.errors import DeepTwistError, check_int, require_extra
+from deeptwist.export.program import Exported, inference_copy, reason_of, trace, writing
+from deeptwist.export.signature import Inputs, Signature, make_signature, run_model
+from deeptwist.export.verify import run_in_onnxruntime, verify
+from deeptwist.measure.runtimes import suppress_output
+
+_LARGEST_ONNX = 2**31  # bytes of one protobuf message
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Tensor | Inputs,
+    *,
+    batch: int | None = None,
+    dynamic_size: bool = False,
+    opset: int | None = None,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write a model as one ONNX file, verified in onnxruntime.
+
+    Args:
+        model: any network; exported in evaluation mode, from a copy on the processor.
+        path: the file.
+        example_input: a batch of any size, or the tuple of the model's positional inputs. Only
+            shapes and types are read, and the rows of integer inputs, which verification repeats.
+        batch: the batch size that the file takes, for networks whose outputs have no batch in
+            front, as detectors; free if not given. Where torch's exporter cannot convert a
+            network, its older one is tried.
+        dynamic_size: whether height and width (the length of 1-D inputs) are free too. What the
+            model asks of them, as multiples of 32, holds for the file.
+        opset: the version of ONNX's operators; torch's choice if not given.
+        tolerance: the largest relative difference of an output; the square root of the
+            precision of its type if not given, 3.5e-4 in fp32.
+
+    Raises:
+        DeepTwistError: if the extra 'onnx' is missing, the model cannot be traced with free axes
+            or converted to the opset, is larger than 2 GB, or computes something else in
+            onnxruntime; or if the file cannot be written.
+    """
+    with require_extra("onnx"):
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            import_module(package)
+    if opset is not None:
+        check_int("opset", opset)
+    size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    if size >= _LARGEST_ONNX:
+        raise DeepTwistError(
+            f"the weights take {size / 2**30:.1f} GB and one ONNX file holds less than 2 GB: "
+            "export a program or a state dict"
+        )
+    plain = inference_copy(model)
+    signature = make_signature(model, example_input, batch, dynamic_size)
+    with writing(Path(path)) as temporary:
+        proto, reason = _convert(plain, signature, opset)
+        version = next(entry.version for entry in proto.opset_import if not entry.domain)
+        if opset not in (None, version):
+            raise DeepTwistError(
+                f"opset {opset} cannot be had: an operator of this model has no conversion and "
+                f"the exporter stayed at {version}; ask for {version} or another, or for none"
+            )
+        with prefix_error(reason):
+            _check_free_axes(proto, signature)
+            temporary.write_bytes(proto.SerializeToString())
+            sizes, worst = verify(plain, signature, run_in_onnxruntime(temporary), tolerance)
+        bytes_ = temporary.stat().st_size
+    return Exported(Path(path), bytes_, version, signature.batches, sizes, worst)
+
+
+def _convert(plain: nn.Module, signature: Signature, opset: int | None) -> tuple[Any, str]:
+    """Return the ONNX model, as protobuf, and why it is torch's older exporter's, if it is.
+
+    That one records a run on the example: what it takes for fixed shows when the file is checked
+    and verified.
+
+    Raises:
+        DeepTwistError: if the model cannot be traced or converted.
+    """
+    num_outputs = len(run_model(plain, signature.inputs(signature.batch or 2)))
+    options: dict[str, Any] = {
+        "input_names": _names("input", len(signature.example)),
+        "output_names": _names("output", num_outputs),
+        "opset_version": opset,
+        "verbose": False,
+    }
+    reason = ""
+    try:
+        proto = _convert_program(plain, signature, options)
+    except DeepTwistError as error:
+        advice = "; a fixed batch may do (batch=1, --batch 1)" if signature.batch is None else ""
+        reason = f"{error}{advice}; torch's older exporter"
+        with prefix_error(reason):
+            proto = _convert_by_script(plain, signature, options)
+    # Stack traces and module names, a fifth of a small network's file.
+    del proto.graph.metadata_props[:]
+    graph = proto.graph
+    for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    return proto, reason
+
+
+@contextlib.contextmanager
+def prefix_error(prefix: str) -> Iterator[None]:
+    """Put what came before in front of an error's message; nothing where that is empty."""
+    try:
+        yield
+    except DeepTwistError as error:
+        raise (DeepTwistError(f"{prefix}: {error}") if prefix else error) from error.__cause__
+
+
+def _convert_program(plain: nn.Module, signature: Signature, options: dict[str, Any]) -> Any:
+    """Return the ONNX model by torch's exporter of today."""
+    program = trace(plain, signature)
+    try:
+        with suppress_output():
+            converted = torch.onnx.export(
+                program, dynamo=True, dynamic_shapes=tuple(signature.free_axes), **options
+            )
+        assert converted is not None
+    except Exception as error:
+        cause: BaseException = error  # of messages in several lines of advice
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DeepTwistError(
+            f"torch.onnx cannot convert {type(plain).__name__}: {reason_of(cause)}"
+        ) from error
+    return converted.model_proto
+
+
+def _convert_by_script(plain: nn.Module, signature: Signature, options: dict[str, Any]) -> Any:
+    """Return the ONNX model by torch's older exporter."""
+    import onnx
+
+    if signature.batch is None:
+        # Of branches that hang on numbers it records one; without them, one size can be traced.
+        try:
+            trace(plain, replace(signature, batch=2, dynamic_size=False))
+        except DeepTwistError:
+            raise DeepTwistError("not asked, for it would record one branch of several") from None
+    options["f"] = file = io.BytesIO()  # which its annotation leaves out
+    axes = dict(zip(options["input_names"], signature.free_axes, strict=True))
+    example = tuple(x[: signature.batch] for x in signature.example)
+    try:
+        with suppress_output():
+            torch.onnx.export(plain, example, dynamo=False, dynamic_axes=axes, **options)
+    except Exception as error:
+        raise DeepTwistError(reason_of(error)) from error
+    return onnx.load_model_from_string(file.getvalue())
+
+
+def _names(kind: str, count: int) -> list[str]:
+    return [kind] if count == 1 else [f"{kind}_{index}" for index in range(count)]
+
+
+def _check_free_axes(proto: Any, signature: Signature) -> None:
+    """Check that an ONNX model has the free axes of its signature.
+
+    Raises:
+        DeepTwistError: if one is fixed in it, naming the input or output.
+    """
+    outputs = [{0: "batch"}] * len(proto.graph.output) if signature.batch is None else []
+    expected = [*signature.free_axes, *outputs]
+    for value, axes in zip((*proto.graph.input, *proto.graph.output), expected, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        for axis, name in axes.items():
+            if axis >= len(dims) or not dims[axis].dim_param:
+                shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims)
+                advice = "each input and output must have the batch in front, or give batch=1"
+                raise DeepTwistError(
+                    f"the ONNX graph has no free {name}: {value.name!r} is ({shape})"
+                    + (f"; {advice}" if name == "batch" else "")
+                )
