@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from deeptwist.app.cli.console import progress_bar, speaks_for_all, writing
+from deeptwist.app.cli.console import is_main_process, progress_bar, writing
 from deeptwist.app.cli.options import (
     NO_CALIBRATION,
     NO_SWEEP,
@@ -28,7 +28,9 @@ from deeptwist.app.cli.options import (
     small_network,
 )
 from deeptwist.app.cli.tables import (
+    describe_accuracy,
     print_compressed,
+    print_exported,
     print_layers,
     print_networks,
     print_summaries,
@@ -190,12 +192,13 @@ def train(
 
     if recipe.training_mode.compresses:
         check_size(recipe.compression)
-    check_same_recipe(out, recipe, resume=resume)
+    if is_main_process():  # the others would see what it has begun
+        check_same_recipe(out, recipe, resume=resume)
     data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
         summary = train_run(run, out, resume=resume, on_step=advance)
-    if not speaks_for_all():
+    if not is_main_process():
         return
     if as_json:
         print(json.dumps(asdict(summary)))
@@ -232,15 +235,12 @@ def decompose(
     size = (save(job.decompose(), out, base_model=model) / WEIGHTS).stat().st_size
     planned = job.plan
     if as_json:
-        result = {
-            "out": str(out),
+        parameters = {
             "parameters_before": planned.dense_parameters,
             "parameters": planned.parameters,
-            "macs_before": planned.dense_macs,
-            "macs": planned.macs,
-            "bytes": size,
         }
-        print(json.dumps(result))
+        macs = {"macs_before": planned.dense_macs, "macs": planned.macs}
+        print(json.dumps({"out": str(out), **parameters, **macs, "bytes": size}))
         return
     print(
         f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
@@ -286,10 +286,8 @@ def evaluate(
     if as_json:
         print(json.dumps({"data": dataset.name, "images": count, **asdict(result)}))
     else:
-        print(
-            f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} on {count:,} images of "
-            f"{dataset.name}"
-        )
+        told = describe_accuracy(result.accuracy, result.loss)
+        print(f"{told} on {count:,} images of {dataset.name}")
 
 
 def benchmark(
@@ -392,15 +390,7 @@ def export(
     if as_json:
         print(json.dumps({**asdict(written), "path": str(out), "format": format}))
         return
-    version = "" if written.opset is None else f" (opset {written.opset})"
-    print(f"{out}: {format}{version}, {written.bytes:,} bytes")
-    if written.worst_difference is not None:
-        batches = ", ".join(map(str, written.batches))
-        sizes = ", ".join("×".join(map(str, size)) for size in written.sizes)
-        print(
-            f"outputs differ from PyTorch's by {written.worst_difference:.1e} at most, "
-            f"at batches {batches}" + (f" and sizes {sizes}" if sizes else "")
-        )
+    print_exported(out, format, written)
 
 
 def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist") -> None:

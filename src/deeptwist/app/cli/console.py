@@ -16,7 +16,7 @@ from deeptwist.errors import DeepTwistError
 _WIDE = None if sys.stdout.isatty() else 200
 
 
-def speaks_for_all() -> bool:
+def is_main_process() -> bool:
     """Return whether this is the only process, or the first of those that ``torchrun`` started."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -34,7 +34,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Show progress on standard error, if that is a terminal; give the call that moves it."""
-    console = Console(stderr=True, quiet=not speaks_for_all())
+    console = Console(stderr=True, quiet=not is_main_process())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,6 +1,7 @@
-"""Tables of measurements and of runs."""
+"""Tables of measurements, runs and jobs, and the line that tells each of a job's steps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeptwist.app.cli.console import print_table
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from deeptwist.app.benchmark.layers import LayerComparison
     from deeptwist.app.cli.sweep import SweepPoint
     from deeptwist.app.training.metrics import Summary
+    from deeptwist.export import Exported
     from deeptwist.measure.networks import Measurement
 
 
@@ -62,27 +64,26 @@ def print_networks(name: str, measurements: "Sequence[Measurement]", macs_ratio:
 
 def print_compressed(title: str, result: dict[str, Any]) -> None:
     """Print what `deeptwist compress` came to: its files, and a table of before and after."""
+    from deeptwist.compress import count_row, size_rows
+
     results = result["results"]
     print(f"small network: {results['verify']['path']}\nreport: {results['report']['path']}\n")
-    dense, small, counts = results["dense"], results["verify"], results["plan"]
-    rows = [_accuracy_row("accuracy", dense, small)]
-    for name, label in (("parameters", "weights"), ("macs", "MACs")):
-        rows.append(_count_row(label, counts[f"dense_{name}"], counts[name]))
+    dense, small = results["dense"], results["verify"]
+    rows = [_accuracy_row("accuracy", dense, small), *size_rows(results["plan"])]
     for row in results["time"]["settings"]:
         label = f"ms, {row['runtime']}, batch {row['batch']}"
         rows.append(
             _time_row(label, row["times"]) if row["times"] else [label, "", "", row["reason"]]
         )
     if "export" in results:
-        rows.append(
-            _count_row("bytes, ONNX", results["export"]["dense"], results["export"]["small"])
-        )
+        export = results["export"]
+        rows.append(count_row("bytes, ONNX", export["dense"], export["small"]))
     if "int8" in results:
         int8 = results["int8"]
         rows += [
             _accuracy_row("int8: accuracy", int8["dense"], int8["small"]),
             _time_row(f"int8: ms, onnxruntime, batch {int8['batch']}", int8["times"]),
-            _count_row("int8: bytes, ONNX", int8["dense"]["bytes"], int8["small"]["bytes"]),
+            count_row("int8: bytes, ONNX", int8["dense"]["bytes"], int8["small"]["bytes"]),
         ]
     if "goal" in result:
         is_kept = small["accuracy"] >= result["goal"]
@@ -96,13 +97,22 @@ def _accuracy_row(label: str, dense: dict[str, Any], small: dict[str, Any]) -> l
     return [label, f"{before:.2%}", f"{after:.2%}", change]
 
 
-def _count_row(label: str, dense: int, small: int) -> list[str]:
-    return [label, f"{dense:,}", f"{small:,}", f"{dense / max(1, small):.2f}× fewer"]
-
-
 def _time_row(label: str, times: dict[str, Any]) -> list[str]:
     medians = [f"{times[side]['median']:.2f}" for side in ("dense", "decomposed")]
     return [label, *medians, f"{times['speedup']:.2f}× as fast"]
+
+
+def print_exported(path: Path, format: str, written: "Exported") -> None:
+    """Print what was written, and how exact it is."""
+    version = "" if written.opset is None else f" (opset {written.opset})"
+    print(f"{path}: {format}{version}, {written.bytes:,} bytes")
+    if written.worst_difference is not None:
+        batches = ", ".join(map(str, written.batches))
+        sizes = ", ".join("×".join(map(str, size)) for size in written.sizes)
+        print(
+            f"outputs differ from PyTorch's by {written.worst_difference:.1e} at most, "
+            f"at batches {batches}" + (f" and sizes {sizes}" if sizes else "")
+        )
 
 
 def print_sweep(
