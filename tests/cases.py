@@ -33,6 +33,8 @@ METHODS: dict[str, Decomposition] = {  # their ranks are open; `at` sets them
     "tucker": Tucker(),
     "cp": CP(),
 }
+# In a plan: narrow raw tiles over few taps do more MACs than the dense layer, which then stays.
+PLANNED_METHODS = METHODS | {"tiled-ragged": TiledSVD(tile=(7, 34))}
 LARGEST_RANK = {"cp": 6}  # it has no full rank to speak of, and high ones take long
 EXACT = tuple(name for name in METHODS if name != "cp")  # at full rank
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from experiments.paper.flops import MEGA, paper_flops, plan_flops
-from tests.cases import EVERY_LAYER, METHODS, at, every_layer
+from tests.cases import EVERY_LAYER, PLANNED_METHODS, at, every_layer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeptwist import Decomposition, Plan, TiledSVD, Tucker, decompose, plan
+from deeptwist import SVD, Decomposition, Plan, TiledSVD, Tucker, decompose, plan
 from deeptwist.app.models import build_model
 from deeptwist.layers.geometry import ConvGeometry
 
@@ -75,7 +75,7 @@ def test_paper_flops_of_a_raw_tile_count_no_zero_taps(stride: int) -> None:
     assert plan_flops(made, factored=True) == flops * (8 // stride) ** 2
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PLANNED_METHODS)
 def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False),
@@ -87,7 +87,7 @@ def test_a_whole_models_macs_and_parameters_are_the_models(name: str) -> None:
         nn.ConvTranspose1d(12, 20, 3, stride=2),
     )
     x = torch.randn(3, 3, 16, 16)
-    made = plan(model, METHODS[name], ratio=1.5, example_input=x, layers=EVERY_LAYER)
+    made = plan(model, PLANNED_METHODS[name], ratio=1.5, example_input=x, layers=EVERY_LAYER)
     assert made.compressed
     for network, counted, parameters in (
         (model, made.dense_macs, made.dense_parameters),
@@ -137,7 +137,11 @@ def test_raw_tiles_whose_zeros_cost_more_than_the_dense_layer_stay_dense(
 def test_macs_are_those_of_one_example(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1))
     made = plan(
-        model, METHODS["svd"], ratio=1.5, example_input=torch.randn(shape), layers=EVERY_LAYER
+        model,
+        SVD(),
+        ratio=1.5,
+        example_input=torch.randn(shape),
+        layers=EVERY_LAYER,
     )
     assert made.dense_macs == 3 * 16 * 9 * 16 * 16
 

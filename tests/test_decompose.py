@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cases import EVERY_LAYER, GEOMETRIES, METHODS, build, difference, error_of, every_layer
+from tests.cases import (
+    EVERY_LAYER,
+    GEOMETRIES,
+    PLANNED_METHODS,
+    build,
+    difference,
+    error_of,
+    every_layer,
+)
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, Layers, TiledSVD, decompose, fuse, plan
@@ -15,7 +23,7 @@ from deeptwist.decompose import factorize
 from deeptwist.decompositions import FactoredLayer
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+EACH_METHOD = pytest.mark.parametrize("method", PLANNED_METHODS.values(), ids=PLANNED_METHODS)
 
 
 def network() -> nn.Sequential:
@@ -154,7 +162,7 @@ def test_what_surrounds_the_layers_is_copied_too() -> None:
 
 def test_channels_last_stays() -> None:
     model = network().to(memory_format=torch.channels_last)
-    for method in METHODS.values():
+    for method in PLANNED_METHODS.values():
         small = decomposed(model, method)
         wide = [p for p in small.parameters() if p.dim() == 4]
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)

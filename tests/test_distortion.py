@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cases import EVERY_LAYER, METHODS, error_of, every_layer, works_or_is_refused
+from tests.cases import EVERY_LAYER, PLANNED_METHODS, error_of, every_layer, works_or_is_refused
 from torch import Tensor, nn
 
 from deeptwist import SVD, Decomposition, DeepTwist, Plan, decompose, plan
 from deeptwist.layers.geometry import weight_to_kernel
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+EACH_METHOD = pytest.mark.parametrize("method", PLANNED_METHODS.values(), ids=PLANNED_METHODS)
 
 
 def network() -> nn.Sequential:

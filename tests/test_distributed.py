@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests.cases import EVERY_LAYER, METHODS, difference, every_layer
+from tests.cases import EVERY_LAYER, PLANNED_METHODS, difference, every_layer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,7 +81,7 @@ def failure(call: Failing) -> tuple[str, str]:
 
 
 def every_method() -> dict[str, Any]:
-    return {name: state(steps(twisted(method), 2)) for name, method in METHODS.items()}
+    return {name: state(steps(twisted(method), 2)) for name, method in PLANNED_METHODS.items()}
 
 
 def exact() -> dict[str, Any]:
@@ -304,9 +304,9 @@ def test_exact_distortions_are_those_of_one_process_to_the_bit(job: list[Any]) -
     assert alike(job[0]["exact"], exact())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PLANNED_METHODS)
 def test_followed_distortions_are_those_of_one_process(job: list[Any], name: str) -> None:
-    outcome, alone = job[0]["every_method"][name], state(steps(twisted(METHODS[name]), 2))
+    outcome, alone = job[0]["every_method"][name], state(steps(twisted(PLANNED_METHODS[name]), 2))
     for layer, weight in weights(alone).items():
         assert difference(weight, weights(outcome)[layer]) < 0.03
     for record, expected in zip(
@@ -350,7 +350,7 @@ def test_every_process_can_resume(job: list[Any]) -> None:
 
 def test_the_state_of_a_job_serves_one_process(job: list[Any]) -> None:
     saved = job[-1]["every_method"]["tiled"]
-    twist = twisted(METHODS["tiled"])
+    twist = twisted(PLANNED_METHODS["tiled"])
     twist.model.load_state_dict(saved["model"])
     twist.load_state_dict(saved["twist"])
     nudge(twist.model, 9)

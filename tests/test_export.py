@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cases import EVERY_LAYER, METHODS, difference, error_of, every_layer
+from tests.cases import EVERY_LAYER, PLANNED_METHODS, difference, error_of, every_layer
 from tests.test_cli import refused, run
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -83,7 +83,7 @@ def check_graph(written: Exported) -> Any:
 # --- ONNX
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", PLANNED_METHODS.values(), ids=PLANNED_METHODS)
 def test_every_decomposition_leaves_as_onnx(method: Decomposition, tmp_path: Path) -> None:
     small = small_network(method)
     written = export_onnx(small, tmp_path / "small.onnx", X)
@@ -263,7 +263,7 @@ def test_a_missing_package_is_named(
 
 @pytest.mark.parametrize("name", ["tiled-ragged", "cp"])
 def test_a_program_is_written_with_zeros(name: str, tmp_path: Path) -> None:
-    written = export_program(small_network(METHODS[name]), tmp_path / "small.pt2", X + 1)
+    written = export_program(small_network(PLANNED_METHODS[name]), tmp_path / "small.pt2", X + 1)
     assert written.worst_difference is not None
     assert written.worst_difference < 1e-6
     assert written.bytes == written.path.stat().st_size
@@ -465,17 +465,17 @@ def test_resnet32_leaves_as_onnx_and_int8_stays_near(
 
 @pytest.mark.slow
 def test_every_decomposition_compiles_whole() -> None:
-    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, groups=2, padding="same") for _ in METHODS))
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, groups=2, padding="same") for _ in PLANNED_METHODS))
     model.append(nn.Linear(9, 9))
-    overrides = {str(index): method for index, method in enumerate(METHODS.values())}
+    overrides = {str(index): method for index, method in enumerate(PLANNED_METHODS.values())}
     made = plan(model, SVD(), ratio=1.2, example_input=X, layers=every_layer(overrides=overrides))
-    assert len(made.compressed) == len(METHODS) + 1
+    assert len(made.compressed) == len(PLANNED_METHODS) + 1
     small = decompose(model, made).eval().requires_grad_(False)
     compiled = torch.compile(small, fullgraph=True)
     assert difference(small(X), compiled(X)) < 1e-5
 
 
-@pytest.mark.parametrize("decomposition", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("decomposition", PLANNED_METHODS.values(), ids=PLANNED_METHODS)
 def test_fx_traces_what_is_decomposed_and_folds_batch_norm_into_it(
     decomposition: Decomposition,
 ) -> None:

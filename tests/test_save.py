@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.cases import (
     EVERY_LAYER,
     GEOMETRIES,
-    METHODS,
+    PLANNED_METHODS,
     build,
     error_of,
     every_layer,
@@ -29,7 +29,7 @@ from deeptwist import CP, SVD, Decomposition, TiledSVD, Tucker, decompose, load,
 from deeptwist.decompositions import FactoredLayer
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+EACH_METHOD = pytest.mark.parametrize("method", PLANNED_METHODS.values(), ids=PLANNED_METHODS)
 
 
 def network(width: int = 16) -> nn.Sequential:
@@ -94,7 +94,7 @@ def test_a_loaded_model_gives_equal_outputs(
 def test_every_kind_of_layer_survives(geometry: str, tmp_path: Path) -> None:
     make, _ = GEOMETRIES[geometry]
     layer, x = build(geometry, torch.float32)
-    for name, method in METHODS.items():
+    for name, method in PLANNED_METHODS.items():
         ratio = 4 if name == "cp" else 1.3
         made = plan(nn.Sequential(layer), method, ratio=ratio, example_input=x, layers=EVERY_LAYER)
         if made.compressed:
