@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from deeptwist.app.data import batches, load_digits, normalize
 from deeptwist.app.models import build_model
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.metrics import read_run
-from deeptwist.compress import RATIOS, Compressed, largest_ratio
+from deeptwist.compress import RATIOS, SMALL, Compressed, Job, largest_ratio
 from deeptwist.measure.runtimes import OnnxNetwork
 
 DIGITS = load_digits()
@@ -128,6 +129,38 @@ def test_what_came_of_it_prints_as_a_table(trained: nn.Module) -> None:
     assert macs.split()[:3] == ["MACs", f"{plan.dense_macs:,}", f"{plan.macs:,}"]
 
 
+def test_what_a_step_made_is_read_by_a_job_that_skips_it(
+    trained: nn.Module, tmp_path: Path
+) -> None:
+    batches = [x for x, _ in islice(loader(), 2)]
+    asked: list[float | None] = []
+
+    def make_plan(calibration: dt.Calibration | None, ratio: float | None) -> dt.Plan:
+        asked.append(ratio)
+        options = {"example_input": batches[0], "calibration": calibration}
+        return dt.plan(trained, dt.SpatialSVD(), ratio=ratio or 3, **options)
+
+    def halve(network: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            network[-1].bias /= 2
+        return network
+
+    job = Job(trained, make_plan, lambda: batches, halve, tmp_path)
+    told = [job.calibrate(), job.search(lambda _: 1.0, least=0.5), job.choose_plan(2)]
+    small = job.decompose()
+    assert json.loads(json.dumps(told)) == told  # plain values
+    assert [told[0]["layers"], told[1]["ratio"], asked] == [4, RATIOS[1], [*RATIOS, 2]]
+    assert torch.equal(small[-1].bias, trained[-1].bias / 2)  # recovered, as in the search
+    dt.save(small, tmp_path / SMALL)
+
+    again = Job(trained, make_plan, list, folder=tmp_path)
+    assert again.plan == job.plan
+    assert [*again.calibration.moments] == [*job.calibration.moments]
+    x = batches[0]
+    assert torch.equal(again.small(x), small.eval()(x))
+    assert Job(trained, make_plan, list).calibration is None
+
+
 @given(st.floats(1.0, 20.0))
 def test_bisection_meets_a_threshold_from_below(threshold: float) -> None:
     """Of a score that falls with the ratio; the oracle is the threshold that it falls at."""
@@ -227,6 +260,12 @@ def test_another_run_s_folder_is_refused_before_the_work(tmp_path: Path) -> None
     answer = refused(*WORDS, "--out", tmp_path, "--ratio", 4)
     assert "holds a run of 'deeptwist train': choose another folder" in answer
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_run_s_folder_is_refused_before_its_images_are_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: resnet20")
+    words = ["train", "resnet20", "--data", "/nowhere/at/all", "--ratio", 4, "--out", tmp_path]
+    assert "holds a run: go on with it (--resume)" in refused(*words)
 
 
 def test_weights_that_are_not_there_end_the_job_in_one_line(tmp_path: Path) -> None:

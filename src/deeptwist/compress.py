@@ -183,10 +183,10 @@ class Job:
             Whether any ratio keeps it, the largest that does or else the smallest there is, and
             all that were tried.
         """
-        tried: list[tuple[float, float]] = []
+        tried: list[list[float]] = []  # of ratio and score
 
         def score_at(ratio: float) -> float:
-            tried.append((ratio, score(self.make_small(self._plan(ratio)))))
+            tried.append([ratio, score(self.make_small(self._plan(ratio)))])
             advance()
             return tried[-1][1]
 
