@@ -5,7 +5,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from html import escape
 from typing import Any, Literal, NamedTuple
 
@@ -19,19 +18,19 @@ INK, MUTED = "#1f2328", "#8a9098"
 COLORS = "#0072b2", "#c24a00", "#007d5b", "#a5437c", "#8a6700", "#5e4fc0"
 MARKERS, _DERIVED = "os^DvPX", "+x12"  # 42 runs look different, and what is derived from each
 _MAX_POINTS = 400  # on one line: a drawing is not wider
-_WIDTH, _HEIGHT, _LETTERS = 4.0, 2.5, 46  # of a drawing, in inches; of a line of its legend
+_WIDTH, _HEIGHT, _LETTERS = 3.9, 2.4, 44  # of a drawing, in inches; of a line of its legend
 _RC = {
     "svg.fonttype": "none",
-    "font.size": 10.5,
+    "font.size": 11,
     "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "grid.color": MUTED,
     "grid.alpha": 0.25,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 10.5,
     "legend.frameon": False,
     "lines.markersize": 5,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
@@ -79,7 +78,7 @@ def draw(
         curves: see `Curve`.
         x: what goes across.
         y: what goes up.
-        scale: of the upright axis: "log" where heights are far apart, "symlog" beyond ±0.5.
+        scale: of the upright axis: "log" where heights are far apart, "symlog" beyond ±1.
         from_zero: whether the x axis begins at zero.
         marks: where to draw dotted upright lines.
         salt: with the title unlike that of any other drawing of the page; ids depend on both.
@@ -103,7 +102,7 @@ def draw(
         for mark in marks:
             axes.axvline(mark, color=MUTED, linestyle=":")
         if scale == "symlog":
-            axes.set_yscale("symlog", linthresh=0.5)
+            axes.set_yscale("symlog", linthresh=1)
         elif scale == "log" and 0 < 30 * min(heights) < max(heights):
             axes.set_yscale("log")
         if from_zero:
@@ -174,10 +173,17 @@ def gain_charts(records: Sequence[Record]) -> list[Chart]:
         for tied in ties.values():
             line = sorted(point for network in tied for point in _place(network, column, million))
             curves.append(Curve("", line, {"color": MUTED, "linewidth": 0.8, "zorder": 1}))
-        name = column.replace("ms", "milliseconds").replace("MB", "megabytes")
-        x = f"million {name}" if column == PARAMETERS else name.partition(", ")[0]
-        over = partial(draw, x=x, y="test accuracy, %", from_zero=True, salt=records[0].title)
-        charts += over(f"Accuracy against {name}", "", curves)
+        unit, _, caption = column.partition(", ")
+        unit = {"ms": "milliseconds", "MB": "megabytes"}.get(unit, unit)
+        charts += draw(
+            f"Accuracy against {unit}",
+            caption,
+            curves,
+            x=f"million {unit}" if column == PARAMETERS else unit,
+            y="test accuracy, %",
+            from_zero=True,
+            salt=f"{records[0].title} {column}",
+        )
     return charts
 
 
@@ -211,56 +217,51 @@ def training_charts(records: Sequence[Record]) -> list[Chart]:
         after_look = {"linestyle": ":", "markerfacecolor": "none"}
         return [*over_distortions(before), *over_distortions(after, **after_look)]
 
-    loss, accuracy = "cross-entropy", "test accuracy, %"
-    specifications: list[tuple[str, str, str, Scale, list[Curve]]] = [
-        (
+    def over(title: str, caption: str, curves: list[Curve], **axes: Any) -> list[Chart]:
+        salt = records[0].title
+        return draw(title, caption + note, curves, x="epoch", marks=marks, salt=salt, **axes)
+
+    return [
+        *over(
             "Test accuracy while training",
             "After each epoch, with the weights as training left them.",
-            accuracy,
-            "linear",
             over_epochs(lambda epoch: 100 * epoch["test"]["accuracy"]),
+            y="test accuracy, %",
         ),
-        (
+        *over(
             "Training loss",
             "The mean over each epoch's images, augmented.",
-            loss,
-            "log",
             over_epochs(lambda epoch: epoch["train_loss"]),
+            y="cross-entropy",
+            scale="log",
         ),
-        (
+        *over(
             "Training loss around distortions",
             "On some images, not augmented: just before each one and, dotted, just after it.",
-            loss,
-            "log",
             around("train", "loss"),
+            y="cross-entropy",
+            scale="log",
         ),
-        (
+        *over(
             "Test accuracy around distortions",
             "On some test images: just before each one and, dotted, just after it.",
-            accuracy,
-            "linear",
             around("test", "accuracy", 100),
+            y="test accuracy, %",
         ),
-        (
+        *over(
             "What a distortion costs: ΔL/L",
-            "The share by which the loss rises at each; logarithmic beyond ±0.5.",
-            "ΔL/L",
-            "symlog",
+            "The share by which the loss rises at each; logarithmic beyond ±1.",
             over_distortions(lambda distortion: distortion["loss_increase"]),
+            y="ΔL/L",
+            scale="symlog",
         ),
-        (
+        *over(
             "How far a distortion moves the weights: Δw",
             "‖W − W′‖ ÷ N, over all N compressed weights.",
-            "Δw",
-            "log",
             over_distortions(lambda distortion: distortion["weight_shift"]),
+            y="Δw",
+            scale="log",
         ),
-    ]
-    over = partial(draw, x="epoch", marks=marks, salt=records[0].title)
-    return [
-        chart
-        for title, caption, y, scale, curves in specifications
-        for chart in over(title, caption + note, curves, y=y, scale=scale)
     ]
 
 

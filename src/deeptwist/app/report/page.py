@@ -1,9 +1,10 @@
 """The pages: tables and charts are made first, the template only lays them out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 
@@ -35,15 +36,8 @@ if TYPE_CHECKING:
     from deeptwist.app.cli.sweep import SweepPoint
 
 _NONE, _NBSP = "–", "\N{NO-BREAK SPACE}"
+Cell = str | tuple[str, str, str]  # a text; or it, a smaller line below it, and a tooltip
 _WORDS = {"ms": ("faster", "slower"), "MB": ("smaller", "larger")}
-
-
-class Cell(NamedTuple):
-    """A cell of a table: its text, a smaller second line, and more on it in a tooltip."""
-
-    text: str
-    note: str = ""
-    tooltip: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,8 +139,8 @@ def _results_table(records: Sequence[Record]) -> Table:
     untrained = ["untrained, %"] * any(network.untrained is not None for network in networks)
     rows = [
         (
-            Cell(network.name, network.kind if network.kind != network.name else ""),
-            Cell(f"{100 * network.accuracy:.2f}", _change(network)),
+            (network.name, network.kind if network.kind != network.name else "", ""),
+            (f"{100 * network.accuracy:.2f}", _change(network), ""),
             *(_share(network.untrained) for _ in untrained),
             *(_cost(network.costs.get(column), column) for column in columns),
         )
@@ -168,20 +162,18 @@ def _change(network: Network) -> str:
     return f"{'0.00' if float(points) == 0 else points.replace('-', '−')}{_NBSP}points"
 
 
-def _share(share: float | None) -> Cell:
-    return Cell(_NONE if share is None else f"{100 * share:.2f}")
+def _share(share: float | None) -> str:
+    return _NONE if share is None else f"{100 * share:.2f}"
 
 
 def _cost(cost: Cost | str | None, column: str) -> Cell:
     if not isinstance(cost, Cost):
-        return Cell(_NONE, cost or "")
-    tooltip = ""
+        return (_NONE, cost or "", "")
     if cost.quartiles:
         tooltip = "quartiles {} to {}".format(*map(_milliseconds, cost.quartiles))
-    forms = {PARAMETERS: "{:,.0f}", MACS: "{:,.0f}"}
-    text = forms.get(column, "{:.2f}").format(cost.value)
-    text = _milliseconds(cost.value) if column.startswith("ms") else text
-    return Cell(text, _times(cost, column), tooltip)
+        return (_milliseconds(cost.value), _times(cost, column), tooltip)
+    number = f"{cost.value:,.0f}" if column in (PARAMETERS, MACS) else f"{cost.value:.2f}"
+    return (number, _times(cost, column), "")
 
 
 def _milliseconds(value: float) -> str:
@@ -202,23 +194,22 @@ def _times(cost: Cost | str, column: str, digits: int = 2) -> str:
 
 def _layer_table(plan: Plan, records: Sequence[Record]) -> Table:
     """Return every layer of a plan, named for the runs that have it."""
-    header = ["no.", "layer", "shape", "lowered", "decomposition", "rank"]
-    rows = []
+    header = ["layer", "no.", "shape", "lowered", "decomposition", "rank"]
+    rows: list[list[Cell]] = []
     for number, layer in enumerate(plan.layers, start=1):
         macs = (plan.layer_macs(layer, factored=factored) for factored in (False, True))
         name, *cells = layer_row(layer, *macs)
         aliases = f"also {', '.join(layer.aliases)}" if layer.aliases else ""
-        rows.append([Cell(str(number)), Cell(name, aliases), *map(Cell, cells)])
+        rows.append([(name, aliases, ""), str(number), *cells])
+    total = ("all", f"with {plan.other_parameters:,} other parameters", "")
     weights = f"{plan.dense_parameters:,} → {plan.parameters:,}"
-    total = Cell("all", f"with {plan.other_parameters:,} other parameters")
-    sums = weights, f"{plan.dense_macs:,} → {plan.macs:,}", ""
-    rows.append([Cell(""), total, *[Cell("")] * 4, *map(Cell, sums)])
+    rows.append([total, *[""] * 5, weights, f"{plan.dense_macs:,} → {plan.macs:,}", ""])
     users = ", ".join(record.name for record in records if record.plan == plan)
     return Table(
         "Weights without biases; MACs for one image; the relative error is that before training.",
         [*header, "weights", "MACs", "relative error"],
         rows,
-        words=("layer", "decomposition", "relative error"),
+        words=("decomposition", "relative error"),
         title=f"{users}: {len(plan.compressed)} of {len(plan.layers)} layers decomposed",
     )
 
@@ -229,7 +220,7 @@ def _settings(records: Sequence[Record]) -> dict[str, Any]:
     values = {key: [record.settings.get(key, _NONE) for record in records] for key in keys}
     differing = [key for key in keys if len({*values[key]}) > 1]
     rows = [
-        [Cell(record.name), *(Cell(values[key][number]) for key in differing)]
+        [record.name, *(values[key][number] for key in differing)]
         for number, record in enumerate(records)
     ]
     table = Table("What the runs differ in.", ["run", *differing], rows, words=differing)
@@ -262,65 +253,52 @@ def write_sweep(
     """
     rows = [
         (
-            Cell(f"{point.ratio:g}×", "knee" * (index == knee)),
-            Cell(f"{point.error:.3f}"),
-            Cell(f"{point.weights:.2f}×"),
-            Cell(f"{point.macs:.2f}×"),
+            (f"{point.ratio:g}×", "knee" * (index == knee), ""),
+            f"{point.error:.3f}",
+            f"{point.weights:.2f}×",
+            f"{point.macs:.2f}×",
             _share(point.accuracy),
         )
         for index, point in enumerate(points)
     ]
     header = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained, %"
     table = Table("The whole network, planned at each ratio.", header, rows)
-    _write_page(
-        path, title, [{"table": table, "charts": _sweep_charts(points, knee, dense_accuracy)}]
-    )
+    charts = _sweep_charts(points, points[knee].ratio, dense_accuracy)
+    _write_page(path, title, [{"table": table, "charts": charts}])
 
 
 def _sweep_charts(
-    points: "Sequence[SweepPoint]", knee: int, dense_accuracy: float | None
+    points: "Sequence[SweepPoint]", knee: float, dense_accuracy: float | None
 ) -> list[Chart]:
+    def curve(name: str, heights: Iterable[float | None], number: int = 0) -> Curve:
+        look = {"color": COLORS[number], "marker": "os"[number]}
+        return Curve(name, zip((point.ratio for point in points), heights, strict=True), look)
+
+    accuracies = [None if p.accuracy is None else 100 * p.accuracy for p in points]
+    level = [None if dense_accuracy is None else 100 * dense_accuracy for _ in points]
     note = " Dotted: the knee; from there on each step costs more than the one before it."
-    level = [] if dense_accuracy is None else [(p.ratio, 100 * dense_accuracy) for p in points]
-    specifications = [
-        (
+    over = partial(draw, x="ratio asked", marks=[knee])
+    return [
+        *over(
             "Predicted error",
             "The root mean square, over the layers, of the relative error of each: of its outputs "
             f"on the calibration images, or of its weights where there are none.{note}",
-            "relative error",
-            {"error": [(p.ratio, p.error) for p in points]},
+            [curve("error", [point.error for point in points])],
+            y="relative error",
         ),
-        (
+        *over(
             "What is saved",
             "Of the whole network, layers that stay dense included.",
-            "times fewer",
-            {
-                "weights": [(p.ratio, p.weights) for p in points],
-                "MACs": [(p.ratio, p.macs) for p in points],
-            },
+            [
+                curve("weights", [point.weights for point in points]),
+                curve("MACs", [point.macs for point in points], 1),
+            ],
+            y="times fewer",
         ),
-        (
+        *over(
             "Accuracy without training",
             f"Decomposed, batch norm's statistics taken anew, nothing trained.{note}",
-            "test accuracy, %",
-            {
-                "decomposed": [(p.ratio, 100 * p.accuracy) for p in points if p.accuracy],
-                "dense": level,
-            },
+            [curve("decomposed", accuracies), curve("dense", level, 1)],
+            y="test accuracy, %",
         ),
-    ]
-    looks = [
-        {"color": color, "marker": marker} for color, marker in zip(COLORS, "os", strict=False)
-    ]
-    return [
-        chart
-        for title, caption, y, lines in specifications
-        for chart in draw(
-            title,
-            caption,
-            [Curve(*line, look) for line, look in zip(lines.items(), looks, strict=False)],
-            x="ratio asked",
-            y=y,
-            marks=[points[knee].ratio],
-        )
     ]

@@ -101,7 +101,8 @@ def _networks(run: Mapping[str, Any]) -> tuple[list[Network], list[Network]]:
     dense = Network(name, "dense", accuracy)
     ratio = None if run["ratio"] is None else f"{run['ratio']:g}×"
     decomposition = (run["decomposition"] or "").removesuffix("()")
-    kind = ", ".join(filter(None, (run["mode"], decomposition, ratio)))
+    mode = "" if run["mode"] == run["name"] else run["mode"]
+    kind = ", ".join(filter(None, (mode, decomposition, ratio)))
     small = Network(run["name"], kind, run["accuracy"], before, run["accuracy_untrained"])
     _add_sizes(PARAMETERS, (run["parameters_before"], run["parameters"]), dense, small)
     _add_sizes(MACS, (run["macs_before"], run["macs"]), dense, small)
