@@ -10,8 +10,9 @@ from torch import nn
 
 from deeptwist import SVD, Decomposition, Tucker
 from deeptwist.decompositions import CannotDecomposeError
-from deeptwist.decompositions.base import SingleRankDecomposition, check_ratio, largest_rank
+from deeptwist.decompositions.base import SingleRankDecomposition, largest_rank
 from deeptwist.decompositions.tucker import floor_fraction
+from deeptwist.errors import check_ratio
 from deeptwist.layers.geometry import ConvGeometry
 
 RATIOS = st.floats(1.01, 64)

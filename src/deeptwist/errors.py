@@ -1,5 +1,6 @@
 """The one exception that a user's mistake raises, and what its messages are made of."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -38,6 +39,17 @@ def check_int(name: str, value: object, minimum: int = 1) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise DeepTwistError(f"{name} {value!r} is not a whole number from {minimum} on")
+
+
+def check_ratio(ratio: float) -> float:
+    """Return a compression ratio.
+
+    Raises:
+        DeepTwistError: unless it is a finite number above 1.
+    """
+    if not (math.isfinite(ratio) and ratio > 1):
+        raise DeepTwistError(f"ratio {ratio} compresses nothing: give a number above 1, such as 4")
+    return ratio
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""The decompositions: one method, one file.
+"""The decompositions, by name.
 
-`METHODS` is used only where text arrives, in JSON and on the command line.
+`METHODS` is where a name in a call, in JSON or on the command line is looked up: a method of one's
+own joins it by ``METHODS[Mine.method] = Mine``.
 """
 
 from dataclasses import fields
@@ -25,6 +26,7 @@ __all__ = [
     "SpatialSVD",
     "TiledSVD",
     "Tucker",
+    "find_method",
     "from_dict",
 ]
 
@@ -33,18 +35,26 @@ METHODS: dict[str, type[Decomposition]] = {
 }
 
 
+def find_method(name: str) -> type[Decomposition]:
+    """Return the class of a method's name: ``"svd"``, ``"tiled_svd"``, …, or ``"tiled-svd"``.
+
+    Raises:
+        DeepTwistError: if there is none.
+    """
+    if (method := name.replace("-", "_")) not in METHODS:
+        raise unknown_name_error("decomposition", name, METHODS)
+    return METHODS[method]
+
+
 def from_dict(values: dict[str, Any]) -> Decomposition:
-    """The inverse of `Decomposition.to_dict`.
+    """Invert `Decomposition.to_dict`.
 
     Raises:
         DeepTwistError: for an unknown method or field, or a value that the method refuses.
     """
     if not isinstance(values, dict) or not isinstance(values.get("method"), str):
         raise DeepTwistError(f"not a decomposition: {values!r}")
-    method = values["method"]
-    if method not in METHODS:
-        raise unknown_name_error("decomposition", method, METHODS)
-    kind = METHODS[method]
+    kind = find_method(values["method"])
     known = {field.name for field in fields(kind)}
     options = {
         key: tuple(value) if isinstance(value, list) else value

@@ -13,7 +13,6 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 - A start changes the time, and the result by little: ``docs/distortion.md`` says how little.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.errors import DeepTwistError, check_int, check_ratio
 from deeptwist.layers.factored import FactoredLayer
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
 from deeptwist.layers.moments import SecondMoment
@@ -209,7 +208,7 @@ class Decomposition(ABC):
 
     @property
     def needs_ratio(self) -> bool:
-        """Whether its rank is open."""
+        """Return whether its rank is open."""
         return self == self.without_rank()
 
     def without_rank(self) -> Self:
@@ -218,9 +217,13 @@ class Decomposition(ABC):
 
     def round_ranks(self, multiple: int) -> Self:
         """Return it with ranks rounded down to multiples, where they are that large."""
+
+        def rounded(rank: int) -> int:
+            return rank // multiple * multiple or rank
+
         if isinstance(self.rank, tuple):
-            return replace(self, rank=tuple(round_down(rank, multiple) for rank in self.rank))
-        return self if self.rank is None else replace(self, rank=round_down(self.rank, multiple))
+            return replace(self, rank=tuple(map(rounded, self.rank)))
+        return self if self.rank is None else replace(self, rank=rounded(self.rank))
 
     def lowered_shape(self, convolution: ConvGeometry) -> tuple[int, int] | None:
         """Return the matrix that one group's kernel is lowered to; `None` for a tensor method."""
@@ -307,7 +310,7 @@ class SingleRankDecomposition(Decomposition):
 
     @property
     def resolved_rank(self) -> int:
-        """The rank, once resolved."""
+        """Return the rank, once resolved."""
         if self.rank is None:
             raise no_rank_error(self)
         return self.rank
@@ -340,14 +343,9 @@ def rescale_to_moment(
     approximation: Tensor,  # (g, o, i, *k)
     moment: SecondMoment,
 ) -> Tensor:  # as errors
-    """Return errors that a part of a moment tells, scaled so that one of them is the outputs'.
+    """Return errors in the metric of a part of a moment, scaled so that `at` is the outputs'.
 
-    Args:
-        errors: in the metric that a method's closed form takes.
-        at: the one of them that is the approximation's.
-        kernel: the exact one.
-        approximation: at the rank of `at`.
-        moment: the whole of it.
+    `at` is the approximation's error, and the moment is whole.
     """
     if float(at) <= 0:
         return errors
@@ -370,17 +368,6 @@ def cannot_shrink_error(
     )
 
 
-def check_ratio(ratio: float) -> float:
-    """Return a compression ratio.
-
-    Raises:
-        DeepTwistError: unless it is a finite number above 1.
-    """
-    if not (math.isfinite(ratio) and ratio > 1):
-        raise DeepTwistError(f"ratio {ratio} compresses nothing: give a number above 1, such as 4")
-    return ratio
-
-
 def largest_rank(weight_numel: Callable[[int], int], maximum: int, budget: float) -> int:
     """Return the largest rank from 1 to `maximum` whose weights fit the budget; 0 if none does.
 
@@ -396,8 +383,3 @@ def largest_rank(weight_numel: Callable[[int], int], maximum: int, budget: float
         middle = (low + high + 1) // 2
         low, high = (middle, high) if weight_numel(middle) <= budget else (low, middle - 1)
     return low
-
-
-def round_down(rank: int, multiple: int) -> int:
-    """Return the largest multiple up to a rank; the rank itself where it is smaller than one."""
-    return rank // multiple * multiple or rank

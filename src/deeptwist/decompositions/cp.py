@@ -29,8 +29,8 @@ _WARM_SWEEPS = 2
 _TOLERANCE = 1e-5  # a sweep that lowers the squared error by less, relatively, is the last
 _EXACT = 1e-24  # of ‖W‖²: a squared error that rounding alone explains
 _PROXIMAL_WEIGHT = 4096  # in units of the type's precision
-_SMALL = 2**18  # numbers in a kernel: an estimate may then take its time
-_LEAST = 1e-12
+_SMALL_NUMEL = 2**18  # numbers in a kernel: an estimate may then take its time
+_MIN_ERROR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,12 @@ class CP(SingleRankDecomposition):
         )
 
     def factorize(
-        self, kernel: Tensor, start: Tensors | None, second_moment: SecondMoment | None
-    ) -> Tensors:
-        """Return a basis (g, side, r) for output channels, input channels, every spatial axis.
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        start: Tensors | None,
+        second_moment: SecondMoment | None,
+    ) -> Tensors:  # (g, side, r) each
+        """Return a basis for output channels, input channels and every spatial axis.
 
         Computed in fp64: components grow collinear on the way, and their normal equations with
         them.
@@ -88,12 +91,12 @@ class CP(SingleRankDecomposition):
 
     def _fit(
         self,
-        kernel: Tensor,
+        kernel: Tensor,  # (g, o, i, *k)
         start: Tensors | None,
         second_moment: SecondMoment | None,
         sweeps: int | None,
         dtype: torch.dtype,
-    ) -> Tensors:
+    ) -> Tensors:  # (g, side, r) each
         rank, sides = self.resolved_rank, kernel.shape[3:]
         wide = [side for side in sides if side > 1]  # an axis of one tap has nothing to explain
         tensor, scale = to_unit_scale(kernel.to(dtype).flatten(3), 3)
@@ -115,8 +118,10 @@ class CP(SingleRankDecomposition):
         return (*bases[:2], *(next(windows) if side > 1 else ones for side in sides))
 
     def errors_at_all_ranks(
-        self, kernel: Tensor, second_moment: SecondMoment | None = None
-    ) -> Tensor:
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        second_moment: SecondMoment | None = None,
+    ) -> Tensor:  # (full rank,)
         """Return an estimate: what a few sweeps lose at some ranks, and in between by their logs.
 
         Full ALS loses less, mostly by little; beyond a quarter of the rank that holds as many
@@ -126,7 +131,7 @@ class CP(SingleRankDecomposition):
         sides = [side for side in kernel.shape[1:] if side > 1] or [1]
         as_large = max(1, math.prod(sides) // sum(sides))
         full = math.prod(sides) // max(sides)
-        sweeps, shares = (20, (16, 4, 1)) if kernel.numel() < _SMALL else (5, (16, 4))
+        sweeps, shares = (20, (16, 4, 1)) if kernel.numel() < _SMALL_NUMEL else (5, (16, 4))
         points = {0: 1.0}
         for rank in sorted({min(full, max(1, as_large // share)) for share in shares}):
             method = replace(self, rank=rank)
@@ -140,17 +145,17 @@ class CP(SingleRankDecomposition):
             points[rank] = min(error, *points.values())
         last = points[max(points)]
         ranks = torch.arange(1, full + 1, dtype=torch.float64)
-        logs = numpy.interp(ranks, [*points], numpy.log([max(_LEAST, e) for e in points.values()]))
-        errors = torch.from_numpy(logs).exp()
+        logs = numpy.log([max(_MIN_ERROR, error) for error in points.values()])
+        errors = torch.from_numpy(numpy.interp(ranks, [*points], logs)).exp()
         beyond = ranks > max(points)
         rest = (1 - (ranks - max(points)) / max(1, 1.5 * as_large - max(points))).clamp_min(0)
         return torch.where(beyond, last * rest.sqrt(), errors)
 
-    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
         kernel: Tensor = tensors[0] @ _khatri_rao(tensors[1:]).mT
         return kernel.reshape(tuple(shape))
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # (g, o, i, *k)
         out, into, *spatial = tensors
         dims = len(spatial)
         ones = [1] * dims
@@ -163,22 +168,27 @@ class CP(SingleRankDecomposition):
         return [into.mT.reshape(*into.mT.shape, *ones), *depthwise, out.reshape(*out.shape, *ones)]
 
 
-def _khatri_rao(bases: Sequence[Tensor]) -> Tensor:
-    """Return the columnwise Kronecker product: (g, n, r), (g, m, r), … → (g, n·m·…, r)."""
+def _khatri_rao(bases: Sequence[Tensor]) -> Tensor:  # (g, n, r), (g, m, r), … → (g, n·m·…, r)
+    """Return the columnwise Kronecker product."""
     product = bases[0]
     for basis in bases[1:]:
         product = (product.unsqueeze(2) * basis.unsqueeze(1)).flatten(1, 2)
     return product
 
 
-def _als(tensor: Tensor, rank: int, start: Tensors | None, sweeps: int | None) -> list[Tensor]:
-    """Return the bases (g, side, r) that alternating least squares finds, over all groups at once.
+def _als(
+    tensor: Tensor,  # (g, o, i, *k)
+    rank: int,
+    start: Tensors | None,
+    sweeps: int | None,
+) -> list[Tensor]:  # (g, side, r) each
+    """Return the bases that alternating least squares finds, over all groups at once.
 
     It begins with a few sweeps' worth of other bases, or with the higher-order SVD's directions.
     Every sweep costs three products with the tensor and holds Πk·max(o, i)·R numbers besides.
 
     Args:
-        tensor: (g, o, i, *k), at unit scale, without axes of one tap.
+        tensor: at unit scale, without axes of one tap.
         rank: the number of components.
         start: the bases to begin with.
         sweeps: how many; `None` for as many as gain something.
@@ -210,7 +220,12 @@ def _als(tensor: Tensor, rank: int, start: Tensors | None, sweeps: int | None) -
     return [out, into, *spatial]
 
 
-def _solve_spatial(contracted: Tensor, out: Tensor, into: Tensor, spatial: list[Tensor]) -> Tensor:
+def _solve_spatial(
+    contracted: Tensor,  # (g, *k, r): the tensor, its channels contracted
+    out: Tensor,  # (g, o, r)
+    into: Tensor,  # (g, i, r)
+    spatial: list[Tensor],  # (g, side, r) each
+) -> Tensor:  # ()
     """Replace each spatial basis by its least-squares one; return ⟨W, W′⟩."""
     groups, *sides, rank = contracted.shape
     for axis, side in enumerate(sides):
@@ -226,7 +241,7 @@ def _solve_spatial(contracted: Tensor, out: Tensor, into: Tensor, spatial: list[
     return fitted
 
 
-def _initial(unfolding: Tensor, rank: int) -> Tensor:
+def _initial(unfolding: Tensor, rank: int) -> Tensor:  # (g, side, n) → (g, side, r)
     """Return leading left singular vectors, and random ones, the same every time, for the rest."""
     side = unfolding.shape[1]
     basis = leading_subspace(unfolding, min(rank, side))
@@ -234,29 +249,33 @@ def _initial(unfolding: Tensor, rank: int) -> Tensor:
     return torch.cat([basis, extra], dim=2)
 
 
-def _without_zeros(basis: Tensor) -> Tensor:
+def _without_zeros(basis: Tensor) -> Tensor:  # (g, side, r) → (g, side, r)
     """Return a basis with random columns, the same every time, in place of those that are zero."""
     groups, side, rank = basis.shape
     zero = (basis == 0).all(dim=1, keepdim=True)
     return torch.where(zero, _random(groups, side, rank).to(basis, non_blocking=True), basis)
 
 
-def _random(groups: int, side: int, rank: int) -> Tensor:
+def _random(groups: int, side: int, rank: int) -> Tensor:  # (g, side, r)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(groups, side, rank, generator=generator, device="cpu")
     return numbers / math.sqrt(side)
 
 
-def _gram(bases: list[Tensor]) -> Tensor:
-    """Return the Gram matrix of the Khatri-Rao product: (g, n, r), … → (g, r, r)."""
+def _gram(bases: list[Tensor]) -> Tensor:  # (g, n, r), … → (g, r, r)
+    """Return the Gram matrix of the Khatri-Rao product."""
     gram = bases[0].mT @ bases[0]
     for basis in bases[1:]:
         gram = gram * (basis.mT @ basis)
     return gram
 
 
-def _solve(target: Tensor, others: list[Tensor], current: Tensor) -> Tensor:
-    """Return the least-squares basis (g, n, r) for what the other bases leave to explain.
+def _solve(
+    target: Tensor,  # (g, n, r)
+    others: list[Tensor],  # (g, m, r) each
+    current: Tensor,  # (g, n, r)
+) -> Tensor:  # (g, n, r)
+    """Return the least-squares basis for what the other bases leave to explain.
 
     Where components are collinear it is not unique: a sliver of pull towards the current one
     settles the choice and, unlike a ridge, leaves the fixed points where they are.
@@ -271,7 +290,7 @@ def _solve(target: Tensor, others: list[Tensor], current: Tensor) -> Tensor:
     return solution
 
 
-def _balance(bases: list[Tensor]) -> list[Tensor]:
+def _balance(bases: list[Tensor]) -> list[Tensor]:  # (g, side, r) each
     """Spread the norm of every component evenly over its bases."""
     norms = [torch.linalg.vector_norm(basis, dim=1, keepdim=True) for basis in bases]
     share = torch.stack(norms).prod(0).pow(1 / len(bases))  # (g, 1, r)

@@ -10,8 +10,10 @@ _MIN_RIDGE = 1e-30  # the same for an input that is zero altogether
 
 
 def truncated_svd(
-    matrix: Tensor, rank: int, second_moment: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    matrix: Tensor,  # (…, m, n)
+    rank: int,
+    second_moment: Tensor | None = None,  # (…, n, n)
+) -> tuple[Tensor, Tensor]:  # (…, m, rank), (…, rank, n)
     """Return the best approximation of this rank (Eckart–Young), its scale split evenly.
 
     A matrix in fp32 or narrower goes through the eigenvectors of its Gram matrix in fp64: to
@@ -19,12 +21,12 @@ def truncated_svd(
     as exact as an SVD in fp32 and several times cheaper.
 
     Args:
-        matrix: (..., m, n), any floating type; computed in fp32, or fp64 where it is fp64.
+        matrix: of any floating type; computed in fp32, or fp64 where it is fp64.
         rank: from 1 to min(m, n).
-        second_moment: (..., n, n) of what the columns multiply; with it, ‖(W − W′) M^½‖ is least.
+        second_moment: of what the columns multiply; with it, ‖(W − W′) M^½‖ is least.
 
     Returns:
-        left (..., m, rank) and right (..., rank, n), whose product is the approximation.
+        The left and the right factor, whose product is the approximation.
     """
     dtype = compute_dtype(matrix.dtype)
     unit, scale = to_unit_scale(matrix.double(), 2)
@@ -36,13 +38,17 @@ def truncated_svd(
         left, right = _plain_svd(unit, rank, dtype)
     # Half of the scale each, so that neither factor over- or underflows.
     norms = [torch.linalg.vector_norm(x, dim=d, keepdim=True) for x, d in ((left, -2), (right, -1))]
-    root = (norms[0].mT * norms[1] * scale).sqrt()  # (..., rank, 1)
+    root = (norms[0].mT * norms[1] * scale).sqrt()  # (…, rank, 1)
     tiny = torch.finfo(unit.dtype).tiny
     left, right = (x / norm.clamp_min(tiny) for x, norm in zip((left, right), norms, strict=True))
     return (left * root.mT).to(dtype), (right * root).to(dtype)
 
 
-def _plain_svd(unit: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _plain_svd(
+    unit: Tensor,  # (…, m, n)
+    rank: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # (…, m, rank), (…, rank, n)
     if dtype == torch.float64:
         basis = torch.linalg.svd(unit, full_matrices=False).U[..., :rank]
     else:
@@ -50,7 +56,11 @@ def _plain_svd(unit: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     return basis, basis.mT @ unit
 
 
-def _weighted_svd(unit: Tensor, rank: int, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted_svd(
+    unit: Tensor,  # (…, m, n)
+    rank: int,
+    second_moment: Tensor,  # (…, n, n)
+) -> tuple[Tensor, Tensor]:  # (…, m, rank), (…, rank, n)
     if unit.shape[-2] <= unit.shape[-1]:
         # The best W′ is U Uᵀ W, with the leading eigenvectors U of W M Wᵀ.
         basis = leading_eigenvectors(unit @ second_moment @ unit.mT, rank)
@@ -61,12 +71,15 @@ def _weighted_svd(unit: Tensor, rank: int, second_moment: Tensor) -> tuple[Tenso
     return whitened @ basis, torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)
 
 
-def squared_singular_values(matrix: Tensor, second_moment: Tensor | None = None) -> Tensor:
-    """Return the squared singular values (..., min(m, n)) of W M^½, the largest first.
+def squared_singular_values(
+    matrix: Tensor,  # (…, m, n)
+    second_moment: Tensor | None = None,  # (…, n, n)
+) -> Tensor:  # (…, min(m, n))
+    """Return the squared singular values of W M^½, the largest first.
 
     Args:
-        matrix: W, (..., m, n), of unit scale, in fp64.
-        second_moment: M, (..., n, n), whose scale is taken out; the identity where it is `None`.
+        matrix: W, of unit scale, in fp64.
+        second_moment: M, whose scale is taken out; the identity where it is `None`.
     """
     if second_moment is not None:
         moment = regularized(second_moment)
@@ -78,36 +91,35 @@ def squared_singular_values(matrix: Tensor, second_moment: Tensor | None = None)
     return _descending(matrix @ matrix.mT)
 
 
-def _descending(gram: Tensor) -> Tensor:
+def _descending(gram: Tensor) -> Tensor:  # (…, n, n) → (…, n)
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.flip(-1).clamp_min(0)
 
 
-def refine(matrix: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+def refine(
+    matrix: Tensor,  # (…, m, n)
+    left: Tensor,  # (…, m, rank)
+) -> tuple[Tensor, Tensor]:  # (…, m, rank), orthonormal, and (…, rank, n)
     """Return a low-rank approximation from the left factor of one that was good a moment ago.
 
     One step of subspace iteration: it is within 0.1 % of the least squared error where the matrix
     moved by 5 % (``docs/distortion.md``), and its error is a projection's wherever it moved.
 
     Args:
-        matrix: (..., m, n), finite.
-        left: (..., m, rank) with the columns that it begins with, of any norm.
-
-    Returns:
-        left (..., m, rank), orthonormal, and right (..., rank, n).
+        matrix: finite.
+        left: the columns that it begins with, of any norm.
     """
     left = power_step(matrix, left)
     return left, left.mT @ matrix
 
 
-def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Return orthonormal columns that span (W Wᵀ) basis, at any scale.
+def power_step(
+    matrix: Tensor,  # (…, m, n)
+    basis: Tensor,  # (…, m, r)
+) -> Tensor:  # (…, m, r)
+    """Return orthonormal columns that span (W Wᵀ) basis of a matrix W, at any scale.
 
     Where that lacks rank, other directions fill it up.
-
-    Args:
-        matrix: W, (..., m, n).
-        basis: (..., m, r).
     """
     # As rows: processors multiply them by contiguous matrices several times faster.
     image = to_unit_scale(to_unit_scale(basis, 2)[0].mT @ matrix, 2)[0]
@@ -116,27 +128,22 @@ def power_step(matrix: Tensor, basis: Tensor) -> Tensor:
     return orthonormal
 
 
-def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
+def leading_subspace(matrix: Tensor, rank: int) -> Tensor:  # (…, m, n) → (…, m, rank)
     """Return an orthonormal basis of the leading left singular subspace, by the Gram matrix.
 
-    Args:
-        matrix: (..., m, n), of unit scale.
-        rank: from 1 to m.
-
-    Returns:
-        (..., m, rank), the strongest direction first.
+    The strongest direction comes first. The matrix is of unit scale, the rank at most m.
     """
     return leading_eigenvectors(matrix @ matrix.mT, rank)
 
 
-def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors (..., n, rank) of the largest eigenvalues, the largest first."""
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:  # (…, n, n) → (…, n, rank)
+    """Return the eigenvectors of the largest eigenvalues, the largest first."""
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     return vectors[..., -rank:].flip(-1)
 
 
-def regularized(second_moment: Tensor) -> Tensor:
-    """Return second moments (b, n, n), the largest at unit scale, in fp64, positive definite.
+def regularized(second_moment: Tensor) -> Tensor:  # (b, n, n) → (b, n, n)
+    """Return second moments, the largest at unit scale, in fp64, positive definite.
 
     Directions that no input had, as of dead channels or of fewer inputs than directions, then count
     for little, but not for nothing: as much as what rounding may have left of them below zero.
@@ -148,7 +155,10 @@ def regularized(second_moment: Tensor) -> Tensor:
     return moment + (mean * floor).clamp_min(_MIN_RIDGE) * identity
 
 
-def to_unit_scale(tensor: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+def to_unit_scale(
+    tensor: Tensor,  # (…, *sides), of so many dims
+    dims: int,
+) -> tuple[Tensor, Tensor]:  # as the tensor, and (…, *ones)
     """Return a tensor divided by the largest number in its last `dims` axes, and that number.
 
     Squares of its numbers then neither over- nor underflow; zeros stay, at scale 1.
@@ -158,7 +168,7 @@ def to_unit_scale(tensor: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     return tensor / scale, scale
 
 
-def relative_error(exact: Tensor, approximation: Tensor) -> float:
+def relative_error(exact: Tensor, approximation: Tensor) -> float:  # both (…,)
     """Return ‖y − y′‖ / ‖y‖ of two tensors of one shape; ‖y′‖ where y is zero.
 
     Computed in fp64 at unit scale, so that no square of fp32 numbers under- or overflows. NaN
@@ -173,5 +183,5 @@ def relative_error(exact: Tensor, approximation: Tensor) -> float:
     return float(difference / norm) if norm > 0 else float(difference)
 
 
-def _to_fp64(x: Tensor) -> Tensor:
+def _to_fp64(x: Tensor) -> Tensor:  # (…,), of complex numbers (…, 2)
     return torch.view_as_real(x.resolve_conj()).double() if x.is_complex() else x.double()

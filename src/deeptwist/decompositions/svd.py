@@ -132,14 +132,14 @@ class SVD(MatrixDecomposition):
     def partition(self, kernel: Tensor) -> list[Tensor]:  # (g, o, i, *k) → (g, m, n)
         return [lower(kernel)]
 
-    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
         return unlower(matrices[0], shape)
 
     def column_moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
-        dims = len(shape) - 3
+        dims = len(shape) - 3  # (g, n, n)
         return [second_moment.over(dims - self.output_axes(dims))]
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # (g, o, i, *k)
         left, right = tensors  # (g, o·Πk_out, r) and (g, r, i·Πk_in)
         groups, out, into, *size = shape
         rank, split = left.shape[-1], self.output_axes(len(size))
@@ -163,7 +163,7 @@ class SpatialSVD(SVD):
     def partition(self, kernel: Tensor) -> list[Tensor]:  # (g, o, i, *k) → (g, m, n)
         return [lower_spatial(kernel)]
 
-    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
         return unlower_spatial(matrices[0], shape)
 
     def output_axes(self, dims: int) -> int:

@@ -99,12 +99,12 @@ class TiledSVD(MatrixDecomposition):
     def partition(self, kernel: Tensor) -> list[Tensor]:  # (g, o, i, *k) → (b, h, w) each
         return [patch.flatten(0, 2) for patch in self.grid(kernel.shape).split(lower(kernel))]
 
-    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
         grid = self.grid(shape)
         return unlower(grid.assemble(_patches(grid, matrices, shape[0])), shape)
 
     def column_moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
-        """Return every tile's own diagonal block; what tiles of one row share is left out."""
+        """Return every tile's own block (b, w, w); what tiles of one row share is left out."""
         moment, moments = second_moment.full, []
         for row, col in self.grid(shape).patches:
             blocks = moment[:, col.offset : col.stop, col.offset : col.stop]
@@ -114,7 +114,7 @@ class TiledSVD(MatrixDecomposition):
             moments.append(wide.flatten(0, 2))
         return moments
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # (g, o, i, *k)
         grid, size = self.grid(shape), shape[3:]
         aligned = is_aligned(grid, math.prod(size))
         # A linear layer in more than one tile runs as a 1×1 convolution.

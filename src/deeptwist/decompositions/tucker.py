@@ -19,7 +19,6 @@ from deeptwist.decompositions.base import (
     Decomposition,
     Tensors,
     cannot_shrink_error,
-    check_ratio,
     largest_rank,
     no_rank_error,
     rescale_to_moment,
@@ -31,7 +30,7 @@ from deeptwist.decompositions.linalg import (
     to_unit_scale,
 )
 from deeptwist.decompositions.svd import SVD
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.errors import DeepTwistError, check_int, check_ratio
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, pointwise
 from deeptwist.layers.moments import SecondMoment
 
@@ -72,7 +71,7 @@ class Tucker(Decomposition):
 
     @property
     def resolved_rank(self) -> tuple[int, int]:
-        """The ranks (R_t, R_s), once resolved."""
+        """Return the ranks (R_t, R_s), once resolved."""
         if self.rank is None:
             raise no_rank_error(self)
         return self.rank
@@ -137,9 +136,11 @@ class Tucker(Decomposition):
         )
 
     def factorize(
-        self, kernel: Tensor, start: Tensors | None, second_moment: SecondMoment | None
-    ) -> Tensors:
-        """Return basis_out (g, o, r_out), core (g, r_out, r_in, *k) and basis_in (g, i, r_in)."""
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        start: Tensors | None,
+        second_moment: SecondMoment | None,
+    ) -> Tensors:  # basis_out (g, o, r_out), core (g, r_out, r_in, *k), basis_in (g, i, r_in)
         ranks, dtype, size = self.resolved_rank, kernel.dtype, kernel.shape[3:]
         tensor, scale = to_unit_scale(kernel.flatten(3), 3)
         root = None
@@ -159,9 +160,11 @@ class Tucker(Decomposition):
         return tuple(factor.to(dtype) for factor in factors)
 
     def errors_at_all_ranks(
-        self, kernel: Tensor, second_moment: SecondMoment | None = None
-    ) -> Tensor:
-        """Return what the truncated higher-order SVD loses at ranks (R_t, R_s): (o, i).
+        self,
+        kernel: Tensor,  # (g, o, i, *k)
+        second_moment: SecondMoment | None = None,
+    ) -> Tensor:  # (o, i)
+        """Return what the truncated higher-order SVD loses at ranks (R_t, R_s).
 
         HOOI, which starts from it, loses no more and seldom much less. In a second moment's
         metric it is the outputs' at a quarter of the ranks, and in proportion elsewhere.
@@ -190,12 +193,12 @@ class Tucker(Decomposition):
         at = errors[out - 1, into - 1]
         return rescale_to_moment(errors, at, kernel, approximation, second_moment)
 
-    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:
+    def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
         basis_out, core, basis_in = tensors
         kernel = torch.einsum("gor,grsk,gis->goik", basis_out, core.flatten(3), basis_in)
         return kernel.reshape(tuple(shape))
 
-    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
+    def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # (g, o, i, *k)
         basis_out, core, basis_in = tensors
         ones, into = [1] * (len(shape) - 3), basis_in.mT
         return [
@@ -213,7 +216,11 @@ def floor_fraction(channels: int, fraction: float) -> int:
     return math.floor(Fraction(str(float(fraction))) * channels)
 
 
-def _hooi(tensor: Tensor, rank_out: int, rank_in: int) -> Tensors:
+def _hooi(
+    tensor: Tensor,  # (g, o, i, k)
+    rank_out: int,
+    rank_in: int,
+) -> Tensors:  # as `_sweep`
     """Sweep from the higher-order SVD until the core holds hardly more than before.
 
     Each sweep takes the leading eigenvectors of Gram matrices: power steps, which are cheaper
@@ -234,12 +241,13 @@ def _hooi(tensor: Tensor, rank_out: int, rank_in: int) -> Tensors:
     return _sweep(tensor, basis_out, basis_in, 1)
 
 
-def _sweep(tensor: Tensor, basis_out: Tensor, basis_in: Tensor, count: int) -> Tensors:
-    """Improve the bases in turn, each by a power step on what the other leaves of the tensor.
-
-    Returns:
-        basis_out (g, o, r_out), the core as (g, r_in, r_out·k), and basis_in (g, i, r_in).
-    """
+def _sweep(
+    tensor: Tensor,  # (g, o, i, k)
+    basis_out: Tensor,  # (g, o, r_out)
+    basis_in: Tensor,  # (g, i, r_in)
+    count: int,
+) -> Tensors:  # basis_out, the core as (g, r_in, r_out·k), basis_in
+    """Improve the bases in turn, each by a power step on what the other leaves of the tensor."""
     by_out, by_in = _unfoldings(tensor)
     for _ in range(count):
         basis_out = power_step(_project(basis_in, by_in, tensor.shape[1]), basis_out)
@@ -248,12 +256,16 @@ def _sweep(tensor: Tensor, basis_out: Tensor, basis_in: Tensor, count: int) -> T
     return basis_out, basis_in.mT @ projected, basis_in
 
 
-def _unfoldings(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (g, o, i·k) and (g, i, o·k) of a tensor (g, o, i, k)."""
+def _unfoldings(tensor: Tensor) -> tuple[Tensor, Tensor]:  # (g, o, i, k)
+    """Return the tensor as (g, o, i·k) and as (g, i, o·k)."""
     return tensor.flatten(2), tensor.transpose(1, 2).flatten(2)
 
 
-def _project(basis: Tensor, unfolding: Tensor, side: int) -> Tensor:
-    """Contract (g, n, side·k) with a basis (g, n, r), unfolded by the side: (g, side, r·k)."""
+def _project(
+    basis: Tensor,  # (g, n, r)
+    unfolding: Tensor,  # (g, n, side·k)
+    side: int,
+) -> Tensor:  # (g, side, r·k)
+    """Contract an unfolding with a basis, and unfold what it leaves by the other side."""
     projected: Tensor = (basis.mT @ unfolding).unflatten(2, (side, -1))
     return projected.transpose(1, 2).flatten(2)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
-from deeptwist.decompositions.base import check_ratio
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, check_ratio
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.plan.allocation import Candidate, allocate

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer, from_dict
-from deeptwist.decompositions.base import check_ratio
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer, find_method
+from deeptwist.errors import DeepTwistError, check_int, check_ratio
 from deeptwist.inspection.run import as_tuple
 from deeptwist.inspection.usage import Inspection, Layer, inspect_model
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
@@ -72,7 +71,7 @@ def plan(
     """
     if isinstance(decomposition, Decomposition | str):
         decomposition = (decomposition,)
-    methods = [from_dict({"method": m}) if isinstance(m, str) else m for m in decomposition]
+    methods = [find_method(m)() if isinstance(m, str) else m for m in decomposition]
     planner = Planner(model, example_input, methods, layers, rank_multiple, calibration)
     if latency is None:
         return planner.plan(ratio, Budgets(weights, macs))

@@ -161,7 +161,7 @@ def check_size(compression: CompressionRecipe) -> None:
     Raises:
         DeepTwistError: if nothing does, or a number that does compresses nothing.
     """
-    from deeptwist.decompositions.base import check_ratio
+    from deeptwist.errors import check_ratio
 
     if not given_sizes(compression) and not compression.override:
         raise DeepTwistError("say how small: --ratio 4, --weight-budget 4, --macs 3 or --latency 2")
