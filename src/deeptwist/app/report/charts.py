@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from html import escape
 from typing import Any, Literal, NamedTuple
 
@@ -194,47 +195,39 @@ def _place(network: Network, column: str, unit: float) -> list[tuple[float, floa
 
 
 def training_charts(records: Sequence[Record]) -> list[Chart]:
-    """Return loss and accuracy over epochs, and what distortions changed."""
-    marks = sorted({epoch for record in records for epoch in record.milestones})
-    note = " Upright dots: the learning rate drops." * bool(marks)
-
-    def lines(points: Callable[[Record], Points], **changes: Any) -> list[Curve]:
-        named = "" if changes else "{}"
-        styled = _looks(records)
-        return [Curve(named.format(r.name), points(r), look | changes) for r, look in styled]
-
-    def over_epochs(value: Callable[[dict[str, Any]], float]) -> list[Curve]:
-        return lines(lambda run: [(epoch["epoch"], value(epoch)) for epoch in run.epochs])
-
-    def over_distortions(value: Callable[[Any], float | None], **changes: Any) -> list[Curve]:
-        return lines(lambda run: [(x, value(d)) for x, d in _distortions(run)], **changes)
-
-    def around(split: str, name: str, unit: int = 1) -> list[Curve]:
-        before, after = (
-            lambda d, moment=moment: unit * d[split][moment][name] if d[split] else None
-            for moment in (0, 1)
-        )
-        after_look = {"linestyle": ":", "markerfacecolor": "none"}
-        return [*over_distortions(before), *over_distortions(after, **after_look)]
-
-    def over(title: str, caption: str, curves: list[Curve], **axes: Any) -> list[Chart]:
-        salt = records[0].title
-        return draw(title, caption + note, curves, x="epoch", marks=marks, salt=salt, **axes)
-
+    """Return loss and accuracy over epochs."""
     return [
-        *over(
+        *_over_epochs(
+            records,
             "Test accuracy while training",
             "After each epoch, with the weights as training left them.",
-            over_epochs(lambda epoch: 100 * epoch["test"]["accuracy"]),
+            _lines(records, _epochs, lambda epoch: 100 * epoch["test"]["accuracy"]),
             y="test accuracy, %",
         ),
-        *over(
+        *_over_epochs(
+            records,
             "Training loss",
             "The mean over each epoch's images, augmented.",
-            over_epochs(lambda epoch: epoch["train_loss"]),
+            _lines(records, _epochs, lambda epoch: epoch["train_loss"]),
             y="cross-entropy",
             scale="log",
         ),
+    ]
+
+
+def distortion_charts(records: Sequence[Record]) -> list[Chart]:
+    """Return what distortions changed."""
+    over = partial(_over_epochs, records)
+    lines = partial(_lines, records, _distortions)
+
+    def around(split: str, name: str, unit: int = 1) -> list[Curve]:
+        before, after = (
+            lambda line, moment=moment: unit * line[split][moment][name] if line[split] else None
+            for moment in (0, 1)
+        )
+        return [*lines(before), *lines(after, linestyle=":", markerfacecolor="none")]
+
+    return [
         *over(
             "Training loss around distortions",
             "On some images, not augmented: just before each one and, dotted, just after it.",
@@ -251,18 +244,45 @@ def training_charts(records: Sequence[Record]) -> list[Chart]:
         *over(
             "What a distortion costs: ΔL/L",
             "The share by which the loss rises at each; logarithmic beyond ±1.",
-            over_distortions(lambda distortion: distortion["loss_increase"]),
+            lines(lambda line: line["loss_increase"]),
             y="ΔL/L",
             scale="symlog",
         ),
         *over(
             "How far a distortion moves the weights: Δw",
             "‖W − W′‖ ÷ N, over all N compressed weights.",
-            over_distortions(lambda distortion: distortion["weight_shift"]),
+            lines(lambda line: line["weight_shift"]),
             y="Δw",
             scale="log",
         ),
     ]
+
+
+def _over_epochs(
+    records: Sequence[Record], title: str, caption: str, curves: list[Curve], **axes: Any
+) -> list[Chart]:
+    marks = {epoch for record in records for epoch in record.milestones}
+    caption += " Upright dots: the learning rate drops." * bool(marks)
+    axes |= {"x": "epoch", "marks": sorted(marks), "salt": records[0].title}
+    return draw(title, caption, curves, **axes)
+
+
+def _lines(
+    records: Sequence[Record],
+    lines_of: Callable[[Record], list[tuple[float, dict[str, Any]]]],
+    value: Callable[[dict[str, Any]], float | None],
+    **changes: Any,
+) -> list[Curve]:
+    """Return a value over epochs, a curve for each run; out of the legend if its look changes."""
+    label = "" if changes else "{}"
+    return [
+        Curve(label.format(run.name), [(x, value(e)) for x, e in lines_of(run)], look | changes)
+        for run, look in _looks(records)
+    ]
+
+
+def _epochs(run: Record) -> list[tuple[float, dict[str, Any]]]:
+    return [(epoch["epoch"], epoch) for epoch in run.epochs]
 
 
 def _distortions(run: Record) -> list[tuple[float, dict[str, Any]]]:

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 
-from deeptwist.app.report.charts import (
-    COLORS,
-    Chart,
-    Curve,
-    distinct_plans,
-    draw,
-    gain_charts,
-    layer_charts,
-    training_charts,
-)
+from deeptwist.app.report import charts
+from deeptwist.app.report.charts import Chart, Curve, distinct_plans
 from deeptwist.app.report.records import (
     MACS,
     PARAMETERS,
@@ -72,12 +64,13 @@ def write_report(folders: Sequence[Path], path: Path, *, title: str) -> Path:
         groups.setdefault(record.title, []).append(record)
     sections: list[dict[str, Any]] = []
     for name, records in groups.items():
+        training = [*charts.training_charts(records), *charts.distortion_charts(records)]
         lead, table = _summary(records), _results_table(records)
         plans = [_layer_table(run.plan, records) for run, _ in distinct_plans(records) if run.plan]
         sections += [
-            {"heading": name, "lead": lead, "table": table, "charts": gain_charts(records)},
-            {"heading": "While training", "charts": training_charts(records)},
-            {"heading": "Layers", "charts": layer_charts(records), "folded": plans},
+            {"heading": name, "lead": lead, "table": table, "charts": charts.gain_charts(records)},
+            {"heading": "While training", "charts": training},
+            {"heading": "Layers", "charts": charts.layer_charts(records), "folded": plans},
         ]
     ordered = [record for records in groups.values() for record in records]
     commands = [record.command for record in ordered]
@@ -263,21 +256,21 @@ def write_sweep(
     ]
     header = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained, %"
     table = Table("The whole network, planned at each ratio.", header, rows)
-    charts = _sweep_charts(points, points[knee].ratio, dense_accuracy)
-    _write_page(path, title, [{"table": table, "charts": charts}])
+    drawn = _sweep_charts(points, points[knee].ratio, dense_accuracy)
+    _write_page(path, title, [{"table": table, "charts": drawn}])
 
 
 def _sweep_charts(
     points: "Sequence[SweepPoint]", knee: float, dense_accuracy: float | None
 ) -> list[Chart]:
     def curve(name: str, heights: Iterable[float | None], number: int = 0) -> Curve:
-        look = {"color": COLORS[number], "marker": "os"[number]}
+        look = {"color": charts.COLORS[number], "marker": "os"[number]}
         return Curve(name, zip((point.ratio for point in points), heights, strict=True), look)
 
     accuracies = [None if p.accuracy is None else 100 * p.accuracy for p in points]
     level = [None if dense_accuracy is None else 100 * dense_accuracy for _ in points]
     note = " Dotted: the knee; from there on each step costs more than the one before it."
-    over = partial(draw, x="ratio asked", marks=[knee])
+    over = partial(charts.draw, x="ratio asked", marks=[knee])
     return [
         *over(
             "Predicted error",
