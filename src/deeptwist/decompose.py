@@ -12,10 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.in_projection import get_layer
 from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
 from deeptwist.inspection.run import FORWARD_ERRORS
 from deeptwist.inspection.swap import swap
-from deeptwist.inspection.weights import Weight, get_layer, get_weight, has_hooks, weight_of
+from deeptwist.inspection.weights import Kept, Weight, get_weight, weight_of
 from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
 from deeptwist.plan.calibration import Calibration, default_inputs, to_device
 from deeptwist.plan.plan import Plan
@@ -39,13 +40,12 @@ def planned_weight(model: nn.Module, layer: CompressedLayer) -> Weight:
     if isinstance(module, FactoredLayer):
         raise DeepTwistError(f"layer {layer.name!r} is decomposed already")
     weight = weight_of(module)
-    if isinstance(weight, Weight):
-        if weight.geometry == layer.convolution:
-            return weight
-        weight = f"is {type(module).__name__}({module.extra_repr()})"
+    if isinstance(weight, Weight) and weight.geometry == layer.convolution:
+        return weight
+    kind = f"is {type(module).__name__}({module.extra_repr()})"
     raise DeepTwistError(
         f"the plan is for another model: layer {layer.name!r} was ({layer.convolution}), "
-        f"here it {weight}"
+        f"here it {weight.reason if isinstance(weight, Kept) else kind}"
     )
 
 
@@ -213,7 +213,7 @@ def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tens
     factored: dict[str, nn.Module] = {}
     for layer in plan.compressed:
         weight = planned_weight(model, layer)
-        if has_hooks(weight.module):
+        if weight.has_hooks:
             logger.warning("layer %r carries hooks, which its factors will not", layer.name)
         factored[layer.name] = _make_factored(weight, layer, kernels[layer.name])
     return swap(model, factored)

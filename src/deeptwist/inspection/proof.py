@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.in_projection import get_layer
 from deeptwist.inspection.run import as_tuple, explaining, output_tensors, preserving_state
-from deeptwist.inspection.weights import get_layer
 
 logger = logging.getLogger("deeptwist")
 

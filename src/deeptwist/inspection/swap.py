@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection.weights import InProjection, get_layer, has_compiled_forward
+from deeptwist.inspection.in_projection import InProjection, get_layer
+from deeptwist.inspection.tracing import has_compiled_forward
 
 _ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None)),

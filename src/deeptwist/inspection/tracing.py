@@ -18,6 +18,7 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.padding import ConstantPad, SamePad
 
+_COMPUTATION = "forward", "_conv_forward", "weight", "__call__", "_call_impl"
 _METADATA = {
     *("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta", "requires_grad"),
     *("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "stride"),
@@ -31,6 +32,32 @@ def is_metadata(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__", None)
     return (getattr(owner, "__name__", "") if name == "__get__" else name) in _METADATA
+
+
+def class_name(kind: type) -> str:
+    """Return a class's name with its module's."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def computing_class(module: nn.Module) -> type:
+    """Return the class whose forward the module runs: its own, or one it is derived from."""
+    kind = parametrize.type_before_parametrizations(module)
+    return next(base for base in kind.__mro__ if any(name in vars(base) for name in _COMPUTATION))
+
+
+def describe_class(kind: type) -> str:
+    """Return a class with its article and its module."""
+    article = "an" if kind.__name__[0] in "AEIO" else "a"  # "a UNet", as it is spoken
+    return f"{article} {kind.__name__} ({kind.__module__})"
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether ``module.forward = torch.compile(module.forward)`` is all that is stored on it."""
+    compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    if compiled is None:
+        return False
+    method = getattr(compiled, "__wrapped__", compiled)  # torch puts a frame around its own code
+    return getattr(method, "__func__", method) is type(module).forward
 
 
 @dataclass(frozen=True)
@@ -68,31 +95,49 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-def trace_forwards(
+def trace_padding(
     module: nn.Module, geometry: ConvGeometry, *, computes_weight: bool
-) -> list[TracedForward] | None:
-    """Trace a module's forward on inputs of all sizes that its stride tells apart.
+) -> nn.Module | None:
+    """Return the module that pads as a layer's forward does; `None` where it does not pad.
 
     Args:
         module: of a class derived from a layer.
         geometry: of the layer.
         computes_weight: whether the forward may compute the weight from the parameters first.
 
-    Returns:
-        A forward for each of `_extra_sizes`; `None` where it computes anything else.
+    Raises:
+        DeepTwistError: if the forward computes anything else, or pads in a way of its own.
     """
-    traced = [
-        trace_forward(module, geometry, extra, computes_weight=computes_weight)
-        for extra in _extra_sizes(geometry)
+    sizes = range(1 + max(geometry.stride, default=0))  # all that the stride tells apart
+    forwards = [
+        trace_forward(module, geometry, extra, computes_weight=computes_weight) for extra in sizes
     ]
-    forwards = [forward for forward in traced if forward is not None]
-    return forwards if len(forwards) == len(traced) else None
+    traced = [forward for forward in forwards if forward is not None]
+    if len(traced) < len(forwards):
+        raise other_forward_error(module)
+    margins, mode = [forward.margins for forward in traced], traced[0].mode
+    if not any(any(margin) for margin in margins):
+        return None
+    if len(set(margins)) == 1:
+        return ConstantPad(margins[0], mode)
+    same = SamePad(geometry.kernel_size, geometry.stride, geometry.dilation)
+    for extra, margin in zip(sizes, margins, strict=True):
+        expected = tuple(same.margins(_input_size(geometry, extra)))
+        if mode != "constant" or (margin or (0,) * len(expected)) != expected:
+            raise DeepTwistError("pads its input in a way of its own")
+    return same
+
+
+def other_forward_error(module: nn.Module) -> DeepTwistError:
+    """Return the error for a layer's subclass that is not the layer behind a padding."""
+    kind = describe_class(computing_class(module))
+    return DeepTwistError(f"is {kind}, whose forward computes something else")
 
 
 def trace_forward(
     module: nn.Module, geometry: ConvGeometry, extra: int = 0, *, computes_weight: bool
 ) -> TracedForward | None:
-    """Trace a module's forward on an input by so much larger than the least; see above."""
+    """Trace a module's forward on an input larger by so much; `None` as `trace_padding` refuses."""
     reference = next(p for p in module.parameters() if p.dim() > 1)
     x = reference.new_zeros(1, geometry.in_channels, *_input_size(geometry, extra))
     was_training = module.training
@@ -148,29 +193,6 @@ def _arguments(names: Sequence[str], call: Any) -> tuple[dict[str, Any], Any]:
     """Return a recorded call's arguments by name, and its result."""
     _, args, kwargs, result = call
     return {**dict(zip(names, args, strict=False)), **kwargs}, result
-
-
-def padding_of(forwards: Sequence[TracedForward], geometry: ConvGeometry) -> nn.Module | None:
-    """Return the module that pads as all these forwards of one layer do; `None` without padding.
-
-    Raises:
-        DeepTwistError: if it depends on the input's size in a way of its own.
-    """
-    margins, mode = [forward.margins for forward in forwards], forwards[0].mode
-    if not any(any(margin) for margin in margins):
-        return None
-    if len(set(margins)) == 1:
-        return ConstantPad(margins[0], mode)
-    same = SamePad(geometry.kernel_size, geometry.stride, geometry.dilation)
-    for extra, margin in zip(_extra_sizes(geometry), margins, strict=True):
-        expected = tuple(same.margins(_input_size(geometry, extra)))
-        if mode != "constant" or (margin or (0,) * len(expected)) != expected:
-            raise DeepTwistError("pads its input in a way of its own")
-    return same
-
-
-def _extra_sizes(geometry: ConvGeometry) -> range:
-    return range(1 + max(geometry.stride, default=0))
 
 
 def _input_size(geometry: ConvGeometry, extra: int) -> list[int]:

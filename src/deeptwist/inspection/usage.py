@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.in_projection import named_layers
 from deeptwist.inspection.run import FORWARD_ERRORS, explaining, preserving_state
-from deeptwist.inspection.tracing import is_metadata
-from deeptwist.inspection.weights import (
-    InProjection,
-    Weight,
-    has_compiled_forward,
-    has_hooks,
-    has_in_projection,
-    is_layer,
-    layer_geometry,
-    weight_of,
-    weight_parameters,
-)
+from deeptwist.inspection.tracing import has_compiled_forward, is_metadata
+from deeptwist.inspection.weights import Kept, Weight, weight_of
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 
@@ -82,16 +73,13 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
     Raises:
         DeepTwistError: if the model has layers to initialise, or cannot run on the inputs.
     """
-    names = _names(model)
+    names, weights = _find_weights(model)
     holders: dict[Tensor, list[nn.Module]] = {}
-    for module in names:
-        for parameter in _weights(module):
+    for module, weight in weights.items():
+        for parameter in weight.parameters:
             holders.setdefault(parameter, []).append(module)
-    # Before the run: an odd layer must be kept for its own reason, not stop the network.
-    weights = {module: weight_of(module) for module in names}
-    geometries = {module: _geometry(module, weight) for module, weight in weights.items()}
-    usage = _trace_usage(model, inputs, weights, geometries, holders)
-    order = sorted(names, key=lambda module: usage.order.get(module, len(names)))
+    usage = _trace_usage(model, inputs, weights, holders)
+    order = [*usage.calls, *(module for module in weights if module not in usage.calls)]
     call_order = {module: number for number, module in enumerate(order)}
     factored = {
         part
@@ -100,76 +88,60 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
         for part in module.modules()
     }
 
-    def inspect_layer(module: nn.Module) -> Layer:
-        weight, geometry = weights[module], geometries[module]
-        reason = weight if isinstance(weight, str) else _instance_reason(module)
+    def inspect_layer(module: nn.Module, weight: Weight | Kept) -> Layer:
+        reason = _reason(weight)
         if module in factored:
             reason = "is part of a factored layer"
-        reason = reason or _usage_reason(module, names, holders, usage)
-        weight_numel = sum(p.numel() for p in _weights(module) if holders[p][0] is module)
-        if geometry and not reason:  # what weight norm holds besides is no weight
-            weight_numel = min(weight_numel, geometry.weight_numel)
+        sharing = [x for p in weight.parameters for x in holders[p] if x is not module]
+        if sharing and not reason:
+            reason = f"shares its weight with {names[sharing[0]][0]!r}"
+        reason = reason or usage.unsupported_uses.get(module)
+        if not usage.calls.get(module):
+            reason = reason or "is not called on the example input"
+        weight_numel = sum(p.numel() for p in weight.parameters if holders[p][0] is module)
+        if weight.geometry and not reason:  # what weight norm holds besides is no weight
+            weight_numel = min(weight_numel, weight.geometry.weight_numel)
         return Layer(
             module=module,
             names=tuple(names[module]),
             weight_numel=weight_numel,
-            convolution=geometry,
+            convolution=weight.geometry,
             calls=tuple(usage.calls.get(module, [])),
             call_order=call_order[module],
-            weight=None if reason else cast(Weight, weight),
+            weight=None if reason or isinstance(weight, Kept) else weight,
             reason=reason,
         )
 
-    return Inspection(tuple(map(inspect_layer, names)), usage.macs)
+    layers = tuple(inspect_layer(module, weight) for module, weight in weights.items())
+    return Inspection(layers, usage.macs)
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module that holds weights itself, with all its names, in the model's order."""
+def _find_weights(
+    model: nn.Module,
+) -> tuple[dict[nn.Module, list[str]], dict[nn.Module, Weight | Kept]]:
+    """The names and the weight of every module that holds weights itself, in the model's order."""
     names: dict[nn.Module, list[str]] = {}
-    projections: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    weights: dict[nn.Module, Weight | Kept] = {}
+    for name, module in named_layers(model):
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise DeepTwistError(f"layer {name!r} is not initialised: run the model once first")
         # The weights in a parametrization count as those of the module that has it.
-        if _weights(module) and not isinstance(module, parametrize.ParametrizationList):
+        if module not in names and not isinstance(module, parametrize.ParametrizationList):
+            weight = weight_of(module)
+            if weight.parameters:
+                weights[module] = weight
+        if module in weights:
             names.setdefault(module, []).append(name)
-        if has_in_projection(module):
-            if module not in projections:
-                projections[module] = InProjection(cast(nn.MultiheadAttention, module))
-            full_name = f"{name}.{InProjection.NAME}".lstrip(".")
-            names.setdefault(projections[module], []).append(full_name)
-    return names
+    return names, weights
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters that are a matrix at least."""
-    if is_layer(module):
-        return weight_parameters(module)
-    weights = [
-        parameter
-        for name, parameter in module.named_parameters(recurse=False)
-        if sum(side > 1 for side in parameter.shape) > 1
-        and not (name == "in_proj_weight" and has_in_projection(module))
-    ]
-    if parametrize.is_parametrized(module):
-        weights += [*module.get_submodule("parametrizations").parameters()]
-    return weights
-
-
-def _geometry(module: nn.Module, weight: Weight | str) -> ConvGeometry | None:
-    """A module's geometry, for its costs, also where its weight must be kept."""
-    if isinstance(weight, Weight):
-        return weight.geometry
-    with suppress(DeepTwistError):
-        return layer_geometry(module)
-    return None
-
-
-def _instance_reason(module: nn.Module) -> str | None:
-    """Why a module computes more than its class does."""
-    if "forward" in vars(module) and not has_compiled_forward(module):
+def _reason(weight: Weight | Kept) -> str | None:
+    """Why a module must be kept, whatever the model does with it."""
+    if isinstance(weight, Kept):
+        return weight.reason
+    if "forward" in vars(weight.module) and not has_compiled_forward(weight.module):
         return "has a forward of its own, stored on the module"
-    if has_hooks(module):
+    if weight.has_hooks:
         return "has hooks (pruning, …), which a factored layer would lose"
     return None
 
@@ -189,32 +161,11 @@ class _Usage:
     unsupported_uses: dict[nn.Module, str] = field(default_factory=dict)
     macs: int | None = None
 
-    @property
-    def order(self) -> dict[nn.Module, int]:
-        """When each layer was first used: 0, 1, …."""
-        return {module: number for number, module in enumerate(self.calls)}
-
-
-def _usage_reason(
-    module: nn.Module,
-    names: Mapping[nn.Module, list[str]],
-    holders: Mapping[Tensor, list[nn.Module]],
-    usage: _Usage,
-) -> str | None:
-    """Why a module cannot be decomposed because of how the model uses it."""
-    sharing = [other for p in _weights(module) for other in holders[p] if other is not module]
-    if sharing:
-        return f"shares its weight with {names[sharing[0]][0]!r}"
-    if module in usage.unsupported_uses:
-        return usage.unsupported_uses[module]
-    return None if usage.calls.get(module) else "is not called on the example input"
-
 
 def _trace_usage(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    weights: Mapping[nn.Module, Weight | str],
-    geometries: Mapping[nn.Module, ConvGeometry | None],
+    weights: Mapping[nn.Module, Weight | Kept],
     holders: Mapping[Tensor, list[nn.Module]],
 ) -> _Usage:
     """Run a model once, in evaluation mode, and leave it as it was.
@@ -222,7 +173,7 @@ def _trace_usage(
     Raises:
         DeepTwistError: if the model cannot run on the inputs.
     """
-    watched = {module: geometry for module, geometry in geometries.items() if geometry}
+    watched = {module: x.geometry for module, x in weights.items() if x.geometry}
     paddings = {
         module: weight.padding
         for module, weight in weights.items()

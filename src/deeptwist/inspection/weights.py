@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.in_projection import get_layer, has_in_projection
 from deeptwist.inspection.run import eval_mode
-from deeptwist.inspection.tracing import padding_of, trace_forward, trace_forwards
+from deeptwist.inspection.tracing import (
+    class_name,
+    computing_class,
+    describe_class,
+    other_forward_error,
+    trace_forward,
+    trace_padding,
+)
 from deeptwist.layers.geometry import SUPPORTED_MODULES, ConvGeometry
 
-_COMPUTATION = "forward", "_conv_forward", "weight", "__call__", "_call_impl"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STANDARDIZED = {
     "timm.layers.std_conv.StdConv2d",
@@ -61,12 +68,20 @@ class Weight:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that it is made of."""
-        return weight_parameters(self.module)
+        return _parameters(self.module)
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The layer's bias (out_channels,), if it has one."""
         return cast(nn.Parameter | None, getattr(self.module, "bias", None))
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether calling the module does more than its forward, weight and spectral norm aside."""
+        module = self.module
+        before = [hook for hook in module._forward_pre_hooks.values() if not _is_norm(hook)]
+        after = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+        return bool(before or after)
 
     def read(self) -> Tensor:
         """Return the weight, shaped `geometry.weight_shape`; the parameter's memory if it can."""
@@ -174,32 +189,80 @@ class ParametrizedWeight(Weight):
 _KINDS = TransposedWeight, HookedWeight, StandardizedWeight, ParametrizedWeight, Weight
 
 
-def weight_of(module: nn.Module) -> Weight | str:
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A module whose weight cannot be found, or that has none.
+
+    Attributes:
+        reason: why it must be kept as it is.
+        geometry: of a layer; `None` where it is none, or cannot be read.
+        parameters: those that count as weights: a layer's but its bias, another module's own
+            matrices.
+    """
+
+    reason: str
+    geometry: ConvGeometry | None
+    parameters: list[nn.Parameter]
+
+
+def weight_of(module: nn.Module) -> Weight | Kept:
     """Return the weight that a module computes with, or why it must be kept as it is."""
+    kind = next((kind for kind in _KINDS if kind.holds(module)), None)
+    if kind is None:
+        reason = f"is {describe_class(computing_class(module))}, not a convolution"
+        return Kept(reason, None, _own_matrices(module))
+    parameters, geometry = _parameters(module), None
     try:
-        geometry = layer_geometry(module)
-        reason = _unknown_parametrization(module)
-        if reason is not None:
-            return reason
-        padding = _padding(module, geometry)
+        geometry = _geometry(module, kind)
+        _check_parametrization(module)
+        padding = _padding(module, kind, geometry)
+        dtype = next(p for p in parameters if p.dim() > 1).dtype
+        if dtype not in _FLOATS:
+            raise DeepTwistError(f"has weights of type {dtype}".replace("torch.", ""))
     except DeepTwistError as error:
-        return str(error)
-    dtype = next(p for p in weight_parameters(module) if p.dim() > 1).dtype
-    if dtype not in _FLOATS:
-        return f"has weights of type {dtype}".replace("torch.", "")
-    return _kind(module)(module, geometry, padding)
+        return Kept(str(error), geometry, parameters)
+    return kind(module, geometry, padding)
 
 
-def layer_geometry(module: nn.Module) -> ConvGeometry:
-    """Return the geometry of a layer, whether its weight can be found or not.
+def get_weight(model: nn.Module, name: str) -> Weight:
+    """Return the weight of the layer that a name in a plan stands for.
 
     Raises:
-        DeepTwistError: if it is no layer, or its attributes are not those of one.
+        AttributeError: if there is no such module.
+        DeepTwistError: if it must be kept, naming the layer.
     """
-    if not is_layer(module):
-        raise DeepTwistError(f"is {_described(computing_class(module))}, not a convolution")
+    weight = weight_of(get_layer(model, name))
+    if isinstance(weight, Kept):
+        raise DeepTwistError(f"layer {name!r} {weight.reason}")
+    return weight
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    bias = getattr(module, "bias", None)
+    return [parameter for parameter in module.parameters() if parameter is not bias]
+
+
+def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters that are a matrix at least, as an embedding's."""
+    matrices = [
+        parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if sum(side > 1 for side in parameter.shape) > 1
+        and not (name == "in_proj_weight" and has_in_projection(module))
+    ]
+    if parametrize.is_parametrized(module):
+        matrices += [*module.get_submodule("parametrizations").parameters()]
+    return matrices
+
+
+def _geometry(module: nn.Module, kind: type[Weight]) -> ConvGeometry:
+    """Return a layer's geometry.
+
+    Raises:
+        DeepTwistError: if its attributes, which may be set by hand, are not those of one.
+    """
     try:
-        if _kind(module) is TransposedWeight:
+        if kind is TransposedWeight:
             inputs, outputs = cast(Tensor, module.weight).shape
             return ConvGeometry(inputs, outputs)
         geometry = ConvGeometry.from_module(module)
@@ -209,42 +272,9 @@ def layer_geometry(module: nn.Module) -> ConvGeometry:
     return geometry
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a convolution, a linear layer, or of a class derived from one."""
-    return any(kind.holds(module) for kind in _KINDS)
-
-
-def weight_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return all parameters of a layer but its bias."""
-    bias = getattr(module, "bias", None)
-    return [parameter for parameter in module.parameters() if parameter is not bias]
-
-
-def _kind(module: nn.Module) -> type[Weight]:
-    return next(kind for kind in _KINDS if kind.holds(module))
-
-
-def _padding(module: nn.Module, geometry: ConvGeometry) -> nn.Module | None:
-    """Return the padding of a forward of the module's own, if it has one.
-
-    Raises:
-        DeepTwistError: if the forward computes more than the layer behind a padding.
-    """
-    kind, own_class = _kind(module), computing_class(module)
-    if own_class in SUPPORTED_MODULES or kind is TransposedWeight:
-        return None
-    forwards = trace_forwards(module, geometry, computes_weight=kind is StandardizedWeight)
-    # Numbers besides the weight and the bias may come into play later, as an adapter's.
-    known = {id(module.weight), id(module.bias)}
-    others = [x for x in (*module.parameters(), *module.buffers()) if id(x) not in known]
-    if forwards is None or (others and not kind.is_computed):
-        raise DeepTwistError(f"is {_described(own_class)}, whose forward computes something else")
-    return padding_of(forwards, geometry)
-
-
 def _check_attributes(module: nn.Module, geometry: ConvGeometry) -> None:
-    """Check that a layer's attributes, which may be set by hand, agree with what it computes."""
-    shapes = {tuple(p.shape) for p in weight_parameters(module)}
+    """Check that a layer's attributes agree with what it computes."""
+    shapes = {tuple(p.shape) for p in _parameters(module)}
     expected = geometry.weight_shape
     if expected not in shapes:
         raise DeepTwistError(f"its weight {shapes} is not of shape {expected}")
@@ -255,51 +285,34 @@ def _check_attributes(module: nn.Module, geometry: ConvGeometry) -> None:
             raise DeepTwistError(f"its padding {padding} is not the one that it was made with")
 
 
-def _unknown_parametrization(module: nn.Module) -> str | None:
+def _check_parametrization(module: nn.Module) -> None:
+    """Check that a layer's parametrizations, if it has any, are one known norm of its weight."""
     if not parametrize.is_parametrized(module):
-        return None
+        return
     parts = [*cast(nn.ModuleDict, module.parametrizations).items()]
     kinds = [type(part) for _, chain in parts for part in cast(nn.ModuleList, chain)]
     known = all(class_name(kind) in _NORM_PARAMETRIZATIONS for kind in kinds)
-    if [name for name, _ in parts] == ["weight"] and len(kinds) == 1 and known:
+    if [name for name, _ in parts] != ["weight"] or len(kinds) != 1 or not known:
+        raise DeepTwistError(
+            f"has a weight parametrized by {kinds[0].__name__}: "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+
+
+def _padding(module: nn.Module, kind: type[Weight], geometry: ConvGeometry) -> nn.Module | None:
+    """Return the padding of a forward of the module's own, if it has one.
+
+    Raises:
+        DeepTwistError: if the forward computes more than the layer behind a padding.
+    """
+    if computing_class(module) in SUPPORTED_MODULES or kind is TransposedWeight:
         return None
-    return (
-        f"has a weight parametrized by {kinds[0].__name__}: "
-        "torch.nn.utils.parametrize.remove_parametrizations first"
-    )
-
-
-def class_name(kind: type) -> str:
-    """Return a class's name with its module's."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def computing_class(module: nn.Module) -> type:
-    """Return the class whose forward the module runs: its own, or one it is derived from."""
-    kind = parametrize.type_before_parametrizations(module)
-    return next(base for base in kind.__mro__ if any(name in vars(base) for name in _COMPUTATION))
-
-
-def _described(kind: type) -> str:
-    article = "an" if kind.__name__[0] in "AEIO" else "a"  # "a UNet", as it is spoken
-    return f"{article} {kind.__name__} ({kind.__module__})"
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward, weight and spectral norm aside."""
-    before = [hook for hook in module._forward_pre_hooks.values() if not _is_norm(hook)]
-    return bool(
-        before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def has_compiled_forward(module: nn.Module) -> bool:
-    """Whether ``module.forward = torch.compile(module.forward)`` is all that is stored on it."""
-    compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
-    if compiled is None:
-        return False
-    method = getattr(compiled, "__wrapped__", compiled)  # torch puts a frame around its own code
-    return getattr(method, "__func__", method) is type(module).forward
+    # Numbers besides the weight and the bias may come into play later, as an adapter's.
+    known = {id(module.weight), id(module.bias)}
+    others = [x for x in (*module.parameters(), *module.buffers()) if id(x) not in known]
+    if others and not kind.is_computed:
+        raise other_forward_error(module)
+    return trace_padding(module, geometry, computes_weight=kind is StandardizedWeight)
 
 
 def _is_norm(hook: object) -> bool:
@@ -308,53 +321,3 @@ def _is_norm(hook: object) -> bool:
 
 def _norm_hook(module: nn.Module) -> Any:
     return next((hook for hook in module._forward_pre_hooks.values() if _is_norm(hook)), None)
-
-
-class InProjection(nn.Linear):
-    """The projection of queries, keys and values in one, which torch's attention holds itself.
-
-    It has the attention's own parameter; `swap` puts its factors into the copy as a submodule of
-    this name.
-    """
-
-    NAME = "in_proj"
-
-    def __init__(self, attention: nn.MultiheadAttention):
-        outputs, inputs = attention.in_proj_weight.shape
-        super().__init__(inputs, outputs, bias=False, device="meta")
-        self.weight = attention.in_proj_weight
-        self.train(attention.training)
-
-
-def has_in_projection(module: nn.Module) -> bool:
-    """Whether a module is torch's attention, its forward its own, with one weight for all three."""
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and computing_class(module) is nn.MultiheadAttention
-        and module._parameters.get("in_proj_weight") is not None
-    )
-
-
-def get_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the module that a layer's name in a plan stands for.
-
-    Raises:
-        AttributeError: if there is none.
-    """
-    owner, _, last = name.rpartition(".")
-    if last == InProjection.NAME and has_in_projection(model.get_submodule(owner)):
-        return InProjection(cast(nn.MultiheadAttention, model.get_submodule(owner)))
-    return model.get_submodule(name)
-
-
-def get_weight(model: nn.Module, name: str) -> Weight:
-    """Return the weight of the layer that a name in a plan stands for.
-
-    Raises:
-        AttributeError: if there is no such module.
-        DeepTwistError: if it computes with no weight of its own, naming the layer.
-    """
-    weight = weight_of(get_layer(model, name))
-    if isinstance(weight, str):
-        raise DeepTwistError(f"layer {name!r} {weight}")
-    return weight
