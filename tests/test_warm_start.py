@@ -109,6 +109,14 @@ def test_columns_that_repeat_are_filled_up_with_others() -> None:
 # --- every method
 
 
+def test_a_start_of_other_ranks_is_refused() -> None:
+    kernel = torch.randn(1, 6, 5, 3, 3)
+    start = SVD(rank=3).decompose(kernel)
+    assert "cannot start from factors of SVD(rank=3)" in error_of(
+        SVD(rank=2).decompose, kernel, start
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D", "transposed 3-D"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -115,29 +115,22 @@ class TiledSVD(MatrixDecomposition):
         return moments
 
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # (g, o, i, *k)
-        grid, size = self.grid(shape), shape[3:]
-        aligned = is_aligned(grid, math.prod(size))
+        grid, size = self.grid(shape), tuple(shape[3:])
         # A linear layer in more than one tile runs as a 1×1 convolution.
         ones = (1,) * (len(size) or int(grid.num_tiles > 1))
+        taps = size if size and is_aligned(grid, math.prod(size)) else ones
         width = len(grid.cols)
         lefts, rights = (_patches(grid, side, shape[0]) for side in (tensors[::2], tensors[1::2]))
-        patches = list(zip(lefts, rights, strict=True))
-        lines = [patches[i : i + width] for i in range(0, len(patches), width)]
-        into = []
+        into, out = [], []
         for column in range(width):
             # (g, rows, cols, r, w) → (g, cols, rows·r, w), the patches of a column side by side
-            stacked = [line[column][1].transpose(1, 2).flatten(2, 3) for line in lines]
+            stacked = [right.transpose(1, 2).flatten(2, 3) for right in rights[column::width]]
             kernel = torch.cat(stacked, dim=2).flatten(0, 1)
-            into.append(
-                kernel.unflatten(2, (-1, *size))
-                if aligned and size
-                else kernel.reshape(*kernel.shape, *ones)
-            )
-        out = []
-        for line in lines:
+            into.append(kernel.reshape(*kernel.shape[:2], -1, *taps))
+        for row in range(0, len(lefts), width):
             # (g, rows, cols, h, r) → (g, rows, h, cols·r), the patches of a row side by side
-            side_by_side = [left.permute(0, 1, 3, 2, 4).flatten(3) for left, _ in line]
-            kernel = torch.cat(side_by_side, dim=3).flatten(0, 1)
+            joined = [left.permute(0, 1, 3, 2, 4).flatten(3) for left in lefts[row : row + width]]
+            kernel = torch.cat(joined, dim=3).flatten(0, 1)
             out.append(kernel.reshape(*kernel.shape, *ones))
         return into + out
 
