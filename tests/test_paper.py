@@ -1,7 +1,8 @@
 """The paper's experiments: as configured, as run and kept, and one that is run to the end."""
 
-import json
+import csv
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-import yaml
-from experiments.paper import fig2, fig5, fig7, table1, table2
-from experiments.paper.__main__ import EXPERIMENTS, main
-from experiments.paper.presets import Network, Profile, preset_of
-from experiments.paper.results import Results
-from experiments.paper.runner import Options, Runner
-from experiments.paper.runs import outcome_of, read_runs, run_name
+from experiments import fig2, fig5, table2
+from experiments.__main__ import EXPERIMENTS, Options, main, run_experiment
+from experiments.page import Results
+from experiments.profiles import PROFILES, Network, Profile, Run
+from experiments.runs import Job, append, read_table
+from experiments.studies import STUDIES
 from safetensors.torch import save_file
 from tests.test_cli import refused, run
 from torch import nn
@@ -26,10 +26,23 @@ from torch import nn
 from deeptwist import Plan
 from deeptwist.app.models import build_model
 from deeptwist.app.training.metrics import read_run
-from deeptwist.app.training.recipe import Recipe, read_recipe
+from deeptwist.app.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+SEEDS = {"fig2": (0, 1, 2)}
+
+
+def profile_of(name: str, network: Network) -> Profile:
+    return next(profile for profile in PROFILES[network] if profile.name == name)
+
+
+def recipe_of(run: Run) -> Recipe:
+    return Job(run.name, run.words).recipe
+
+
+def recipes_of(name: str, profile: Profile) -> dict[str, Recipe]:
+    return {label: recipe_of(run) for label, run in EXPERIMENTS[name].runs(profile).items()}
 
 
 # --- what is configured, against the paper's text
@@ -44,7 +57,7 @@ RESULTS = ROOT / "results"
     ],
 )
 def test_the_paper_s_schedules(network: Network, expected: tuple[object, ...]) -> None:
-    recipe = preset_of("paper", network).recipe
+    recipe = recipe_of(profile_of("paper", network).run("deeptwist", "tucker", "--ratio 2"))
     schedule, optimizer = recipe.schedule, recipe.optimizer
     falls = schedule.epochs, schedule.milestones, schedule.factor
     assert (*falls, optimizer.lr, recipe.interval, recipe.batch_size) == expected
@@ -53,22 +66,22 @@ def test_the_paper_s_schedules(network: Network, expected: tuple[object, ...]) -
     assert recipe.compression.min_in_channels == (1 if network == "resnet32" else 128)
 
 
-@pytest.mark.parametrize("profile", ["paper", "long", "ten", "short", "smoke"])
-def test_every_training_has_a_folder_of_its_own(profile: Profile) -> None:
-    outcomes: dict[str, Recipe] = {}
-    only = {"long": "resnet32", "ten": "vgg19"}.get(profile)
-    for experiment in EXPERIMENTS.values():
-        if only in (None, experiment.NETWORK):
-            named = experiment.recipes(preset_of(profile, experiment.NETWORK))
-            assert len(set(map(outcome_of, named.values()))) == len(named)
-            for recipe in map(outcome_of, named.values()):
-                assert outcomes.setdefault(run_name(recipe), recipe) == recipe
+@pytest.mark.parametrize("network", PROFILES)
+def test_every_training_has_rows_of_its_own(network: Network) -> None:
+    for profile in PROFILES[network]:
+        words: dict[str, str] = {}
+        for experiment in EXPERIMENTS.values():
+            if network == experiment.NETWORK:
+                runs = experiment.runs(profile).values()
+                assert len({run.name for run in runs}) == len(runs)
+                for run in runs:
+                    assert words.setdefault(run.name, run.words) == run.words
 
 
 @pytest.mark.parametrize("name", ["fig6", "table2", "tail", "long"])
 def test_the_smallest_networks_can_be_planned(name: str) -> None:
     """Layers that are named are there, and every rank compresses something."""
-    *_, last = EXPERIMENTS[name].recipes(preset_of("short", EXPERIMENTS[name].NETWORK)).values()
+    *_, last = recipes_of(name, profile_of("short", EXPERIMENTS[name].NETWORK)).values()
     for compression in (last.compression, last.fixed):
         if compression is not None:
             assert planned(replace(last, compression=compression), {}).compressed
@@ -88,27 +101,28 @@ def ratio_of(plan: Plan) -> float:
 
 
 def test_figure_2_s_fractions_give_the_paper_s_ratios() -> None:
-    preset, models = preset_of("paper", "resnet32"), dict[str, nn.Module]()
-    trainings = fig2.recipes(preset)
-    assert sorted(level.ratio for level in preset.levels) == list(fig2.PAPER)
-    for level in preset.levels:
-        ours, other = trainings[fig2.deeptwist(level)], trainings[fig2.conventional(level)]
+    profile, models = profile_of("paper", "resnet32"), dict[str, nn.Module]()
+    trainings = recipes_of("fig2", profile)
+    assert sorted(size.ratio for size in profile.sizes) == list(fig2.PAPER)
+    for size in profile.sizes:
+        ours, other = trainings[fig2.deeptwist(size)], trainings[fig2.conventional(size)]
         assert (ours.mode, other.mode) == ("deeptwist", "finetune")
         assert replace(ours, mode="finetune") == other  # the same steps, from the same weights
-        assert ratio_of(planned(ours, models)) == pytest.approx(level.ratio, rel=0.02)
+        assert ratio_of(planned(ours, models)) == pytest.approx(size.ratio, rel=0.02)
 
 
 def test_table_1_compresses_nine_layers_2_and_4_times() -> None:
     models: dict[str, nn.Module] = {}
-    for name, recipe in table1.recipes(preset_of("paper", "resnet32")).items():
+    for name, recipe in recipes_of("table1", profile_of("paper", "resnet32")).items():
         plan = planned(recipe, models)
         assert len(plan.compressed) == 9
         assert ratio_of(plan) == int(name[-2])
 
 
 def test_table_2_sizes_beside_the_paper_s() -> None:
-    preset = preset_of("paper", "vgg19")
-    rows = {row[0]: row[1:] for row in table2.report(Results({}), preset).tables[0].rows}
+    profile = profile_of("paper", "vgg19")
+    results = Results(table2.runs(profile))
+    rows = {row[0]: row[1:] for row in table2.report(results, profile).tables[0].rows}
     assert rows["before compression"][:4] == ["18.98", "18.98", "647.87", "647.87"]
     assert rows["Tucker R_c = 0.45"][2:4] == ["196.62", "191.77"]  # a misprint
     assert rows["tiled SVD R = 9"][:2] == ["5.34", "5.55"]  # another
@@ -121,7 +135,7 @@ def test_table_2_sizes_beside_the_paper_s() -> None:
 
 def test_figure_7_leaves_1_4_percent_dense() -> None:
     """Section 4.3. Tucker has as many weights."""
-    trainings, models = fig7.recipes(preset_of("paper", "resnet34")), dict[str, nn.Module]()
+    trainings, models = recipes_of("fig7", profile_of("paper", "resnet34")), dict[str, nn.Module]()
     tiled, tucker = (planned(recipe, models) for recipe in trainings.values())
     kept = sum(layer.weight_numel for layer in tiled.kept if layer.kind == "Conv2d")
     assert (kept, tiled.dense_parameters) == (312_512, 21_797_672)
@@ -154,47 +168,76 @@ def test_figure_5_counts_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "profile", "seeds"),
+    ("name", "profile"),
     [
-        ("fig2", "short", (0, 1, 2)),
-        *((name, "short", (0,)) for name in ("table1", "fig6", "interval", "noise", "tail")),
-        *((name, "long", (0,)) for name in ("fig3", "fig4")),
-        ("table2", "ten", (0,)),
+        *((name, "short") for name in ("fig2", "table1", "fig6", "interval", "noise", "tail")),
+        *((name, "long") for name in ("fig3", "fig4", "long")),
+        ("table2", "vgg19"),
+        *((name, "") for name in STUDIES),
     ],
 )
-def test_what_was_run_is_drawn_again(
-    name: str, profile: str, seeds: tuple[int, ...], tmp_path: Path
-) -> None:
-    (tmp_path / profile).symlink_to(RESULTS / profile)
-    run(name, "--show", "--profile", profile, "--out", tmp_path, "--seeds", *seeds, main=main)
-    page = tmp_path / name / f"{profile}.md"
-    assert page.read_text("utf-8") == (RESULTS / name / page.name).read_text("utf-8")
-    figures = re.findall(r"\]\((.*\.svg)\)", page.read_text("utf-8"))
-    assert sorted(path.name for path in page.parent.glob("*.svg")) == sorted(figures)
-    for figure in figures:
-        drawn, kept = (ElementTree.parse(at / figure) for at in (page.parent, RESULTS / name))
+def test_what_was_run_is_drawn_again(name: str, profile: str, tmp_path: Path) -> None:
+    """By the profile that has runs, without its name."""
+    kept, page = RESULTS / (profile or name), f"{name if profile else 'README'}.md"
+    shutil.copytree(kept, tmp_path / kept.name, ignore=shutil.ignore_patterns("*.md", "*.svg"))
+    seeds = ("--seeds", *SEEDS.get(name, (0,))) if profile else ()
+    shown = run(name, "--show", "--out", tmp_path, *seeds, main=main).stdout
+    assert not [*tmp_path.rglob("*.md"), *tmp_path.rglob("*.svg")]  # nothing of its own accord
+    run(name, "--show", "--write", "--out", tmp_path, *seeds, main=main)
+    written = tmp_path / kept.name / page
+    assert written.read_text("utf-8") == (kept / page).read_text("utf-8") == shown
+    for figure in re.findall(r"\]\((.*\.svg)\)", shown):
+        drawn, before = (ElementTree.parse(at / figure) for at in (written.parent, kept))
         assert drawn.find(".//{*}style") is not None
-        assert len(list(drawn.iter())) == len(list(kept.iter()))
+        assert len(list(drawn.iter())) == len(list(before.iter()))
 
 
-def test_curves_that_were_not_kept_are_said_so(tmp_path: Path) -> None:
-    (tmp_path / "short").symlink_to(RESULTS / "short")
-    assert "were not kept" in refused("fig7", "--show", "--out", tmp_path, main=main)
+def test_every_figure_is_on_a_page() -> None:
+    for figure in RESULTS.rglob("*.svg"):
+        pages = [page.read_text("utf-8") for page in figure.parent.glob("*.md")]
+        assert any(f"]({figure.name})" in page for page in pages), figure
+
+
+def test_curves_that_were_not_kept_are_said_so() -> None:
+    words = ("fig7", "--show", "--out", RESULTS)
+    assert "were not kept" in refused(*words, main=main)
+
+
+@pytest.mark.parametrize(
+    "table", sorted(RESULTS.glob("*/runs.csv")), ids=lambda path: path.parent.name
+)
+def test_a_row_says_what_it_is_and_how_to_make_it_again(table: Path) -> None:
+    with table.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    epochs = read_table(table.parent, "epochs")
+    assert len({row["name"] for row in rows}) == len(rows)
+    for row in rows:
+        if row["command"].startswith("deeptwist train "):
+            recipe = Job(row["name"], row["command"].removeprefix("deeptwist train ")).recipe
+            assert (recipe.mode, recipe.seed) == (row["mode"], int(row["seed"]))
+            assert recipe.optimizer.lr == float(row["lr"])
+        finished = row["state"] == "finished"
+        assert finished == bool(row["accuracy"]) == bool(row["seconds"]) == bool(row["machine"])
+        if row["name"] in epochs.index and not row.get("finetune_after"):
+            last = epochs.loc[[row["name"]]].iloc[-1]
+            assert last["epoch"] == int(row["epochs"]) or not finished
+            assert last["step"] <= int(row["steps"])
 
 
 def test_long_runs_are_gathered_over_seeds(tmp_path: Path) -> None:
-    for name in ("deeptwist-tucker-4x", "finetune-tucker-4x"):
-        shutil.copytree(RESULTS / "long" / name, tmp_path / "long" / name)
-    source = RESULTS / "long" / "deeptwist-tucker-4x"
-    for seed, mode, points in [(0, "deeptwist", 0), (1, "deeptwist", 1), (0, "dense", 5)]:
-        folder = shutil.copytree(source, tmp_path / "long-32" / f"{mode}-{seed}")
-        recipe = replace(read_recipe(source / "recipe.yaml"), mode=mode, seed=seed)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
-        summary = json.loads((source / "run.json").read_text(encoding="utf-8"))
-        summary["accuracy"] += points / 100
-        (folder / "run.json").write_text(json.dumps(summary), encoding="utf-8")
-    run("long", "--show", "--out", tmp_path, main=main)
-    page = (tmp_path / "long" / "long.md").read_text(encoding="utf-8")
+    source = "deeptwist-tucker-4x-s0"
+    for kind in ("runs", "epochs"):
+        table = read_table(RESULTS / "long", kind)
+        for name in (source, "finetune-tucker-4x-s0"):
+            append(tmp_path / "long", kind, name, table.loc[[name]].to_dict("records"))
+        for seed, mode, points in [(1, "deeptwist", 1), (0, "dense", 5)]:
+            rows = table.loc[[source]].to_dict("records")
+            if kind == "runs":
+                rows[0] |= {"mode": mode, "seed": seed}
+                rows[0]["accuracy"] += points / 100
+            name = "dense-s0" if mode == "dense" else "deeptwist-tucker-4x-s1"
+            append(tmp_path / "long", kind, name, rows)
+    page = run("long", "--show", "--out", tmp_path, main=main).stdout
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert {row[0].strip("| "): row[1:6] for row in rows[2:]} == {
         "dense": ["85.67", "", "", "", "0"],
@@ -208,8 +251,8 @@ def test_long_runs_are_gathered_over_seeds(tmp_path: Path) -> None:
 
 
 def test_an_experiment_is_run_resumed_and_read(tmp_path: Path) -> None:
-    options = Options(profile="smoke", out=tmp_path / "results", runs=tmp_path / "runs")
-    page = tmp_path / "results" / "fig3" / "smoke.md"
+    options = Options(profile="smoke", out=tmp_path / "results", runs=tmp_path / "runs", write=True)
+    page = options.out / "smoke" / "fig3.md"
     opened: list[str] = []
 
     @contextmanager
@@ -224,20 +267,30 @@ def test_an_experiment_is_run_resumed_and_read(tmp_path: Path) -> None:
         yield step
 
     with pytest.raises(KeyboardInterrupt):
-        Runner("fig3", EXPERIMENTS["fig3"], options).run(interrupted)
+        run_experiment("fig3", options, interrupted)
     assert "0 of 2 runs are finished" in page.read_text("utf-8")
     words = "--profile", "smoke", "--out", options.out, "--runs", options.runs
-    assert run("fig3", *words, main=main).stdout.split() == [str(page)]
+    text = run("fig3", *words, main=main).stdout
     for name in ("fig3", "fig4"):  # what is finished is read, by others too
-        Runner(name, EXPERIMENTS[name], options).run(interrupted)
+        run_experiment(name, options, interrupted)
     assert len(opened) == 2
 
-    text = page.read_text("utf-8")
+    assert page.read_text("utf-8") == text
     assert "not run" not in text.lower()
-    start = read_run(options.runs / "smoke" / "resnet20-dense-1epochs-seed0").summary
-    kept = {each.mode: run.summary for each, run in read_runs(options.out / "smoke").items()}
-    learnt, tuned = kept["deeptwist"], kept["finetune"]
-    assert learnt.accuracy_before == tuned.accuracy_before == start.accuracy
+    start = read_run(options.runs / "smoke" / "start-s0").summary
+    kept = read_table(options.out / "smoke")
+    assert list(kept["state"]) == 3 * ["finished"]
+    learnt, tuned = (kept.loc[f"{mode}-tucker-4x-s0"] for mode in ("deeptwist", "finetune"))
+    assert (
+        learnt.accuracy_before == tuned.accuracy_before == pytest.approx(start.accuracy, abs=1e-6)
+    )
+    command = shlex.split(learnt["command"])
+    assert command[:2] == ["deeptwist", "train"]
+    again = Job("again", shlex.join(command[2:])).recipe
+    folder = options.runs / "smoke" / "deeptwist-tucker-4x-s0"
+    assert again.to_dict() == read_run(folder).summary.recipe
+    distortions = read_table(options.out / "smoke", "distortions")
+    assert list(distortions["step"]) == [d["step"] for d in read_run(folder).distortions]
     shown = f"{100 * learnt.accuracy:.2f} | {100 * tuned.accuracy:.2f} |"
     assert f"| test accuracy at the end, % | {shown}" in text
 
@@ -247,16 +300,30 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     save_file(build_model("vgg19_bn", in_channels=1).state_dict(), path)
     words = ["fig3", "--profile", "smoke", "--weights", path]
     words += ["--out", tmp_path, "--runs", tmp_path / "runs"]
-    assert "2 of 2 runs of fig3 failed, 'Tucker 4×, DeepTwist' first" in refused(*words, main=main)
-    text = (tmp_path / "fig3" / "smoke.md").read_text("utf-8")
-    assert "0 of 2 runs are finished" in text
-    assert "Not run: Tucker 4×, DeepTwist (" in text
+    done = run(*words, main=main)
+    assert done.returncode == 2
+    assert "2 of 2 runs of fig3 failed, 'Tucker 4×, DeepTwist' first" in done.stderr
+    assert "0 of 2 runs are finished" in done.stdout
+    assert "Not run: Tucker 4×, DeepTwist (" in done.stdout
 
 
-def test_the_list_names_all_twelve() -> None:
-    lines = run("--list", main=main).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
-    assert len(lines) == 12
+def test_several_run_at_a_time(tmp_path: Path) -> None:
+    words = ["fig3", "--profile", "smoke", "--workers", 2, "--out", tmp_path]
+    done = run(*words, "--runs", tmp_path / "runs", main=main)
+    assert "2 of 2 runs are finished" in done.stdout
+
+
+def test_the_list_names_all_sixteen_and_what_they_took() -> None:
+    lines = run("--list", main=main).stdout.splitlines()[1:]
+    assert list(dict.fromkeys(line.split()[0] for line in lines)) == [*EXPERIMENTS, *STUDIES]
+    assert len(EXPERIMENTS) + len(STUDIES) == 16
+    (fig2,) = (
+        line.split() for line in lines if line.split()[:4] == ["fig2", "Figure", "2", "short"]
+    )
+    table = read_table(RESULTS / "short")
+    names = {run.name for run in EXPERIMENTS["fig2"].runs(profile_of("short", "resnet32")).values()}
+    rows = table[table.index.str.rpartition("-s", expand=False).map(lambda p: p[0] in names)]
+    assert fig2[4:] == [str(len(rows)), "0", f"{rows['seconds'].sum() / 3600:.1f}", "0.0"]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +334,7 @@ def test_the_list_names_all_twelve() -> None:
         (["fig2"], "resnet32 in profile short needs --weights"),
         (["fig7"], "torchvision/resnet34 in profile short needs --data"),
         (["fig2", "--profile", "smok"], "smok"),
-        (["table2", "--profile", "long"], "profile long trains resnet32 alone, not vgg19"),
+        (["table2", "--profile", "long"], "profile long does not train vgg19"),
         (["fig2", "--profile", "smoke", "--only", "Tucker 4x, DeepTwist"], "'Tucker 4×, DeepTwist"),
         (["fig2", "--profile", "smoke", "--seeds", "-1"], "seed -1 is not a whole number"),
         (["fig2", "--profile", "smoke", "--data", "digit"], "did you mean 'digits'?"),
