@@ -7,7 +7,8 @@ loads strictly; nothing in the folder names code to run.
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
 
     Args:
         model: what `DeepTwist.finish` or `decompose` gave.
-        path: the folder; made where it is missing, its artefact replaced where there is one.
+        path: the folder; made where it is missing, a saved model in it replaced.
         base_model: a name for the network that was decomposed, for the reader; its class
             where none is given.
 
@@ -64,7 +65,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         _check_readable(model.get_submodule(name), _planned(name, held))
     tensors, aliases = deduplicate(model)
     folder = Path(path)
-    try:
+    with explaining_writes(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Both are complete before either takes its place.
         with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as config:
@@ -79,10 +80,21 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
                 "layers": layers,
             }
             config.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def explaining_writes(path: Path) -> Iterator[None]:
+    """Turn what fails inside into one line that says what cannot be written, and why.
+
+    Raises:
+        DeepTwistError: in place of the system's errors and safetensors'.
+    """
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise DeepTwistError(f"cannot write {folder}: {reason}") from error
-    return folder
+        raise DeepTwistError(f"cannot write {path}: {reason}") from error
 
 
 def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

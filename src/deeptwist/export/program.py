@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -24,7 +23,7 @@ from deeptwist.files import atomic_write
 from deeptwist.inspection.run import output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
 from deeptwist.measure.runtimes import suppress_output
-from deeptwist.save import deduplicate
+from deeptwist.save import deduplicate, explaining_writes
 
 
 @dataclass(frozen=True)
@@ -178,9 +177,5 @@ def writing(path: Path) -> Iterator[Path]:
     if path.is_dir() or not path.parent.is_dir():  # said before the work, not after it
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise DeepTwistError(f"cannot write {path}: {reason}")
-    try:
-        with atomic_write(path) as temporary:
-            yield temporary
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise DeepTwistError(f"cannot write {path}: {reason}") from error
+    with explaining_writes(path), atomic_write(path) as temporary:
+        yield temporary
