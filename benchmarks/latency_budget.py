@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.app.models import build_model
+from deeptwist.measure.compare import time_modules
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.timing import median_ratio, time_interleaved
+from deeptwist.measure.timing import median_ratio
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
 LATENCY = 2.0
@@ -50,11 +51,11 @@ def row(name: str, latency: dt.Latency, rounds: int) -> str:
     plan = dt.plan(model, dt.TiledSVD(), latency=latency, example_input=x, layers=WIDE)
     even = as_lossy(model, x, error(plan))
     networks = [model, dt.decompose(model, plan), dt.decompose(model, even)]
-    runs = [latency.setting.prepare(network, x) for network in networks]
-    dense, small, uniform = time_interleaved(runs, rounds=rounds)
+    setting = latency.setting(x.dtype)
+    dense, small, uniform = time_modules(networks, x, setting, rounds=rounds)
     assert plan.latency is not None
     speedups = median_ratio(dense, small), median_ratio(dense, uniform)
-    promised = f"{plan.latency.dense:.1f} | {plan.latency.dense / plan.latency.planned:.2f}×"
+    promised = f"{plan.latency.dense.median:.1f} | {plan.latency.speedup:.2f}×"
     return f"{promised} | {speedups[0]:.2f}× | {speedups[1]:.2f}×"
 
 

@@ -17,10 +17,9 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.app.models import build_model
+from deeptwist.measure.compare import time_settings
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.memory import peak_memory
-from deeptwist.measure.networks import measure, measure_memory, settings_of
-from deeptwist.measure.runtimes import Runtime
+from deeptwist.measure.runtimes import Run, Runtime, Setting, make_runner
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
 FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, multiple of the rank
@@ -36,7 +35,6 @@ FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, mult
 }
 RUNTIMES = get_args(Runtime)
 PEER = "TensorLy-Torch's Tucker"
-WEIGHED = "spatial SVD"  # whose making is measured in memory
 RATIO = 4
 
 
@@ -53,8 +51,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
     torch.manual_seed(0)
-    print("| network | form | MAC ratio | runtime | dense ms | ms | speed-up | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| network | form | MAC ratio | runtime | dense ms | ms | speed-up |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in options.only:
         size = NETWORKS[name]
         model = build_model(name).eval().to(memory_format=torch.channels_last)
@@ -68,7 +66,7 @@ def main() -> None:
                 rank_multiple=multiple,
             )
             for form, (decomposition, channels, multiple) in FORMS.items()
-            if form in (*options.forms, WEIGHED) or (form == "Tucker" and PEER in options.forms)
+            if form in options.forms or (form == "Tucker" and PEER in options.forms)
         }
         for form, plan in plans.items():
             if form not in options.forms:
@@ -85,9 +83,6 @@ def main() -> None:
             peer = tensorly_torch(model, plans["Tucker"])
             macs_ratio = plans["Tucker"].dense_macs / plans["Tucker"].macs
             report(options, f"{name} | {PEER} | {macs_ratio:.2f}", model, peer, size)
-        own = sum(p.numel() * p.element_size() for p in model.parameters())
-        peak = peak_memory(lambda: dt.decompose(model, plans[WEIGHED]))  # noqa: B023
-        print(f"\n{name}: decomposing it takes {peak / own:.2f} × its own size at the peak\n")
     print(describe_machine())
 
 
@@ -100,17 +95,17 @@ def report(
 ) -> None:
     # The peer's layers pass neither torch.compile nor the ONNX exporter's trace of a free batch.
     runtimes = ["eager"] if PEER in words else options.runtimes
-    settings = settings_of([options.batch], [options.threads], ["float32"], runtimes)
-    memory = measure_memory(model, small, torch.randn(options.batch, *size))
-    for measured in measure(
-        model, small, lambda batch: torch.randn(batch, *size), settings, rounds=options.rounds
-    ):
-        assert measured.times is not None, measured.reason
-        times = measured.times
+    settings = [Setting(options.batch, options.threads, runtime=runtime) for runtime in runtimes]
+    x = torch.randn(options.batch, *size)
+
+    def make_runners(setting: Setting) -> list[Run]:
+        return [make_runner(network, x, setting) for network in (model, small)]
+
+    for setting, times in time_settings(make_runners, settings, rounds=options.rounds):
+        assert not isinstance(times, str), times
         print(
-            f"| {words} | {measured.setting.runtime} | {times.dense.median:.1f} | "
-            f"{times.decomposed.median:.1f} | {times.speedup:.2f}× | "
-            f"{memory.decomposed / memory.dense:.2f} × dense |",
+            f"| {words} | {setting.runtime} | {times.dense.median:.1f} | "
+            f"{times.decomposed.median:.1f} | {times.speedup:.2f}× |",
             flush=True,
         )
 

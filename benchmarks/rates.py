@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import deeptwist as dt
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.random_layers import random_dense, random_input
 from deeptwist.measure.timing import median_ratio, time_interleaved
-from deeptwist.plan.autotune import random_dense, random_input
 
 FORMS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}
 

@@ -26,8 +26,8 @@ import deeptwist as dt
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.random_layers import random_dense, random_factored
 from deeptwist.measure.timing import time_interleaved
-from deeptwist.plan.autotune import random_dense, random_factored
 
 RATIO = 4
 

@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tests.cases import EVERY_LAYER, error_of
+from tests.memory import peak_memory
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan
-from deeptwist.app.benchmark.layers import compare_layers
+from deeptwist.app.cli.options import BenchmarkOptions
+from deeptwist.app.cli.tables import layer_rows
 from deeptwist.app.models import build_model
-from deeptwist.measure.comparison import compare
-from deeptwist.measure.memory import peak_memory
-from deeptwist.measure.networks import Setting, measure, measure_memory, settings_of
-from deeptwist.measure.runtimes import prepare
+from deeptwist.measure.compare import Comparison, time_models, time_settings
+from deeptwist.measure.runtimes import Run, Runtime, Setting, make_runner
 from deeptwist.measure.timing import median_ratio, summarize, time_interleaved
-from deeptwist.plan.autotune import apply_timings
+from deeptwist.plan.latency import apply_timings, time_plan
 
 X = torch.randn(4, 8, 12, 12)
 MILLISECONDS = st.lists(st.floats(0.01, 1e4), min_size=2, max_size=30)
@@ -82,7 +82,7 @@ def test_twice_the_work_takes_about_twice_as_long() -> None:
 
 def test_comparing_leaves_the_models_as_they_were() -> None:
     model = network().train()
-    actual = compare(model, decompose(model, made(model)), X, rounds=2)
+    actual = time_models(model, decompose(model, made(model)), X, Setting(4, 1), rounds=2)
     assert model.training
     assert actual.speedup > 0
     assert actual.dense.lower <= actual.dense.median <= actual.dense.upper
@@ -100,14 +100,6 @@ def test_peak_memory_of_a_known_function() -> None:
     assert peak_memory(lambda: None) == 0
 
 
-def test_memory_of_both_networks() -> None:
-    model = network()
-    actual = measure_memory(model, decompose(model, made(model)), X)
-    # A convolution's input and output are held at once: 32 channels each.
-    assert actual.dense >= 2 * 4 * 32 * 12 * 12 * 4
-    assert actual.decomposed <= 1.2 * actual.dense
-
-
 def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
     """Its largest layers hold a tenth of it, as those of ResNet-34 do."""
     model = nn.Sequential(*(nn.Conv2d(192, 192, 3, padding=1) for _ in range(10)))
@@ -120,16 +112,18 @@ def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
 
 def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
     planned = made(network())
-    measured = compare_layers(planned, X, batch=8, rounds=2)
-    assert [layer.name for layer in measured] == [layer.name for layer in planned.compressed]
-    assert measured[1].times == measured[2].times
-    assert measured[0].times != measured[1].times
+    times = time_plan(planned, X, batch=8, rounds=2)
+    measured = layer_rows(planned, times)
+    assert [layer["name"] for layer in measured] == [layer.name for layer in planned.compressed]
+    assert measured[1]["times"] == measured[2]["times"]
+    assert measured[0]["times"] != measured[1]["times"]
     layer = planned.compressed[1]
     promised = layer.convolution.macs((12, 12)) / layer.decomposition.macs(
         layer.convolution, (12, 12)
     )
-    assert measured[1].macs_ratio == promised
-    assert measured[1].efficiency == pytest.approx(measured[1].times.speedup / promised)
+    assert measured[1]["macs_ratio"] == promised
+    speedup = measured[1]["times"]["speedup"]
+    assert measured[1]["efficiency"] == pytest.approx(speedup / promised)
 
 
 def test_slow_layers_are_kept_with_the_measured_reason() -> None:
@@ -144,18 +138,30 @@ def test_slow_layers_are_kept_with_the_measured_reason() -> None:
 
 
 def test_settings_are_all_combinations() -> None:
-    actual = settings_of([1, 16], [1, 2], ["float32"], ["eager", "onnxruntime"])
+    options = BenchmarkOptions(batch=(1, 16), threads=(1, 2), runtime=("eager", "onnxruntime"))
+    actual = options.settings()
     assert len(actual) == len(set(actual)) == 8
     assert actual[:2] == [Setting(1, 1), Setting(16, 1)]
+
+
+def measure(
+    model: nn.Module, small: nn.Module, *settings: Setting
+) -> list[tuple[Setting, Comparison | str]]:
+    def make_runners(setting: Setting) -> list[Run]:
+        return [make_runner(each, X[: setting.batch], setting) for each in (model, small)]
+
+    return [*time_settings(make_runners, settings, rounds=2)]
 
 
 def test_a_setting_that_is_not_to_be_had_says_why() -> None:
     model, threads = network().eval(), torch.get_num_threads()
     small = decompose(model, made(model))
-    settings = settings_of([2], [1], ["float32", "bfloat16"], ["eager", "onnxruntime"])
-    actual = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
-    assert [each.times is None for each in actual] == [False, False, False, True]
-    assert "bfloat16" in (actual[3].reason or "")
+    settings = BenchmarkOptions(
+        batch=(2,), threads=(1,), dtype=("float32", "bfloat16"), runtime=("eager", "onnxruntime")
+    ).settings()
+    actual = [times for _, times in measure(model, small, *settings)]
+    assert [isinstance(times, str) for times in actual] == [False, False, False, True]
+    assert "bfloat16" in actual[3]
     assert torch.get_num_threads() == threads
     assert next(model.parameters()).dtype == torch.float32
 
@@ -163,17 +169,28 @@ def test_a_setting_that_is_not_to_be_had_says_why() -> None:
 @pytest.mark.parametrize(
     "runtime", ["eager", pytest.param("compile", marks=pytest.mark.slow), "onnxruntime"]
 )
-def test_a_prepared_network_computes_what_the_network_does(runtime: str) -> None:
+def test_a_runner_computes_what_the_network_does(runtime: Runtime) -> None:
     model = network().eval()
-    actual = prepare(model, X, runtime=runtime, threads=1)()  # type: ignore[arg-type]
-    y = actual if isinstance(actual, Tensor) else torch.as_tensor(actual[0])  # type: ignore[index]
+    actual = make_runner(model, X, Setting(4, 1, runtime=runtime))()
+    y = actual if isinstance(actual, Tensor) else torch.as_tensor(actual[0])
     assert torch.allclose(y, model(X), atol=1e-5)
 
 
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + 2 * y
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_networks_of_several_inputs_are_run_too(runtime: Runtime) -> None:
+    actual = make_runner(Sum(), (X, X + 1), Setting(4, 1, runtime=runtime))()
+    y = actual if isinstance(actual, Tensor) else torch.as_tensor(actual[0])
+    assert torch.allclose(y, Sum()(X, X + 1))
+
+
 def test_onnxruntime_in_another_type_is_refused() -> None:
-    assert "onnxruntime" in error_of(
-        prepare, network(), X, runtime="onnxruntime", dtype="float16", threads=1
-    )
+    setting = Setting(4, 1, "float16", "onnxruntime")
+    assert "onnxruntime" in error_of(make_runner, network(), X, setting)
 
 
 @pytest.mark.slow
@@ -184,12 +201,12 @@ def test_a_compiler_that_is_missing_leaves_the_other_settings(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled beforehand
     model = nn.Sequential(*network(), nn.Softplus()).eval()  # oneDNN alone would not do
     small = decompose(model, made(model))
-    settings = settings_of([2], [1], ["float32"], ["eager", "compile"])
+    settings = Setting(2, 1), Setting(2, 1, runtime="compile")
     with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        actual = list(measure(model, small, lambda batch: X[:batch], settings, rounds=2))
-    assert [each.times is None for each in actual] == [False, True]
-    assert (actual[1].reason or "").startswith("torch.compile fails (")
-    assert "\n" not in (actual[1].reason or "")
+        actual = [times for _, times in measure(model, small, *settings)]
+    assert [isinstance(times, str) for times in actual] == [False, True]
+    assert actual[1].startswith("torch.compile fails (")
+    assert "\n" not in actual[1]
 
 
 def test_the_picture_of_tiles_is_drawn_of_both_networks() -> None:

@@ -15,6 +15,7 @@ from deeptwist.layers.geometry import (
     pointwise,
     weight_to_kernel,
 )
+from deeptwist.plan.codec import decode, encode
 
 EACH_GEOMETRY = pytest.mark.parametrize("geometry", GEOMETRIES)
 
@@ -45,7 +46,7 @@ def test_a_rebuilt_layer_is_the_layer(given_: tuple[nn.Module, tuple[int, ...]])
 @given(layers())
 def test_json_round_trip(given_: tuple[nn.Module, tuple[int, ...]]) -> None:
     convolution = ConvGeometry.from_module(given_[0])
-    assert ConvGeometry.from_dict(json.loads(json.dumps(convolution.to_dict()))) == convolution
+    assert decode(ConvGeometry, json.loads(json.dumps(encode(convolution)))) == convolution
 
 
 @EACH_GEOMETRY
@@ -128,7 +129,7 @@ def test_other_modules_are_refused(module: nn.Module) -> None:
     ids=str,
 )
 def test_a_geometry_that_is_none_is_refused(values: object) -> None:
-    assert "geometry" in error_of(ConvGeometry.from_dict, values)
+    assert error_of(decode, ConvGeometry, values)
 
 
 def test_bias_and_weights_are_held_not_copied_from_torchs_generator() -> None:

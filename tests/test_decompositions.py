@@ -13,9 +13,9 @@ from tests.cases import METHODS, at, build, difference, error_of, factored, read
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, Tucker
-from deeptwist.decompositions import from_dict
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.tiled import is_aligned
+from deeptwist.plan.codec import decode, encode
 
 KERNELS = st.builds(
     lambda shape, seed: torch.randn(
@@ -344,10 +344,10 @@ def test_tensor_methods_on_real_weights_gain_with_the_rank(
         (lambda: Tucker(fraction=0), "fraction 0"),
         (lambda: Tucker(fraction=1.5), "1.5"),
         (lambda: Tucker(fraction=float("nan")), "nan"),
-        (lambda: from_dict({"method": "tuckr"}), "did you mean 'tucker'?"),
-        (lambda: from_dict({"method": "svd", "rnk": 3}), "did you mean 'rank'?"),
-        (lambda: from_dict({"rank": 3}), "not a decomposition"),
-        (lambda: from_dict([]), "not a decomposition"),
+        (lambda: decode(Decomposition, {"method": "tuckr"}), "did you mean 'tucker'?"),
+        (lambda: decode(Decomposition, {"method": "svd", "rnk": 3}), "did you mean 'rank'?"),
+        (lambda: decode(Decomposition, {"rank": 3}), "not a Decomposition"),
+        (lambda: decode(Decomposition, []), "not a Decomposition"),
     ],
 )
 def test_nonsense_is_refused(make: Callable[[], Any], reason: str) -> None:
@@ -366,5 +366,5 @@ def test_an_open_rank_is_refused(method: Decomposition) -> None:
 def test_a_rank_beyond_the_full_one_is_refused(method: Decomposition) -> None:
     convolution, _ = read(build("3x3")[0])
     rank = (99, 1) if isinstance(method, Tucker) else 999
-    beyond = from_dict({**method.to_dict(), "rank": rank})
+    beyond = decode(Decomposition, {**encode(method), "rank": rank})
     assert "at most" in error_of(beyond.resolve, convolution, None)

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import Decomposition, TiledSVD
 from deeptwist.decompositions import METHODS as REGISTERED
-from deeptwist.decompositions import from_dict
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight
+from deeptwist.plan.codec import decode, encode
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EACH_METHOD = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -57,13 +57,13 @@ def test_a_decomposition_is_a_frozen_value(method: Decomposition) -> None:
 def test_a_resolved_decomposition_resolves_to_itself_and_survives_json(
     method: Decomposition,
 ) -> None:
-    assert from_dict(method.to_dict()) == method
+    assert decode(Decomposition, encode(method)) == method
     for geometry in GEOMETRIES:
         convolution, _ = read(build(geometry)[0])
         resolved = at(method, convolution, 0.5)
         assert resolved.resolve(convolution, None) == resolved, geometry
         assert not resolved.needs_ratio
-        assert from_dict(resolved.to_dict()) == resolved, geometry
+        assert decode(Decomposition, encode(resolved)) == resolved, geometry
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -221,7 +221,7 @@ def test_a_distortion_without_effect_changes_no_training(digits: ImageData, tmp_
     train(run_of(digits, mode="dense", model=plain), tmp_path / "dense")
     run = run_of(digits, model=twisted)
     full = tuple(replace(layer, decomposition=dt.SVD(rank=24)) for layer in run.plan.compressed)
-    train(replace(run, plan=replace(run.plan, compressed=full)), tmp_path / "twisted")
+    train(replace(run, plan=replace(run.plan, layers=full)), tmp_path / "twisted")
     for parameter, other in zip(plain.parameters(), twisted.parameters(), strict=True):
         assert torch.allclose(parameter, other, atol=1e-4)
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.cases import EVERY_LAYER, METHODS, at, build, difference, error_of, read
+from tests.memory import peak_memory
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan
 from deeptwist.decompositions.linalg import power_step, refine, truncated_svd
-from deeptwist.measure.memory import peak_memory
 
 X = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 SEED = st.integers(0, 2**16)

@@ -22,10 +22,10 @@ from deeptwist.export import export_onnx
 from deeptwist.export.int8 import quantize_onnx
 from deeptwist.files import write_text
 from deeptwist.inspection.run import as_tuple
-from deeptwist.measure.comparison import compare_functions
+from deeptwist.measure.compare import Comparison, time_settings
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.networks import Setting
-from deeptwist.measure.runtimes import OnnxNetwork, prepare
+from deeptwist.measure.runtimes import OnnxNetwork, Run, Setting, make_runner
+from deeptwist.measure.timing import time_interleaved
 from deeptwist.plan.calibration import Calibration, Inputs, calibrate, default_inputs
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
@@ -229,20 +229,23 @@ class Job:
         self, example_input: Callable[[int], Tensor], settings: Sequence[Setting], rounds: int
     ) -> Values:
         """Time both networks in turn, in every setting; onnxruntime runs what `export` wrote."""
-        rows: list[Values] = []
+        networks = {"dense": self.model, "small": self.small}
+
+        def make_runners(setting: Setting) -> list[Run]:
+            x = example_input(setting.batch)
+            if setting.runtime != "onnxruntime":
+                return [make_runner(network, x, setting) for network in networks.values()]
+            files = [self._file(f"{name}.onnx") for name in networks]
+            return [OnnxNetwork(file, setting.threads).make_runner(x) for file in files]
+
         with self.progress("time", len(settings) * rounds) as advance:
-            for setting in settings:
-                x = example_input(setting.batch)
-                try:
-                    runs = [
-                        self._runner(setting, x, name, network)
-                        for name, network in (("dense", self.model), ("small", self.small))
-                    ]
-                except DeepTwistError as error:
-                    rows.append({**asdict(setting), "times": None, "reason": str(error)})
-                    continue
-                times = compare_functions(*runs, rounds=rounds, on_round=advance)
-                rows.append({**asdict(setting), "times": asdict(times)})
+            timed = time_settings(make_runners, settings, rounds=rounds, on_round=advance)
+            rows = [
+                {**asdict(setting), "times": None, "reason": times}
+                if isinstance(times, str)
+                else {**asdict(setting), "times": asdict(times)}
+                for setting, times in timed
+            ]
         return {"machine": describe_machine(), "settings": rows}
 
     def int8(
@@ -269,8 +272,9 @@ class Job:
             quantize_onnx(self._file(f"{name}.onnx"), path, batches())
             network = OnnxNetwork(path, threads)
             values[name] = {**evaluate(network), "bytes": path.stat().st_size}
-            runs.append(network.prepare(example_input))
-        times = compare_functions(*runs, rounds=rounds)
+            runs.append(network.make_runner(example_input))
+        dense, small = time_interleaved(runs, rounds=rounds)
+        times = Comparison.of(dense, small)
         return {**values, "batch": len(example_input), "times": asdict(times)}
 
     def _plan(self, ratio: float | None) -> Plan:
@@ -283,15 +287,6 @@ class Job:
         if self.folder is None:
             raise DeepTwistError(f"a job without a folder has no {name}")
         return self.folder / name
-
-    def _runner(
-        self, setting: Setting, x: Tensor, name: str, network: nn.Module
-    ) -> Callable[[], object]:
-        if setting.runtime == "onnxruntime":
-            return OnnxNetwork(self._file(f"{name}.onnx"), setting.threads).prepare(x)
-        return prepare(
-            network, x, runtime=setting.runtime, dtype=setting.dtype, threads=setting.threads
-        )
 
 
 def largest_ratio(score: Callable[[float], float], goal: float) -> float | None:

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ def keep_frozen(model: nn.Module, plan: Plan) -> Plan:
     names = ", ".join(repr(layer.name) for layer in frozen)
     logger.warning("kept dense, because their weights do not train (requires_grad): %s", names)
     kept = {layer.name: layer.kept("is frozen (requires_grad=False)") for layer in frozen}
-    return plan.with_layers(kept.get(layer.name, layer) for layer in plan.layers)
+    return replace(plan, layers=tuple(kept.get(x.name, x) for x in plan.layers))
 
 
 def materialize_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from deeptwist._version import __version__
 from deeptwist.decompose import planned_weight, replace_layers
-from deeptwist.decompositions import FactoredLayer, from_dict
+from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import atomic_write
 from deeptwist.inspection.in_projection import get_layer
 from deeptwist.inspection.swap import stored_modules
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.plan.codec import decode, encode
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
 
@@ -51,8 +52,8 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
     """
     layers = {
         name: {
-            "convolution": module.convolution.to_dict(),
-            "decomposition": module.decomposition.to_dict(),
+            "convolution": encode(module.convolution),
+            "decomposition": encode(module.decomposition),
         }
         for name, module in model.named_modules()
         if isinstance(module, FactoredLayer)
@@ -211,13 +212,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _planned(name: str, values: Any) -> CompressedLayer:
     try:
-        convolution = ConvGeometry.from_dict(values["convolution"])
-        return CompressedLayer(
-            name=name,
-            kind="",
-            convolution=convolution,
-            decomposition=from_dict(values["decomposition"]),
-        )
+        convolution = decode(ConvGeometry, values["convolution"])
+        decomposition = decode(Decomposition, values["decomposition"])
+        return CompressedLayer(name, "", convolution, decomposition)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(
             f"{CONFIG} is damaged at layer {name!r}: {first_line(error)}"

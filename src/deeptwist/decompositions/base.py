@@ -16,7 +16,7 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -277,12 +277,6 @@ class Decomposition(ABC):
         parts = self.parts(convolution)
         biases = [None] * (len(parts) - 1) + [bias]
         return [part.make_module(k, b) for part, k, b in zip(parts, kernels, biases, strict=True)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; `deeptwist.decompositions.from_dict` inverts it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return {"method": self.method, **plain}
 
     def __str__(self) -> str:
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]

@@ -6,14 +6,14 @@ nothing downstream needs to tell the two apart.
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.errors import DeepTwistError, check_int
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -212,26 +212,6 @@ class ConvGeometry:
         layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone()))
         return layer
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; `from_dict` inverts it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ConvGeometry":
-        """Invert `to_dict`.
-
-        Raises:
-            DeepTwistError: if a field is missing, unknown or of no sense.
-        """
-        try:
-            options: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-            }
-            return cls(**options)
-        except (AttributeError, TypeError, DeepTwistError) as error:
-            raise DeepTwistError(f"not a convolution's geometry: {first_line(error)}") from None
-
     def __str__(self) -> str:
         text = f"{self.in_channels}→{self.out_channels}"
         if self.dims:
@@ -252,6 +232,10 @@ class LayerCall:
 
     count: int
     size: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for number in (self.count, *self.size):
+            check_int("a size of a call", number, 0)
 
 
 ParallelConvs = tuple[ConvGeometry, ...]  # side by side, each on its part of the channels

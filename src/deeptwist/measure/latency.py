@@ -1,67 +1,21 @@
-"""Milliseconds here: what they are of, what was measured before, what a plan promises."""
+"""A budget of time, and what was timed on this machine before."""
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.runtimes import DType, Runtime, prepare
-
-
-@dataclass(frozen=True)
-class LatencySetting:
-    """What a budget of milliseconds is measured with.
-
-    Attributes:
-        batch: examples.
-        runtime: what runs the network: eager, compile or onnxruntime.
-        threads: of the processor; those that PyTorch has without it.
-
-    Raises:
-        DeepTwistError: if there is no such runtime, or a number is not positive.
-    """
-
-    batch: int = 16
-    runtime: Runtime = "eager"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_int("batch", self.batch)
-        if self.threads is not None:
-            check_int("threads", self.threads)
-        if self.runtime not in get_args(Runtime):
-            raise unknown_name_error("runtime", self.runtime, get_args(Runtime))
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Set the number of threads, and put it back."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    def prepare(self, module: nn.Module, x: Tensor) -> Callable[[], object]:
-        """Return a function that runs a network or layer on an input, in the input's dtype."""
-        dtype: DType = str(x.dtype).removeprefix("torch.")  # type: ignore[assignment]
-        threads = torch.get_num_threads()
-        return prepare(module, x, runtime=self.runtime, dtype=dtype, threads=threads)
-
-    def __str__(self) -> str:
-        return f"{self.runtime}, batch {self.batch}"
+from deeptwist.measure.runtimes import DType, Runtime, Setting
 
 
 @dataclass(frozen=True)
@@ -92,31 +46,16 @@ class Latency:
             raise DeepTwistError(f"a latency speedup of {self.speedup} is not a number above 1")
         if self.ms is not None and not 0 < self.ms < math.inf:
             raise DeepTwistError(f"a latency of {self.ms} ms is not a number above 0")
-        _ = self.setting
+        self.setting(torch.float32)
 
-    @property
-    def setting(self) -> LatencySetting:
-        """What it is measured with."""
-        return LatencySetting(self.batch, self.runtime, self.threads)
-
-
-@dataclass(frozen=True)
-class NetworkTimes:
-    """Milliseconds of a whole network, timed in turn when it was planned.
-
-    Attributes:
-        dense: of the network as it was.
-        planned: of one with factored layers of random numbers, which take as long as any.
-        where: runtime, batch and machine.
-    """
-
-    dense: float
-    planned: float
-    where: str
+    def setting(self, dtype: torch.dtype) -> Setting:
+        """Return what a network of this type is measured with."""
+        name: DType = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        return Setting(self.batch, threads, name, self.runtime)
 
     def __str__(self) -> str:
-        speedup = self.dense / self.planned
-        return f"{self.dense:.2f} → {self.planned:.2f} ms, {speedup:.2f}× as fast ({self.where})"
+        return f"{self.ms:g} ms" if self.speedup is None else f"{self.speedup:g}×"
 
 
 class LatencyCache:

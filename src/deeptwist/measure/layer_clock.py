@@ -1,25 +1,23 @@
 """How long layers take here: timed at a few ranks, interpolated between them."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
 import numpy
-from torch import Tensor, nn
+from torch import Tensor
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.latency import LatencyCache, LatencySetting
+from deeptwist.measure.compare import Clock, time_modules
+from deeptwist.measure.latency import LatencyCache
 from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
-from deeptwist.measure.timing import Samples, time_interleaved
+from deeptwist.measure.runtimes import Setting
 
 _TIMED = 6  # ranks of each method
 _WIDTHS = 16, 8  # of vectors of fp32: AVX-512, AVX2
 _STEP_RANK = 32  # after which a step is looked for
-
-Prepare = Callable[[nn.Module, Tensor], Callable[[], object]]
-Measure = Callable[[Sequence[Callable[[], object]]], Sequence[Samples]]
 
 
 class LayerClock:
@@ -34,9 +32,8 @@ class LayerClock:
         reference: Tensor,
         *,
         examples: int,
-        setting: LatencySetting,
-        prepare: Prepare | None = None,
-        measure: Measure = time_interleaved,
+        setting: Setting,
+        clock: Clock = time_modules,
         cache: LatencyCache | None = None,
     ) -> None:
         """Keep what is timed.
@@ -45,14 +42,11 @@ class LayerClock:
             reference: a tensor of the device and the dtype to time in.
             examples: in the input that the layers' calls were recorded on.
             setting: the batch that they are timed at, and what runs them.
-            prepare: in place of the setting's.
-            measure: returns the milliseconds of such calls.
+            clock: returns the milliseconds of modules on the same input.
             cache: keeps them for other plans.
         """
-        self.setting = setting
+        self._setting, self._clock = setting, clock
         self._reference = reference
-        self._prepare = prepare or setting.prepare
-        self._measure = measure
         self._examples, self._cache = examples, cache
         self._known: dict[str, list[float]] = {} if cache is None else cache.read()
 
@@ -124,15 +118,14 @@ class LayerClock:
     ) -> list[float]:
         """Return the medians of the dense layer and of these forms, as timed or known before."""
         reference = self._reference
-        call = at_batch(call, self._examples, self.setting.batch)
+        call = at_batch(call, self._examples, self._setting.batch)
         what = convolution, call, *forms, reference.dtype, reference.device
         key = "; ".join(map(repr, what))
         if key not in self._known:
             x = random_input(convolution, call, reference)
             layers = [random_dense(convolution, reference)]
             layers += [random_factored(convolution, form, reference) for form in forms]
-            with self.setting.applied():
-                samples = self._measure([self._prepare(layer, x) for layer in layers])
+            samples = self._clock(layers, (x,), self._setting)
             self._known[key] = [*map(statistics.median, samples)]
             if self._cache is not None:
                 self._cache.add(key, self._known[key])

@@ -6,64 +6,103 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, first_line, require_extra
+from deeptwist.errors import (
+    DeepTwistError,
+    check_int,
+    first_line,
+    require_extra,
+    unknown_name_error,
+)
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]
+Run = Callable[[], object]  # runs a model once
 
 
-def prepare(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    runtime: Runtime,
-    dtype: DType = "float32",
-    threads: int,
-) -> Callable[[], object]:
-    """A function that runs the model once on the input.
+@dataclass(frozen=True)
+class Setting:
+    """What a network is run with.
+
+    Attributes:
+        batch: examples.
+        threads: of the processor.
+        dtype: what weights and inputs are turned to.
+        runtime: what runs it.
+
+    Raises:
+        DeepTwistError: if there is no such runtime, or a number is not positive.
+    """
+
+    batch: int
+    threads: int
+    dtype: DType = "float32"
+    runtime: Runtime = "eager"
+
+    def __post_init__(self) -> None:
+        check_int("batch", self.batch)
+        check_int("threads", self.threads)
+        if self.runtime not in get_args(Runtime):
+            raise unknown_name_error("runtime", self.runtime, get_args(Runtime))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Set the number of threads, and put it back."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def make_runner(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], setting: Setting) -> Run:
+    """Return a function that runs the model once on the inputs; call it with `setting.applied()`.
 
     Args:
-        model: on the input's device; it is copied, and stays as it is.
-        x: the input, fp32, in the memory format to measure.
-        runtime: what runs it.
-        dtype: what weights and input are turned to.
-        threads: processor threads.
+        model: on the inputs' device; it is copied, and stays as it is.
+        inputs: the model's positional inputs, of the setting's batch.
+        setting: images run in channels_last, but in onnxruntime.
 
     Raises:
         DeepTwistError: if the runtime cannot run this type or device, or cannot compile.
     """
-    torch.set_num_threads(threads)
-    if runtime == "onnxruntime":
-        if dtype != "float32" or x.is_cuda:
-            raise DeepTwistError(f"onnxruntime is measured on processors in float32, not {dtype}")
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if setting.runtime == "onnxruntime":
+        if setting.dtype != "float32" or inputs[0].is_cuda:
+            raise DeepTwistError(
+                f"onnxruntime is measured on processors in float32, not {setting.dtype}"
+            )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            _write_onnx(model, path, x)
-            return OnnxNetwork(path, threads).prepare(x)
-    x = x.to(getattr(torch, dtype))
-    ready = deepcopy(model).to(x.dtype).eval()
-    if x.dim() == 4:
+            _write_onnx(model, path, inputs)
+            return OnnxNetwork(path, setting.threads).make_runner(*inputs)
+    dtype = getattr(torch, setting.dtype)
+    ready = deepcopy(model).to(dtype).eval()
+    cast = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    if any(x.dim() == 4 for x in cast):
         ready = ready.to(memory_format=torch.channels_last)
-    if runtime == "compile":
-        return _compiled(ready, x)
+        cast = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in cast]
+    if setting.runtime == "compile":
+        return _compiled(ready, cast)
 
     def run() -> object:
         with torch.inference_mode():
-            return ready(x)
+            return ready(*cast)
 
     return run
 
 
-def _write_onnx(model: nn.Module, path: Path, x: Tensor) -> None:
-    """Write a network of one input as it is for this input; nothing in it is verified."""
+def _write_onnx(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
+    """Write a network as it is for these inputs; nothing in it is verified."""
     model = deepcopy(model).eval().requires_grad_(False)
     with require_extra("onnx"):
         import onnxscript  # noqa: F401
@@ -71,7 +110,7 @@ def _write_onnx(model: nn.Module, path: Path, x: Tensor) -> None:
     for is_newer in (False, True):  # the older exporter takes a tenth of the time
         try:
             with suppress_output():
-                torch.onnx.export(model, (x,), path, dynamo=is_newer)
+                torch.onnx.export(model, inputs, path, dynamo=is_newer)
         except Exception as error:  # a forward may fail to be traced in any way
             failures.append(first_line(error))
         else:
@@ -79,7 +118,7 @@ def _write_onnx(model: nn.Module, path: Path, x: Tensor) -> None:
     raise DeepTwistError(f"torch.onnx cannot write {type(model).__name__}: {failures[-1]}")
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
+def _compiled(model: nn.Module, inputs: Sequence[Tensor]) -> Run:
     """Compiled for deployment: batch norm is folded into weights, which are packed once."""
     from torch._inductor import config  # takes seconds
 
@@ -87,7 +126,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
     def run() -> object:
         with torch.no_grad():  # weights are not frozen in inference mode
-            return compiled(x)
+            return compiled(*inputs)
 
     try:
         with config.patch(freezing=True):
@@ -125,21 +164,22 @@ class OnnxNetwork(nn.Module):
         """Load a file.
 
         Args:
-            path: what `export_onnx` wrote of a network of one input and one output.
+            path: what `export_onnx` wrote of a network.
             threads: processor threads.
         """
         super().__init__()
         self._session = onnxruntime_session(path, threads)
         self.reference = nn.Parameter(torch.zeros(()))  # fp32, on the processor
 
-    def prepare(self, x: Tensor) -> Callable[[], list[Any]]:
-        """Return a function that runs the network once on the input."""
-        feed = {self._session.get_inputs()[0].name: x.cpu().contiguous().numpy()}
+    def make_runner(self, *inputs: Tensor) -> Callable[[], list[Any]]:
+        """Return a function that runs the network once on the inputs."""
+        names = [each.name for each in self._session.get_inputs()]
+        feed = {n: x.cpu().contiguous().numpy() for n, x in zip(names, inputs, strict=True)}
         return lambda: self._session.run(None, feed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output for a batch."""
-        return torch.from_numpy(self.prepare(x)()[0])
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the first output for a batch."""
+        return torch.from_numpy(self.make_runner(*inputs)()[0])
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def time_interleaved(
 def summarize(samples: Sequence[float]) -> Timing:
     """Return the median and quartiles of two samples or more."""
     lower, median, upper = statistics.quantiles(samples, n=4)
-    return Timing(median, lower, upper)
+    return Timing(median, min(lower, median), max(upper, median))  # they are rounded apart
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
-"""One budget for all layers: which ways there are to hold each, and which lose least together."""
+"""Budgets of all layers together: which ways there are to hold each, and which lose least."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from deeptwist.plan.allocation import Candidate, allocate
 from deeptwist.plan.layer_errors import LayerErrors
 
 _RATIOS = tuple(1.1 * 1.155**step for step in range(24))  # tried by layer: 1.1 to 30
+_MILLISECONDS = 2  # their place among a candidate's costs
 
 
 @dataclass(frozen=True)
@@ -38,73 +39,51 @@ class Budgets:
 
     @property
     def factors(self) -> tuple[float | None, float | None, float | None]:
-        """The three, in the order of `Way.costs`."""
+        """The three, in the order of `Candidate.costs`."""
         return self.weights, self.macs, self.milliseconds
-
-    @property
-    def any_factor(self) -> float | None:
-        """The first that is given."""
-        return next(filter(None, self.factors), None)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to hold a layer.
-
-    Attributes:
-        decomposition: with every rank set; `None` for the dense layer.
-        costs: weights, MACs and milliseconds, the last 0 where nothing is timed.
-        error: the relative one.
-    """
-
-    decomposition: Decomposition | None
-    costs: tuple[float, float, float]
-    error: float = 0.0
 
 
 def layer_costs(
-    convolution: ConvGeometry, calls: tuple[LayerCall, ...], decomposition: Decomposition | None
+    geometry: ConvGeometry, calls: tuple[LayerCall, ...], decomposition: Decomposition | None
 ) -> tuple[int, int]:
     """Return a layer's weights, and the MACs of all its calls, factored or (`None`) dense."""
     if decomposition is None:
-        macs = sum(call.count * convolution.macs(call.size) for call in calls)
-        return convolution.weight_numel, macs
-    macs = sum(call.count * decomposition.macs(convolution, call.size) for call in calls)
-    return decomposition.weight_numel(convolution), macs
+        macs = sum(call.count * geometry.macs(call.size) for call in calls)
+        return geometry.weight_numel, macs
+    macs = sum(call.count * decomposition.macs(geometry, call.size) for call in calls)
+    return decomposition.weight_numel(geometry), macs
 
 
 @lru_cache(maxsize=4096)
-def smaller_forms(
-    convolution: ConvGeometry,
+def candidate_ranks(
+    geometry: ConvGeometry,
     calls: tuple[LayerCall, ...],
     decomposition: Decomposition,
     rank_multiple: int,
 ) -> dict[Decomposition, tuple[int, int]]:
-    """Return what a decomposition makes of a layer at many ratios, with the weights and MACs.
+    """Return a decomposition of a layer at many ranks, with the weights and MACs.
 
-    Forms that are not smaller, or are more work, are left out.
+    Those that are not smaller, or are more work, are left out.
     """
-    dense = layer_costs(convolution, calls, None)
-    forms = {}
+    dense = layer_costs(geometry, calls, None)
+    costs = {}
     for ratio in _RATIOS:
         try:
-            resolved = decomposition.resolve(convolution, ratio).round_ranks(rank_multiple)
+            resolved = decomposition.resolve(geometry, ratio).round_ranks(rank_multiple)
         except CannotDecomposeError:
             continue
-        if resolved not in forms:
-            costs = layer_costs(convolution, calls, resolved)
-            if costs[0] < dense[0] and costs[1] < dense[1]:
-                forms[resolved] = costs
-    return forms
+        if resolved not in costs:
+            costs[resolved] = layer_costs(geometry, calls, resolved)
+    return {form: x for form, x in costs.items() if x[0] < dense[0] and x[1] < dense[1]}
 
 
-def layer_ways(
+def layer_candidates(
     errors: LayerErrors,
-    convolution: ConvGeometry,
+    geometry: ConvGeometry,
     decompositions: Sequence[Decomposition],
     rank_multiple: int,
     clock: LayerClock | None = None,
-) -> list[Way]:
+) -> list[Candidate]:
     """Return the ways to hold a layer, the dense one first; none where there is no other.
 
     Raises:
@@ -114,40 +93,44 @@ def layer_ways(
     costs = {
         form: cost
         for decomposition in decompositions
-        for form, cost in smaller_forms(convolution, calls, decomposition, rank_multiple).items()
+        for form, cost in candidate_ranks(geometry, calls, decomposition, rank_multiple).items()
     }
     if not costs:
         return []
-    forms = [*costs]
-    dense_ms, times = 0.0, [0.0] * len(forms)
+    dense_ms, times = 0.0, [0.0] * len(costs)
     if clock is not None:
-        dense_ms, times = clock.times(convolution, calls, forms)
-    ways = [Way(None, (*layer_costs(convolution, calls, None), dense_ms))]
-    for form, milliseconds in zip(forms, times, strict=True):
-        error = errors.error(convolution, form)
+        dense_ms, times = clock.times(geometry, calls, [*costs])
+    candidates = [Candidate((*layer_costs(geometry, calls, None), dense_ms), 0.0)]
+    for (form, cost), milliseconds in zip(costs.items(), times, strict=True):
+        error = errors.error(geometry, form)
         if error is None:
             raise DeepTwistError("a budget is shared by errors: load weights, not on meta")
-        ways.append(Way(form, (*costs[form], milliseconds), error))
-    return ways
+        candidates.append(Candidate((*cost, milliseconds), error**2, form))
+    return candidates
 
 
-def share_budgets(layers: Iterable[Sequence[Way]], budgets: Budgets) -> list[Way]:
-    """Return every layer's way, which together meet all budgets and lose least.
+def share_budgets(
+    layers: Sequence[Sequence[Candidate]], budgets: Budgets, *, fastest: bool = False
+) -> list[Candidate]:
+    """Return every layer's candidate, which together keep all budgets and lose least.
 
     Args:
-        layers: every layer's ways, the dense one first.
+        layers: every layer's candidates, the dense one first.
         budgets: of these layers together.
+        fastest: whether to take those that take least time instead.
 
     Raises:
-        DeepTwistError: if not even the smallest ways meet them.
+        DeepTwistError: if not even the smallest candidates keep them.
     """
-    layers = [*layers]
-    kinds = [kind for kind, factor in enumerate(budgets.factors) if factor is not None]
-    limits = [
-        sum(ways[0].costs[kind] for ways in layers) / (budgets.factors[kind] or 1) for kind in kinds
-    ]
-    candidates = [
-        [Candidate(tuple(way.costs[kind] for kind in kinds), way.error**2) for way in ways]
-        for ways in layers
-    ]
-    return [ways[choice] for ways, choice in zip(layers, allocate(candidates, limits), strict=True)]
+    limits = {
+        kind: sum(candidates[0].costs[kind] for candidates in layers) / factor
+        for kind, factor in enumerate(budgets.factors)
+        if factor is not None
+    }
+
+    def relevant(candidate: Candidate) -> Candidate:
+        lost = candidate.costs[_MILLISECONDS] if fastest else candidate.error
+        return Candidate(tuple(candidate.costs[kind] for kind in limits), lost)
+
+    choice = allocate([[*map(relevant, own)] for own in layers], [*limits.values()])
+    return [own[index] for own, index in zip(layers, choice, strict=True)]

@@ -2,24 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.measure.latency import NetworkTimes
-from deeptwist.plan.planned_layer import (
-    CompressedLayer,
-    KeptLayer,
-    PlannedLayer,
-    layer_from_dict,
-)
+from deeptwist.measure.compare import Comparison
+from deeptwist.plan.codec import decode, encode
+from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 from deeptwist.plan.table import format_table, kept_lines, layer_row, total_row
 
-_FORMAT = 2
+_FORMAT = 3
 _LARGEST_INPUT = 2**31  # numbers
 
 
@@ -28,42 +23,47 @@ class Plan:
     """Every layer of a model: compressed, or kept with a reason.
 
     Attributes:
-        compressed: the layers that a decomposition will hold, in the model's order.
-        kept: the layers that stay dense, in the model's order.
-        order: all layers' names in the model's order; by default the compressed ones come first.
+        layers: all layers, in the model's order.
         other_parameters: parameters that are no layer's weight: biases, normalisation.
         examples: how many the example input holds; costs are per example.
         inputs: the shape and type of each of the example input's tensors.
         network_macs: MACs of one example through the whole dense network, attention and other
             products of matrices included; `None` where torch could not count them.
-        latency: what a budget of milliseconds promises of the whole network.
+        latency: what a budget of time promises of the whole network; `None` where none was given.
+
+    Raises:
+        DeepTwistError: if a count is none, or an input is of an unknown type or larger than any.
     """
 
-    compressed: tuple[CompressedLayer, ...]
-    kept: tuple[KeptLayer, ...] = ()
-    order: tuple[str, ...] = ()
+    layers: tuple[PlannedLayer, ...]
     other_parameters: int = 0
     examples: int = 1
     inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
     network_macs: int | None = None
-    latency: NetworkTimes | None = None
+    latency: Comparison | None = None
+
+    def __post_init__(self) -> None:
+        check_int("other_parameters", self.other_parameters, 0)
+        check_int("examples", self.examples)
+        if self.network_macs is not None:
+            check_int("network_macs", self.network_macs, 0)
+        for shape, dtype in self.inputs:
+            for side in shape:
+                check_int("a side of an input", side, 0)
+            if math.prod(shape) > _LARGEST_INPUT:
+                raise DeepTwistError(f"an input of {shape} is larger than any network's")
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise DeepTwistError(f"an input is of unknown type {dtype!r}")
 
     @property
-    def layers(self) -> tuple[PlannedLayer, ...]:
-        """All layers in the model's order."""
-        position = {name: index for index, name in enumerate(self.order)}
-        layers: list[PlannedLayer] = [*self.compressed, *self.kept]
-        return tuple(sorted(layers, key=lambda layer: position.get(layer.name, len(layers))))
+    def compressed(self) -> tuple[CompressedLayer, ...]:
+        """The layers that a decomposition will hold, in the model's order."""
+        return tuple(layer for layer in self.layers if isinstance(layer, CompressedLayer))
 
-    def with_layers(self, layers: Iterable[PlannedLayer]) -> "Plan":
-        """Return this plan with these layers, in this order, in place of its own."""
-        layers = tuple(layers)
-        return replace(
-            self,
-            compressed=tuple(layer for layer in layers if isinstance(layer, CompressedLayer)),
-            kept=tuple(layer for layer in layers if isinstance(layer, KeptLayer)),
-            order=tuple(layer.name for layer in layers),
-        )
+    @property
+    def kept(self) -> tuple[KeptLayer, ...]:
+        """The layers that stay dense, in the model's order."""
+        return tuple(layer for layer in self.layers if isinstance(layer, KeptLayer))
 
     @property
     def dense_parameters(self) -> int:
@@ -104,62 +104,26 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON; `from_json` is its inverse."""
-        return json.dumps(
-            {
-                "format": _FORMAT,
-                "other_parameters": self.other_parameters,
-                "examples": self.examples,
-                "inputs": self.inputs,
-                "network_macs": self.network_macs,
-                "latency": None if self.latency is None else asdict(self.latency),
-                "layers": [layer.to_dict() for layer in self.layers],
-            },
-            indent=1,
-            ensure_ascii=False,
-        )
+        return json.dumps({"format": _FORMAT, **encode(self)}, indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read what `to_json` wrote, in this format or an earlier one.
+        """Read what `to_json` wrote.
 
         Raises:
             DeepTwistError: if the text is not a plan, or one of an unknown format.
         """
         try:
             values = json.loads(text)
-            if values["format"] not in (1, _FORMAT):
-                raise DeepTwistError(
-                    f"plan format {values['format']!r} is unknown: this version reads 1 and 2"
-                )
-            check_int("other_parameters", values["other_parameters"], 0)
-            check_int("examples", values["examples"])
-            network_macs = values.get("network_macs")  # not in format 1
-            if network_macs is not None:
-                check_int("network_macs", network_macs, 0)
-            latency = values.get("latency")
-            for shape, dtype in values["inputs"]:
-                for side in shape:
-                    check_int("a side of an input", side, 0)
-                if math.prod(shape) > _LARGEST_INPUT:
-                    raise DeepTwistError(f"an input of {shape} is larger than any network's")
-                if not isinstance(getattr(torch, dtype, None), torch.dtype):
-                    raise DeepTwistError(f"an input is of unknown type {dtype!r}")
-            layers = values["layers"]
-            if values["format"] == 1:
-                layers = [_upgrade_format_1(layer) for layer in layers]
-            plan = cls(
-                compressed=(),
-                other_parameters=values["other_parameters"],
-                examples=values["examples"],
-                network_macs=network_macs,
-                latency=None if latency is None else _read_latency(latency),
-                inputs=tuple((tuple(shape), str(dtype)) for shape, dtype in values["inputs"]),
-            )
-            return plan.with_layers(layer_from_dict(layer) for layer in layers)
+            found = values.pop("format")
+            if found != _FORMAT:
+                raise DeepTwistError(f"format {found!r} is unknown: this version reads {_FORMAT}")
+            plan: Plan = decode(cls, values)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DeepTwistError(f"not a plan: {first_line(error)}") from error
         except RecursionError as error:
             raise DeepTwistError("not a plan: nested too deep") from error
+        return plan
 
     def __str__(self) -> str:
         rows = [
@@ -195,20 +159,3 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DeepTwistError(f"cannot read plan {path}: {error}") from error
-
-
-def _read_latency(values: Mapping[str, Any]) -> NetworkTimes:
-    dense, planned = float(values["dense"]), float(values["planned"])
-    if not (0 < dense < math.inf and 0 < planned < math.inf):
-        raise ValueError(f"latencies {dense} and {planned}")
-    return NetworkTimes(dense, planned, str(values["where"]))
-
-
-def _upgrade_format_1(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer of format 1, whose kind is told by the fields that are not null."""
-    names = {"num_weights": "weight_numel"}
-    values = {names.get(key, key): value for key, value in layer.items() if key != "executor"}
-    other_kind = (
-        ("decomposition", "relative_error") if values["decomposition"] is None else ("reason",)
-    )
-    return {key: value for key, value in values.items() if key not in other_kind}

@@ -1,10 +1,10 @@
 """The entries of a plan: a layer that is compressed, or one that is kept and why."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from deeptwist.decompositions import Decomposition, from_dict
+from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 # Each convolution of a layer with the size and the number of examples that it is given.
@@ -37,6 +37,23 @@ class CompressedLayer:
     aliases: tuple[str, ...] = ()
     calls: tuple[LayerCall, ...] = ()
     relative_error: float | None = None
+
+    @classmethod
+    def of(
+        cls, layer: Layer, decomposition: Decomposition, relative_error: float | None = None
+    ) -> "CompressedLayer":
+        """Return a layer of a model, which has a geometry, in a decomposition."""
+        if layer.convolution is None:
+            raise DeepTwistError(f"layer {layer.names[0]!r} has no geometry")
+        return cls(
+            name=layer.names[0],
+            kind=type(layer.module).__name__,
+            convolution=layer.convolution,
+            decomposition=decomposition,
+            aliases=layer.names[1:],
+            calls=layer.calls,
+            relative_error=relative_error,
+        )
 
     def __post_init__(self) -> None:
         # A rank that the layer cannot hold would ask for memory without bound.
@@ -75,14 +92,6 @@ class CompressedLayer:
             for part, size in self.decomposition.workload(self.convolution, call.size)
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; `layer_from_dict` is its inverse."""
-        return {
-            **_common_fields(self),
-            "decomposition": self.decomposition.to_dict(),
-            "relative_error": self.relative_error,
-        }
-
 
 @dataclass(frozen=True)
 class KeptLayer:
@@ -106,6 +115,22 @@ class KeptLayer:
     aliases: tuple[str, ...] = ()
     calls: tuple[LayerCall, ...] = ()
 
+    @classmethod
+    def of(cls, layer: Layer, reason: str) -> "KeptLayer":
+        """Return a layer of a model that stays as it is."""
+        return cls(
+            name=layer.names[0],
+            kind=type(layer.module).__name__,
+            weight_numel=layer.weight_numel,
+            reason=reason,
+            convolution=layer.convolution,
+            aliases=layer.names[1:],
+            calls=layer.calls,
+        )
+
+    def __post_init__(self) -> None:
+        check_int("weight_numel", self.weight_numel, 0)
+
     @property
     def compressed_numel(self) -> int:
         """The weights, which stay as many."""
@@ -117,55 +142,5 @@ class KeptLayer:
             return []
         return [(self.convolution, call.size, call.count) for call in self.calls]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; `layer_from_dict` is its inverse."""
-        return {**_common_fields(self), "reason": self.reason}
-
 
 PlannedLayer = CompressedLayer | KeptLayer
-
-
-def layer_from_dict(values: dict[str, Any]) -> PlannedLayer:
-    """Read what `to_dict` of either kind of layer wrote.
-
-    Raises:
-        DeepTwistError: if a field has a value of the wrong type or one that makes no sense.
-        KeyError, TypeError, ValueError: if a field is missing, unknown or of another shape.
-    """
-    types = {"name": str, "kind": str, "aliases": list, "calls": list}
-    for key, expected in types.items():
-        if not isinstance(values[key], expected):
-            raise DeepTwistError(f"{key} of a layer is {values[key]!r}, not a {expected.__name__}")
-    check_int("weight_numel", values["weight_numel"], 0)
-    for number in (number for call in values["calls"] for number in call):
-        check_int("a size of a call", number, 0)
-    convolution = values["convolution"]
-    fields: dict[str, Any] = {
-        **values,
-        "aliases": tuple(str(alias) for alias in values["aliases"]),
-        "calls": tuple(LayerCall(count, tuple(size)) for count, *size in values["calls"]),
-        "convolution": None if convolution is None else ConvGeometry.from_dict(convolution),
-    }
-    if "reason" in values:
-        if not isinstance(values["reason"], str):
-            raise DeepTwistError(f"layer {values['name']!r} has no reason to be kept")
-        return KeptLayer(**fields)
-    error = values["relative_error"]
-    if not isinstance(error, float | int | None):
-        raise DeepTwistError(f"layer {values['name']!r} has error {error!r}")
-    if convolution is None:
-        raise DeepTwistError(f"layer {values['name']!r} has a decomposition without a geometry")
-    fields["decomposition"] = from_dict(values["decomposition"])
-    del fields["weight_numel"]  # written for the reader; the geometry says it
-    return CompressedLayer(**fields)
-
-
-def _common_fields(layer: PlannedLayer) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "weight_numel": layer.weight_numel,
-        "aliases": list(layer.aliases),
-        "convolution": None if layer.convolution is None else layer.convolution.to_dict(),
-        "calls": [[call.count, *call.size] for call in layer.calls],
-    }

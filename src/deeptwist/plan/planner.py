@@ -3,25 +3,31 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer, find_method
+from deeptwist.decompositions import CannotDecomposeError, Decomposition, find_method
 from deeptwist.errors import DeepTwistError, check_int, check_ratio
 from deeptwist.inspection.run import as_tuple
-from deeptwist.inspection.usage import Inspection, Layer, inspect_model
+from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.latency import Latency, LatencyCache, LatencySetting
+from deeptwist.measure.compare import Clock, time_modules
+from deeptwist.measure.latency import Latency, LatencyCache
 from deeptwist.measure.layer_clock import LayerClock
-from deeptwist.plan.budget import Budgets, Way, layer_costs, layer_ways, share_budgets
+from deeptwist.measure.runtimes import Setting
+from deeptwist.plan.allocation import Candidate
+from deeptwist.plan.budget import Budgets, layer_candidates, layer_costs, share_budgets
 from deeptwist.plan.calibration import Calibration
+from deeptwist.plan.from_model import first_convolution, inspect_for_plan
+from deeptwist.plan.latency import search_latency, time_network
 from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layers import Layers
-from deeptwist.plan.network_clock import search_latency, time_network
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
 LayerChoice = Layers | Callable[[str, nn.Module], bool]
 _LAYERS = Layers()
+_ANY_RATIO = 2.0  # at which a layer that no budget can shrink says why
 
 
 def plan(
@@ -71,20 +77,16 @@ def plan(
     """
     if isinstance(decomposition, Decomposition | str):
         decomposition = (decomposition,)
-    methods = [find_method(m)() if isinstance(m, str) else m for m in decomposition]
+    methods = [find_method(x)() if isinstance(x, str) else x for x in decomposition]
     planner = Planner(model, example_input, methods, layers, rank_multiple, calibration)
-    if latency is None:
-        return planner.plan(ratio, Budgets(weights, macs))
-    if not isinstance(latency, Latency):
+    budgets = Budgets(weights, macs)
+    if budgets == Budgets() and latency is None:
+        return planner.plan_at_ratio(ratio)
+    if ratio is not None:
+        raise DeepTwistError("a ratio is every layer's: weights= is that of all together")
+    if isinstance(latency, int | float):
         latency = Latency(speedup=latency)
-    clock = planner.clock(latency.setting)
-
-    def attempt(speedup: float) -> Plan:
-        made = planner.plan(ratio, Budgets(weights, macs, speedup), clock)
-        times = time_network(model, as_tuple(example_input), made, clock.setting)
-        return replace(made, latency=times)
-
-    return search_latency(latency, attempt)
+    return planner.plan_within(budgets, latency)
 
 
 class Planner:
@@ -98,73 +100,92 @@ class Planner:
         layers: LayerChoice = _LAYERS,
         rank_multiple: int | None = None,
         calibration: Calibration | None = None,
+        clock: Clock = time_modules,
     ) -> None:
-        """Inspect the model; see `plan` for the arguments."""
+        """Inspect the model; see `plan` for the arguments, `time_modules` for the clock."""
         if not decompositions:
             raise DeepTwistError("there is no decomposition to plan with: give at least one")
         if rank_multiple is not None:
             check_int("rank_multiple", rank_multiple)
         self._model, self._inputs = model, as_tuple(example_input)
-        self._inspection = inspect_model(model, self._inputs)
-        found = self._inspection.layers
+        self._decompositions, self._clock = decompositions, clock
+        self._rank_multiple = rank_multiple
+        self._unplanned, found = inspect_for_plan(model, self._inputs)
         self._chosen = None if isinstance(layers, Layers) else layers
         self._rules = layers if isinstance(layers, Layers) else Layers(False, linear=True)
         self._rules.check_patterns(name for layer in found for name in layer.names)
-        self._decompositions = decompositions
-        self._rank_multiple = rank_multiple
-        self._first = _first_convolution(found)
+        self._first = first_convolution(found)
         moments = calibration.moments if calibration else {}
         self._errors = [LayerErrors(layer, moments.get(layer.names[0])) for layer in found]
 
-    def clock(self, setting: LatencySetting) -> LayerClock:
-        """Return what times the model's layers, and remembers what was timed before."""
-        with setting.applied():
-            cache = LatencyCache(setting.runtime)
-        return LayerClock(
-            next(self._model.parameters()),
-            examples=_count_examples(self._inputs, self._inspection.layers),
-            setting=setting,
-            cache=cache,
-        )
-
-    def plan(self, ratio: float | None, budgets: Budgets, clock: LayerClock | None = None) -> Plan:
-        """Return the plan at this ratio, or that keeps these budgets.
-
-        Args:
-            ratio: see `deeptwist.plan`.
-            budgets: of the layers to compress together.
-            clock: for a budget of milliseconds.
-        """
-        shares = budgets != Budgets()
-        self._check_ranks(ratio, budgets)
-        multiple = self._rank_multiple or (1 if clock is None else self._timed_multiple(clock))
-        ways = [self._ways(errors, multiple, clock) if shares else [] for errors in self._errors]
-        shared = iter(share_budgets(filter(None, ways), budgets) if shares else ())
-        planned = [
-            _plan_shared(errors.layer, next(shared))
-            if options
-            else self._plan_layer(errors, ratio or budgets.any_factor)
-            for errors, options in zip(self._errors, ways, strict=True)
-        ]
-        return _assemble(self._model, self._inputs, self._inspection, planned)
-
-    def _check_ranks(self, ratio: float | None, budgets: Budgets) -> None:
-        """Check that every decomposition has a rank, or one thing alone that sets it."""
-        shares = budgets != Budgets()
-        if ratio is not None:
+    def plan_at_ratio(self, ratio: float | None) -> Plan:
+        """Return the plan in which every layer keeps a ratio, or has the rank that it is given."""
+        if ratio is None:
+            self._check_ranks(self._decompositions)
+        else:
             check_ratio(ratio)
-            if shares:
-                raise DeepTwistError("a ratio is every layer's: weights= is that of all together")
-        for decomposition in self._decompositions if shares else ():
+        layers = tuple(self._plan_layer(errors, ratio) for errors in self._errors)
+        return replace(self._unplanned, layers=layers)
+
+    def plan_within(self, budgets: Budgets, latency: Latency | None = None) -> Plan:
+        """Return the plan that keeps the budgets, and makes the network as fast as asked."""
+        for decomposition in self._decompositions:
             if not decomposition.needs_ratio:
                 raise DeepTwistError(f"{decomposition} has a rank: leave it to the budget")
-        if ratio is not None or budgets.weights is not None:
-            return
-        for choice in (*(() if shares else self._decompositions), *self._rules.overrides.values()):
+        if budgets.weights is None:
+            self._check_ranks(())
+        if latency is None:
+            return self._share(self._candidates(None), budgets)
+        inputs, setting = self._timed_inputs(latency)
+        with setting.applied():
+            cache = LatencyCache(setting.runtime) if self._clock is time_modules else None
+        layer_clock = LayerClock(
+            next(self._model.parameters()),
+            examples=self._unplanned.examples,
+            setting=setting,
+            clock=self._clock,
+            cache=cache,
+        )
+        candidates = self._candidates(layer_clock)
+
+        def attempt(speedup: float | None) -> Plan:
+            made = self._share(candidates, replace(budgets, milliseconds=speedup), speedup is None)
+            times = time_network(self._model, inputs, made, setting, self._clock)
+            return replace(made, latency=times)
+
+        return search_latency(latency, attempt)
+
+    def _share(
+        self, candidates: Sequence[Sequence[Candidate]], budgets: Budgets, fastest: bool = False
+    ) -> Plan:
+        """Return the plan whose layers keep budgets together; those without candidates do not."""
+        sharing = [own for own in candidates if own]
+        chosen = iter(share_budgets(sharing, budgets, fastest=fastest))
+        ratio = budgets.weights or budgets.macs or _ANY_RATIO
+        layers = [
+            _choose(errors.layer, next(chosen)) if own else self._plan_layer(errors, ratio)
+            for errors, own in zip(self._errors, candidates, strict=True)
+        ]
+        return replace(self._unplanned, layers=tuple(layers))
+
+    def _check_ranks(self, decompositions: Sequence[Decomposition]) -> None:
+        """Check that these and all overrides have a rank, where nothing else sets it."""
+        for choice in (*decompositions, *self._rules.overrides.values()):
             if isinstance(choice, Decomposition) and choice.needs_ratio:
                 raise DeepTwistError(
                     f"{choice} has no rank: give it one, or give ratio, weights, macs or latency"
                 )
+
+    def _timed_inputs(self, latency: Latency) -> tuple[tuple[Tensor, ...], Setting]:
+        """Return the example input at the batch that the network is timed at, and the setting."""
+        setting = latency.setting(next(self._model.parameters()).dtype)
+        examples, x = self._unplanned.examples, self._inputs[0]
+        if len(self._inputs[0]) != examples:  # no batch in front: timed as it is
+            return self._inputs, replace(setting, batch=examples)
+        rows = torch.arange(setting.batch, device=x.device) % examples
+        return tuple(
+            x[rows] if x.dim() and len(x) == examples else x for x in self._inputs
+        ), setting
 
     def _skip_reason(self, layer: Layer) -> str | None:
         """Return why a layer is kept, whatever an override says aside."""
@@ -177,33 +198,35 @@ class Planner:
         is_first = layer is self._first
         return self._rules.skip_reason(layer.names, layer.convolution, is_first=is_first)
 
-    def _shares(self, layer: Layer) -> bool:
-        """Return whether a layer takes part in a budget."""
-        is_bound = self._rules.override(layer.names) or self._skip_reason(layer)
-        return not is_bound and layer.convolution is not None
-
-    def _timed_multiple(self, clock: LayerClock) -> int:
-        """Return the multiple of ranks that the clock shows, at the layer with most work."""
-        layers = [errors.layer for errors in self._errors if self._shares(errors.layer)]
-        uses = [(x.convolution, call) for x in layers if x.convolution for call in x.calls]
-        if not uses:
-            return 1
-        convolution, call = max(uses, key=lambda use: use[1].count * use[0].macs(use[1].size))
-        return clock.rank_multiple(convolution, call, self._decompositions[0])
-
-    def _ways(self, errors: LayerErrors, multiple: int, clock: LayerClock | None) -> list[Way]:
-        """Return the ways to hold a layer that takes part in a budget; none for another."""
-        convolution = errors.layer.convolution
-        if convolution is None or not self._shares(errors.layer):
-            return []
-        return layer_ways(errors, convolution, self._decompositions, multiple, clock)
+    def _candidates(self, clock: LayerClock | None) -> list[list[Candidate]]:
+        """Return the ways to hold every layer that takes part in budgets; none for the others."""
+        sharing = {
+            errors: geometry
+            for errors in self._errors
+            if (geometry := errors.layer.convolution) is not None
+            and self._rules.override(errors.layer.names) is None
+            and self._skip_reason(errors.layer) is None
+        }
+        multiple = self._rank_multiple or 1
+        uses = [
+            (geometry, call) for errors, geometry in sharing.items() for call in errors.layer.calls
+        ]
+        if clock is not None and self._rank_multiple is None and uses:  # where most work is
+            geometry, call = max(uses, key=lambda use: use[1].count * use[0].macs(use[1].size))
+            multiple = clock.rank_multiple(geometry, call, self._decompositions[0])
+        return [
+            layer_candidates(errors, sharing[errors], self._decompositions, multiple, clock)
+            if errors in sharing
+            else []
+            for errors in self._errors
+        ]
 
     def _plan_layer(self, errors: LayerErrors, ratio: float | None) -> PlannedLayer:
         """Plan a layer by itself: at a ratio, or as an override says."""
         layer, decompositions = errors.layer, self._decompositions
         pattern, choice = self._rules.override(layer.names) or (None, decompositions)
         if choice is None:
-            return _keep(layer, "by an override")
+            return KeptLayer.of(layer, "by an override")
         if isinstance(choice, Decomposition):
             decompositions = [choice]
         elif isinstance(choice, int | float):
@@ -215,7 +238,7 @@ class Planner:
                 return self._best(errors, layer.convolution, decompositions, ratio)
             except CannotDecomposeError as error:
                 reason = str(error)
-        kept = _keep(layer, reason or "")
+        kept = KeptLayer.of(layer, reason or "")
         if pattern in layer.names:  # asked for by its exact name: to keep it would be no answer
             shown = kept.convolution or kept.kind
             raise DeepTwistError(f"layer {kept.name!r} ({shown}) {kept.reason}")
@@ -242,7 +265,7 @@ class Planner:
                     resolved = resolved.round_ranks(self._rank_multiple or 1)
                 _check_is_smaller(convolution, errors.layer.calls, resolved)
                 error = errors.error(convolution, resolved)
-                fitting.append(_compress(errors.layer, convolution, resolved, error=error))
+                fitting.append(CompressedLayer.of(errors.layer, resolved, error))
             except CannotDecomposeError as refusal:
                 refusals.append(refusal)
         if not fitting:
@@ -252,115 +275,11 @@ class Planner:
         return min(fitting, key=lambda layer: layer.relative_error or 0.0)
 
 
-def plan_from_model(
-    decomposed: nn.Module, model: nn.Module, example_input: Tensor | tuple[Tensor, ...]
-) -> Plan:
-    """Return the plan that a decomposed model carries out, read from its factored layers.
-
-    Args:
-        decomposed: what `decompose` or `deeptwist.load` returned; `model` itself for a plan that
-            compresses nothing but says what the model costs.
-        model: the dense network.
-        example_input: see `plan`.
-
-    Raises:
-        DeepTwistError: if a factored layer has no counterpart in `model`.
-    """
-    factored = {
-        name: module
-        for name, module in decomposed.named_modules()
-        if isinstance(module, FactoredLayer)
-    }
-    inputs = as_tuple(example_input)
-    inspection = inspect_model(model, inputs)
-    layers = inspection.layers
-    planned: list[PlannedLayer] = []
-    for layer in layers:
-        module = factored.pop(layer.names[0], None)
-        if module is None:
-            planned.append(_keep(layer, layer.reason or "is dense in the decomposed model"))
-        elif module.convolution != layer.convolution:
-            raise DeepTwistError(
-                f"layer {layer.names[0]!r} stands for ({module.convolution}) where the dense "
-                f"model has ({layer.convolution})"
-            )
-        else:
-            planned.append(_compress(layer, module.convolution, module.decomposition))
-    if factored:
-        raise DeepTwistError(f"the dense model has no layer {min(factored)!r}")
-    return _assemble(model, inputs, inspection, planned)
-
-
-def _first_convolution(layers: Sequence[Layer]) -> Layer | None:
-    """Return the convolution that runs first, linear layers not counted."""
-    convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
-    return min(convolutions, key=lambda layer: layer.call_order, default=None)
-
-
-def _count_examples(inputs: tuple[Tensor, ...], layers: Sequence[Layer]) -> int:
-    """Return how many examples the inputs hold: one where they have no batch in front."""
-    first = _first_convolution(layers)
-    # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
-    batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
-    return inputs[0].shape[0] if batched else 1
-
-
-def _assemble(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    inspection: Inspection,
-    planned: Sequence[PlannedLayer],
-) -> Plan:
-    layers = inspection.layers
-    examples = _count_examples(inputs, layers)
-    counted = sum(layer.weight_numel for layer in layers)
-    total = sum(p.numel() for p in model.parameters())
-    empty = Plan(
-        compressed=(),
-        other_parameters=total - counted,
-        examples=examples,
-        inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
-        network_macs=None if inspection.macs is None else inspection.macs // examples,
-    )
-    return empty.with_layers(planned)
-
-
-def _keep(layer: Layer, reason: str) -> KeptLayer:
-    name, *aliases = layer.names
-    return KeptLayer(
-        name=name,
-        kind=type(layer.module).__name__,
-        weight_numel=layer.weight_numel,
-        reason=reason,
-        convolution=layer.convolution,
-        aliases=tuple(aliases),
-        calls=layer.calls,
-    )
-
-
-def _compress(
-    layer: Layer,
-    convolution: ConvGeometry,
-    decomposition: Decomposition,
-    error: float | None = None,
-) -> CompressedLayer:
-    name, *aliases = layer.names
-    return CompressedLayer(
-        name=name,
-        kind=type(layer.module).__name__,
-        convolution=convolution,
-        decomposition=decomposition,
-        aliases=tuple(aliases),
-        calls=layer.calls,
-        relative_error=error,
-    )
-
-
-def _plan_shared(layer: Layer, way: Way) -> PlannedLayer:
+def _choose(layer: Layer, candidate: Candidate) -> PlannedLayer:
     """Return a layer in the way that a budget chose."""
-    if way.decomposition is None or layer.convolution is None:
-        return _keep(layer, "not worth it: the budget is met without")
-    return _compress(layer, layer.convolution, way.decomposition, error=way.error)
+    if candidate.decomposition is None:
+        return KeptLayer.of(layer, "not worth it: the budget is met without")
+    return CompressedLayer.of(layer, candidate.decomposition, candidate.error**0.5)
 
 
 def _check_is_smaller(

@@ -29,6 +29,7 @@ from deeptwist.app.cli.options import (
 )
 from deeptwist.app.cli.tables import (
     describe_accuracy,
+    layer_rows,
     print_compressed,
     print_exported,
     print_layers,
@@ -310,33 +311,52 @@ def benchmark(
     Args:
         small: A folder that deeptwist saved; without it the network is decomposed here.
     """
-    from deeptwist.app.benchmark.suite import benchmark as run_benchmark
+    import torch
+
+    from deeptwist.measure.compare import time_settings
+    from deeptwist.measure.machine import describe_machine
+    from deeptwist.measure.runtimes import Run, Setting, make_runner
+    from deeptwist.plan.latency import time_plan
 
     combinations = settings.settings()
+    first, rounds = combinations[0], settings.rounds
     dense, decomposed, planned = small_network(model, network, options, small)
-    steps = len(planned.compressed) * settings.layers + settings.rounds * len(combinations)
+    reference = next(dense.parameters()).to(getattr(torch, first.dtype))
+
+    def make_runners(setting: Setting) -> list[Run]:
+        x = network.example_input(model, setting.batch)
+        return [make_runner(each, x, setting) for each in (dense, decomposed)]
+
+    layers = []
+    steps = len(planned.compressed) * settings.layers + rounds * len(combinations)
     with progress_bar("benchmark", steps) as advance:
-        result = run_benchmark(
-            dense,
-            decomposed,
-            planned,
-            lambda batch: network.example_input(model, batch),
-            combinations,
-            rounds=settings.rounds,
-            layers=settings.layers,
-            on_step=advance,
-        )
+        if settings.layers:
+            with first.applied():
+                times = time_plan(
+                    planned, reference, batch=first.batch, rounds=rounds, on_layer=advance
+                )
+            layers = layer_rows(planned, times)
+        measured = [*time_settings(make_runners, combinations, rounds=rounds, on_round=advance)]
     if as_json:
-        print(json.dumps(result.to_dict()))
+        values = {
+            "machine": describe_machine(),
+            "parameters_before": planned.dense_parameters,
+            "parameters": planned.parameters,
+            "macs_before": planned.dense_macs,
+            "macs": planned.macs,
+            "networks": [
+                {"setting": asdict(setting), "times": None, "reason": times}
+                if isinstance(times, str)
+                else {"setting": asdict(setting), "times": asdict(times), "reason": None}
+                for setting, times in measured
+            ],
+            "layers": layers,
+        }
+        print(json.dumps(values))
         return
-    print_layers(result.layers)
-    print_networks(model, result.networks, result.macs_before / max(1, result.macs))
-    memory = result.peak_memory
-    print(
-        f"\npeak memory at batch {combinations[0].batch}, above weights and input: "
-        f"dense {memory.dense / 2**20:.1f} MB, decomposed {memory.decomposed / 2**20:.1f} MB"
-        f"\n{result.machine}"
-    )
+    print_layers(layers)
+    print_networks(model, measured, planned.dense_macs / max(1, planned.macs))
+    print(f"\n{describe_machine()}")
 
 
 def export(

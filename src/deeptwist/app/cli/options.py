@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from deeptwist.app.data import ImageData
     from deeptwist.compress import Job
-    from deeptwist.measure.networks import Setting
+    from deeptwist.measure.runtimes import Setting
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
 
@@ -242,7 +243,7 @@ def small_network(
         DeepTwistError: if both a folder and options of a plan are given, or the plan
             compresses no layer.
     """
-    from deeptwist.plan.planner import plan_from_model
+    from deeptwist.plan.from_model import plan_from_model
     from deeptwist.save import load
 
     if small is None:
@@ -283,14 +284,15 @@ class BenchmarkOptions:
         """Return every combination of the values."""
         import torch
 
-        from deeptwist.measure.networks import settings_of
+        from deeptwist.measure.runtimes import Setting
 
         check_int("rounds", self.rounds, 2)
         for name, counts in (("batch", self.batch), ("threads", self.threads)):
             for count in counts:
                 check_int(name, count)
         threads = self.threads or (torch.get_num_threads(),)
-        return settings_of(self.batch, threads, self.dtype, self.runtime)
+        combinations = product(self.runtime, self.dtype, threads, self.batch)
+        return [Setting(b, t, dtype, runtime) for runtime, dtype, t, b in combinations]
 
 
 @Parameter(name="*")

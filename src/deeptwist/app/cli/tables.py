@@ -1,33 +1,54 @@
 """Tables of measurements, runs and jobs, and the line that tells each of a job's steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeptwist.app.cli.console import print_table
 
 if TYPE_CHECKING:
-    from deeptwist.app.benchmark.layers import LayerComparison
     from deeptwist.app.cli.sweep import SweepPoint
     from deeptwist.app.training.metrics import Summary
     from deeptwist.export import Exported
-    from deeptwist.measure.networks import Measurement
+    from deeptwist.measure.compare import Comparison
+    from deeptwist.measure.runtimes import Setting
+    from deeptwist.plan.plan import Plan
 
 
-def print_layers(layers: "Sequence[LayerComparison]") -> None:
-    """Print one row for each layer that was timed by itself; nothing where none was."""
+def layer_rows(plan: "Plan", times: "Mapping[str, Comparison]") -> list[dict[str, Any]]:
+    """Return what each layer that was timed by itself promises and keeps, as plain values.
+
+    Returns:
+        A row a layer: its name, `macs_ratio` (dense ÷ factored: the speed-up that the count
+        promises), its times and `efficiency`, the share of the promise that is kept.
+    """
+    from deeptwist.plan.latency import most_expensive_call
+
+    rows = []
+    for layer in plan.compressed:
+        if layer.name in times:
+            size, measured = most_expensive_call(layer).size, times[layer.name]
+            ratio = layer.convolution.macs(size) / layer.decomposition.macs(layer.convolution, size)
+            values = {"macs_ratio": ratio, "efficiency": measured.speedup / ratio}
+            rows.append({"name": layer.name, "times": asdict(measured), **values})
+    return rows
+
+
+def print_layers(layers: Sequence[dict[str, Any]]) -> None:
+    """Print what `layer_rows` returned; nothing where no layer was timed by itself."""
     if not layers:
         return
     header = ["layer", "dense ms", "factored ms", "MAC ratio", "speed-up", "efficiency", ""]
     rows = [
         [
-            layer.name,
-            f"{layer.times.dense.median:.2f}",
-            f"{layer.times.decomposed.median:.2f}",
-            f"{layer.macs_ratio:.2f}",
-            f"{layer.times.speedup:.2f}×",
-            f"{layer.efficiency:.2f}",
-            "" if layer.is_worth_it else "not worth it",
+            layer["name"],
+            f"{layer['times']['dense']['median']:.2f}",
+            f"{layer['times']['decomposed']['median']:.2f}",
+            f"{layer['macs_ratio']:.2f}",
+            f"{layer['times']['speedup']:.2f}×",
+            f"{layer['efficiency']:.2f}",
+            "" if layer["times"]["speedup"] > 1 else "not worth it",
         ]
         for layer in layers
     ]
@@ -35,17 +56,18 @@ def print_layers(layers: "Sequence[LayerComparison]") -> None:
     print()
 
 
-def print_networks(name: str, measurements: "Sequence[Measurement]", macs_ratio: float) -> None:
+def print_networks(
+    name: str, measured: "Sequence[tuple[Setting, Comparison | str]]", macs_ratio: float
+) -> None:
     """Print one row for each setting that the whole network was timed in."""
     header = ["setting", "dense ms", "decomposed ms", "quartiles", "speed-up", "efficiency", ""]
     rows = []
-    for measurement in measurements:
-        setting, times = measurement.setting, measurement.times
+    for setting, times in measured:
         label = f"{setting.runtime}, {setting.dtype}, {setting.threads} threads, " + (
             f"batch {setting.batch}"
         )
-        if times is None:
-            rows.append([label, "", "", "", "", "", measurement.reason or ""])
+        if isinstance(times, str):
+            rows.append([label, "", "", "", "", "", times])
             continue
         small = times.decomposed
         rows.append(

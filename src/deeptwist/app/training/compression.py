@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from deeptwist.errors import DeepTwistError, check_int
 
@@ -89,23 +89,19 @@ class CompressionConfig:
         Raises:
             DeepTwistError: if there is no such method, or none takes an option, or its value.
         """
-        from deeptwist.decompositions import METHODS, from_dict
+        from deeptwist.decompositions import METHODS, find_method
 
-        names = [name.replace("-", "_") for name in self.decomposition]  # tiled-svd on the CLI
+        kinds = [find_method(name) for name in self.decomposition]
         values = {"rank": self.rank, "fraction": self.fraction, "tile": self.tile}
-        options = {key: value for key, value in values.items() if value is not None}
-        taken = {name: _options_of(METHODS[name]) for name in names if name in METHODS}
+        options: dict[str, Any] = {k: value for k, value in values.items() if value is not None}
         for key in options:
-            if len(taken) == len(names) and not any(key in own for own in taken.values()):
-                takers = [name for name, method in METHODS.items() if key in _options_of(method)]
-                raise DeepTwistError(
-                    f"{key} is for {' or '.join(takers)}, not for {' or '.join(names)}"
-                )
+            if not any(key in _options_of(kind) for kind in kinds):
+                takers = [name for name, kind in METHODS.items() if key in _options_of(kind)]
+                names = " or ".join(kind.method for kind in kinds)
+                raise DeepTwistError(f"{key} is for {' or '.join(takers)}, not for {names}")
         return tuple(
-            from_dict(
-                {"method": name, **{k: v for k, v in options.items() if k in taken.get(name, ())}}
-            )
-            for name in names
+            kind(**{key: value for key, value in options.items() if key in _options_of(kind)})
+            for kind in kinds
         )
 
     @property
@@ -160,7 +156,7 @@ class CompressionConfig:
 
     def without_slow_layers(self, model: "nn.Module", plan: "Plan") -> "Plan":
         """Return the plan without the layers that are not `min_speedup` times as fast."""
-        from deeptwist.plan.autotune import exclude_slow_layers
+        from deeptwist.plan.latency import exclude_slow_layers
 
         if self.min_speedup is None:
             return plan

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from deeptwist.app.training.modes import mode_name
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
-from deeptwist.measure.comparison import Comparison
+from deeptwist.measure.compare import Comparison
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.distortion import Distortion
 

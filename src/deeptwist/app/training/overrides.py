@@ -1,7 +1,8 @@
 """A layer's own choice as text, as recipes and the command line write it."""
 
-from deeptwist.decompositions import from_dict
+from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DeepTwistError
+from deeptwist.plan.codec import decode
 from deeptwist.plan.layers import Override
 
 
@@ -27,7 +28,7 @@ def parse_override(text: str) -> tuple[str, Override]:
     for option in filter(None, options.split(",")):
         name, _, value = option.partition("=")
         values[name] = _number(value, f"{name} in override {text!r}")
-    return pattern, from_dict(values)
+    return pattern, decode(Decomposition, values)
 
 
 def _number(text: str, what: str) -> int | float | tuple[int, ...]:

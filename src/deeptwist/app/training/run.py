@@ -34,11 +34,12 @@ from deeptwist.app.training.run_dir import RunDir, check_same_recipe, lock_run_d
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import atomic_write, write_text
-from deeptwist.measure.comparison import Comparison, compare
+from deeptwist.measure.compare import Comparison, time_models
 from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.runtimes import Setting
 from deeptwist.plan.calibration import Calibration, calibrate
+from deeptwist.plan.from_model import plan_from_model
 from deeptwist.plan.plan import Plan
-from deeptwist.plan.planner import plan_from_model
 from deeptwist.save import WEIGHTS, save
 from deeptwist.twist.distortion import DeepTwist
 
@@ -351,7 +352,8 @@ def _write_variant(
 def _latency(run: TrainingRun, final: nn.Module, batch: int | None) -> Comparison | None:
     if batch is None or not run.recipe.training_mode.compresses:
         return None
-    return compare(run.model, final, test_inputs(run.data, final, batch))
+    inputs = test_inputs(run.data, final, batch)
+    return time_models(run.model, final, inputs, Setting(batch, torch.get_num_threads()))
 
 
 def _summarize(

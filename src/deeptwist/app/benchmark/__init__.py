@@ -1,1 +1,0 @@
-"""Measuring dense and decomposed side by side: whole networks, single layers, any runtime."""

@@ -1,0 +1,186 @@
+"""Plans by the clock: what the network takes as planned, and which plan is as fast as asked.
+
+How long a layer takes does not depend on its numbers, so layers of random ones are timed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.swap import swap
+from deeptwist.inspection.weights import get_weight
+from deeptwist.layers.geometry import LayerCall
+from deeptwist.measure.compare import Clock, Comparison, time_layers, time_modules
+from deeptwist.measure.latency import Latency
+from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.random_layers import at_batch, random_factored
+from deeptwist.measure.runtimes import Setting
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
+
+_TRIES = 8
+_LARGEST = 0.97  # share of their time that layers are asked to save
+_USED = 0.95  # of the time allowed: a plan that takes as much is not improved
+
+
+def time_network(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    plan: Plan,
+    setting: Setting,
+    clock: Clock = time_modules,
+) -> Comparison:
+    """Time the whole network, and what a plan makes of it with random factors, in turn.
+
+    Args:
+        model: the network that was planned.
+        inputs: of the setting's batch.
+        plan: of the model.
+        setting: what they are run with.
+        clock: returns the milliseconds of modules on the same inputs.
+    """
+    factored: dict[str, nn.Module] = {}
+    for layer in plan.compressed:
+        weight = get_weight(model, layer.name)
+        new = random_factored(layer.convolution, layer.decomposition, weight.read())
+        if weight.padding is not None:
+            new.pad_input(weight.padding)
+        factored[layer.name] = new
+    dense, planned = clock([model, swap(model, factored)], inputs, setting)
+    with setting.applied():
+        where = f"{setting.runtime}, batch {setting.batch}, {describe_machine()}"
+    return Comparison.of(dense, planned, where)
+
+
+def search_latency(latency: Latency, attempt: Callable[[float | None], Plan]) -> Plan:
+    """Return the plan that compresses least of those whose whole network is as fast as asked.
+
+    What layers save by themselves is not what the network saves: every try corrects the next, by
+    the line between the nearest tries that saved too little and enough.
+
+    Args:
+        latency: of the whole network.
+        attempt: how many times as fast the layers are asked to be, or `None` for as fast as can
+            be → a plan with its latency.
+
+    Raises:
+        DeepTwistError: if the network is that fast as it is, or if no plan is.
+    """
+    best: Plan | None = None
+    share = 0.5 if latency.speedup is None else 1 - 1 / latency.speedup  # that layers are to save
+    low, high = (0.0, 0.0), (math.inf, math.inf)  # the tries, and the shares that networks saved
+    for _ in range(_TRIES):
+        is_fastest = False
+        try:
+            plan = attempt(1 / (1 - share))
+        except DeepTwistError:  # more than the layers can save, or more than a budget is exceeded
+            plan, is_fastest = attempt(None), True
+        saved, needed = _saved_and_needed(plan, latency)
+        if saved < needed:
+            if is_fastest:
+                break
+            low = share, saved
+        else:
+            if best is None or saved < _saved_and_needed(best, latency)[0]:
+                best = plan
+            if saved <= 1 - _USED * (1 - needed):
+                return plan
+            high = share, saved
+        wanted = 1 - (1 + _USED) / 2 * (1 - needed)
+        (share, start), (end, top) = low, high if best is not None else (share, saved)
+        if best is None:  # on the line from the dense network
+            share = min(end * wanted / max(saved, 1e-3), _LARGEST)
+        else:
+            step = (wanted - start) / max(top - start, 1e-9)
+            share += (end - share) * min(max(step, 0.1), 0.9)
+    best = best or attempt(None)
+    saved, needed = _saved_and_needed(best, latency)
+    if saved < needed:
+        raise DeepTwistError(
+            f"no plan is as fast as asked, {latency}: the fastest takes {best.latency}"
+        )
+    return best
+
+
+def _saved_and_needed(plan: Plan, latency: Latency) -> tuple[float, float]:
+    """Return the share of the network's time that a plan saves, and that which is asked for."""
+    times = plan.latency
+    if times is None:
+        raise DeepTwistError("a plan that was not timed is no answer to a budget of time")
+    dense, planned = times.dense.median, times.decomposed.median
+    if latency.speedup is not None:
+        return 1 - 1 / times.speedup, 1 - 1 / latency.speedup
+    limit = latency.ms or math.inf
+    if dense <= limit:
+        raise DeepTwistError(f"the network takes {dense:.2f} ms as it is, {limit:g} are allowed")
+    return 1 - planned / dense, 1 - limit / dense
+
+
+def exclude_slow_layers(model: nn.Module, plan: Plan, min_speedup: float) -> Plan:
+    """Return the plan without the layers that are not this much faster factored, timed here.
+
+    Args:
+        model: the network that was planned; its device and dtype are those that are timed.
+        plan: of the model.
+        min_speedup: dense ÷ factored milliseconds from which on a layer is compressed.
+
+    Raises:
+        DeepTwistError: if `min_speedup` is not above 0.
+    """
+    if not min_speedup > 0:
+        raise DeepTwistError(f"min_speedup {min_speedup} is not above 0")
+    times = time_plan(plan, next(model.parameters()))
+    return apply_timings(plan, {name: each.speedup for name, each in times.items()}, min_speedup)
+
+
+def time_plan(
+    plan: Plan,
+    reference: Tensor,
+    *,
+    batch: int = 16,
+    rounds: int = 15,
+    on_layer: Callable[[], None] = lambda: None,
+) -> dict[str, Comparison]:
+    """Time every compressed layer by itself, at its most expensive call; see `time_layers`.
+
+    Args:
+        plan: see `deeptwist.plan`.
+        reference: a tensor of the device and the dtype to measure in.
+        batch: examples in the network's batch.
+        rounds: samples of each side, two at least.
+        on_layer: called after every layer.
+
+    Returns:
+        The milliseconds by layer name.
+    """
+    layers = plan.compressed
+    calls = [at_batch(most_expensive_call(layer), plan.examples, batch) for layer in layers]
+    ways = [(x.convolution, x.decomposition, call) for x, call in zip(layers, calls, strict=True)]
+    times = time_layers(ways, reference, rounds=rounds, on_layer=on_layer)
+    return {layer.name: each for layer, each in zip(layers, times, strict=True)}
+
+
+def apply_timings(plan: Plan, speedups: Mapping[str, float], min_speedup: float) -> Plan:
+    """Return the plan without the layers that are not this much faster factored.
+
+    Args:
+        plan: the one that was measured.
+        speedups: dense ÷ factored time by layer name.
+        min_speedup: from which on a layer is compressed.
+    """
+    layers: list[PlannedLayer] = []
+    for layer in plan.layers:
+        speedup = speedups.get(layer.name, min_speedup)
+        if isinstance(layer, CompressedLayer) and speedup < min_speedup:
+            reason = f"not worth it: measured {speedup:.2f}× as fast, below {min_speedup:g}×"
+            layer = layer.kept(reason)
+        layers.append(layer)
+    return replace(plan, layers=tuple(layers))
+
+
+def most_expensive_call(layer: CompressedLayer) -> LayerCall:
+    """Return the layer's use that takes the most MACs."""
+    return max(layer.calls, key=lambda call: call.count * layer.convolution.macs(call.size))
