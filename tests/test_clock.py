@@ -147,8 +147,12 @@ def test_latencies_that_mean_nothing(
     assert message in error_of(Latency, **values)
 
 
-def test_an_example_without_a_batch_is_one() -> None:
-    model, image = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), torch.randn(96, 24, 24)
+@pytest.mark.parametrize("channels", [1, 96])
+def test_an_example_without_a_batch_is_one(channels: int) -> None:
+    image = torch.randn(channels, 24, 24)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 96, 3, padding=1), nn.Conv2d(96, 96, 3, padding=1)
+    ).eval()
     options = {"example_input": image, "layers": EVERY_LAYER}
     plan = dt.plan(model, dt.SpatialSVD(), latency=Latency(1.2, batch=2), **options)
     assert plan.examples == 1

@@ -56,12 +56,15 @@ def first_convolution(layers: Sequence[Layer]) -> Layer | None:
     return min(convolutions, key=lambda layer: layer.call_order, default=None)
 
 
-def _count_examples(inputs: tuple[Tensor, ...], layers: Sequence[Layer]) -> int:
-    """Return how many examples the inputs hold: one where they have no batch in front."""
-    first = first_convolution(layers)
-    # A first convolution that sees one image of (c, h, w) was given no batch, as was one vector.
-    batched = inputs[0].dim() > 1 and (first is None or not first.calls or first.calls[0].count > 1)
-    return inputs[0].shape[0] if batched else 1
+def batch_of(inputs: tuple[Tensor, ...], layers: Sequence[Layer]) -> int | None:
+    """Return how many examples the inputs hold; `None` where they have no batch in front."""
+    first, x = first_convolution(layers), inputs[0]
+    if x.dim() < 2:
+        return None
+    if first is not None and first.convolution and first.calls and first.calls[0].count == 1:
+        # It saw one image: of a batch of one, or (c, h, w) without a batch.
+        return 1 if len(x) == 1 and x.dim() != first.convolution.dims + 1 else None
+    return len(x)
 
 
 def inspect_for_plan(
@@ -70,7 +73,7 @@ def inspect_for_plan(
     """Return what a plan says of the model whatever becomes of its layers; and these."""
     inspection = inspect_model(model, inputs)
     counted = sum(layer.weight_numel for layer in inspection.layers)
-    examples = _count_examples(inputs, inspection.layers)
+    examples = batch_of(inputs, inspection.layers) or 1
     plan = Plan(
         (),
         other_parameters=sum(p.numel() for p in model.parameters()) - counted,

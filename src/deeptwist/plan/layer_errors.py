@@ -24,11 +24,11 @@ class LayerErrors:
         self._moment = moment
         self._spectra: dict[Decomposition, Tensor | None] = {}
 
-    def error(self, convolution: ConvGeometry, decomposition: Decomposition) -> float | None:
+    def error(self, geometry: ConvGeometry, decomposition: Decomposition) -> float | None:
         """Return ‖W − W′‖_F / ‖W‖_F, or the outputs' where there is a moment.
 
         Args:
-            convolution: the layer's geometry.
+            geometry: the layer's geometry.
             decomposition: with its rank set.
 
         Returns:
@@ -37,14 +37,11 @@ class LayerErrors:
         Raises:
             DeepTwistError: if a weight is not finite, naming the layer.
         """
-        if self.layer.weight is None:
-            raise DeepTwistError(f"layer {self.layer.names[0]!r} {self.layer.reason}")
-        weight = self.layer.weight.read()
-        if weight.is_meta:
-            return None
-        kernel = weight_to_kernel(weight, convolution)
         method, rank = decomposition.without_rank(), decomposition.rank
         if method not in self._spectra:
+            kernel = self._kernel(geometry)
+            if kernel.is_meta:
+                return None
             if not kernel.isfinite().all():
                 name = self.layer.names[0]
                 raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
@@ -53,9 +50,14 @@ class LayerErrors:
             self._spectra[method] = None if spectrum is None else spectrum.cpu()
         errors = self._spectra[method]
         if errors is None or rank is None:
-            return self._measure(kernel, decomposition)
+            return self._measure(self._kernel(geometry), decomposition)
         ranks = rank if isinstance(rank, tuple) else (rank,)
         return float(errors[tuple(r - 1 for r in ranks)])
+
+    def _kernel(self, geometry: ConvGeometry) -> Tensor:
+        if self.layer.weight is None:
+            raise DeepTwistError(f"layer {self.layer.names[0]!r} {self.layer.reason}")
+        return weight_to_kernel(self.layer.weight.read(), geometry)
 
     def _measure(self, kernel: Tensor, decomposition: Decomposition) -> float:
         """Decompose, where a method has no spectrum."""

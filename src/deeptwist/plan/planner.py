@@ -18,7 +18,7 @@ from deeptwist.measure.runtimes import Setting
 from deeptwist.plan.allocation import Candidate
 from deeptwist.plan.budget import Budgets, layer_candidates, layer_costs, share_budgets
 from deeptwist.plan.calibration import Calibration
-from deeptwist.plan.from_model import first_convolution, inspect_for_plan
+from deeptwist.plan.from_model import batch_of, first_convolution, inspect_for_plan
 from deeptwist.plan.latency import search_latency, time_network
 from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layers import Layers
@@ -179,13 +179,12 @@ class Planner:
     def _timed_inputs(self, latency: Latency) -> tuple[tuple[Tensor, ...], Setting]:
         """Return the example input at the batch that the network is timed at, and the setting."""
         setting = latency.setting(next(self._model.parameters()).dtype)
-        examples, x = self._unplanned.examples, self._inputs[0]
-        if len(self._inputs[0]) != examples:  # no batch in front: timed as it is
-            return self._inputs, replace(setting, batch=examples)
-        rows = torch.arange(setting.batch, device=x.device) % examples
-        return tuple(
-            x[rows] if x.dim() and len(x) == examples else x for x in self._inputs
-        ), setting
+        batch = batch_of(self._inputs, [errors.layer for errors in self._errors])
+        if batch is None:  # timed as they are
+            return self._inputs, replace(setting, batch=1)
+        rows = torch.arange(setting.batch, device=self._inputs[0].device) % batch
+        inputs = (x[rows] if x.dim() and len(x) == batch else x for x in self._inputs)
+        return tuple(inputs), setting
 
     def _skip_reason(self, layer: Layer) -> str | None:
         """Return why a layer is kept, whatever an override says aside."""
