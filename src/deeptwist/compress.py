@@ -228,12 +228,15 @@ class Job:
     def time(
         self, example_input: Callable[[int], Tensor], settings: Sequence[Setting], rounds: int
     ) -> Values:
-        """Time both networks in turn, in every setting; onnxruntime runs what `export` wrote."""
+        """Time both networks in turn, in every setting.
+
+        With a folder, onnxruntime runs what `export` wrote.
+        """
         networks = {"dense": self.model, "small": self.small}
 
         def make_runners(setting: Setting) -> list[Run]:
             x = example_input(setting.batch)
-            if setting.runtime != "onnxruntime":
+            if setting.runtime != "onnxruntime" or self.folder is None:
                 return [make_runner(network, x, setting) for network in networks.values()]
             files = [self._file(f"{name}.onnx") for name in networks]
             return [OnnxNetwork(file, setting.threads).make_runner(x) for file in files]

@@ -4,7 +4,8 @@ Heavy imports wait inside the commands, so that help answers at once.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,11 +26,12 @@ from deeptwist.app.cli.options import (
     WeightOptions,
     check_size,
     make_job,
-    small_network,
+    make_small_job,
 )
 from deeptwist.app.cli.tables import (
     describe_accuracy,
     layer_rows,
+    plan_counts,
     print_compressed,
     print_exported,
     print_layers,
@@ -98,8 +100,8 @@ def compress(
     result = run_compress(recipe, options, out, resume=resume)
     if as_json:
         print(json.dumps(result))
-        return
-    print_compressed(f"{recipe.model} on {recipe.data.source}", result)
+    else:
+        print_compressed(f"{recipe.model} on {recipe.data.source}", result)
 
 
 def plan(
@@ -150,15 +152,15 @@ def _sweep(
     from deeptwist.app.report.page import write_sweep
 
     points, dense_accuracy = sweep_network(model, network, recipe, calibration, options)
-    knee = find_knee(points, dense_accuracy)
+    knee, title = find_knee(points, dense_accuracy), f"{model}, {recipe.label}"
     if options.page is not None:
-        title = f"deeptwist plan --sweep {model}, {recipe.label}"
-        write_sweep(points, knee, options.page, title=title, dense_accuracy=dense_accuracy)
+        heading = f"deeptwist plan --sweep {title}"
+        write_sweep(points, knee, options.page, title=heading, dense_accuracy=dense_accuracy)
     if as_json:
         values = {"dense_accuracy": dense_accuracy, "knee": points[knee].ratio}
         print(json.dumps({**values, "points": [asdict(point) for point in points]}))
     else:
-        print_sweep(f"{model}, {recipe.label}", points, knee, dense_accuracy)
+        print_sweep(title, points, knee, dense_accuracy)
 
 
 def train(
@@ -187,8 +189,7 @@ def train(
         resume: Go on from the last checkpoint in the folder, if there is one.
     """
     from deeptwist.app.data import load_data
-    from deeptwist.app.training.run import build_run
-    from deeptwist.app.training.run import train as train_run
+    from deeptwist.app.training.run import build_run, train
     from deeptwist.app.training.run_dir import check_same_recipe
 
     if recipe.training_mode.compresses:
@@ -198,12 +199,10 @@ def train(
     data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
-        summary = train_run(run, out, resume=resume, on_step=advance)
-    if not is_main_process():
-        return
-    if as_json:
+        summary = train(run, out, resume=resume, on_step=advance)
+    if as_json and is_main_process():
         print(json.dumps(asdict(summary)))
-    else:
+    elif is_main_process():
         print_summaries(f"{recipe.model} on {data.name}", [summary])
 
 
@@ -233,15 +232,10 @@ def decompose(
 
     job = make_job(model, network, options, calibration, recalibrate=recalibrate)
     job.choose_plan()
-    size = (save(job.decompose(), out, base_model=model) / WEIGHTS).stat().st_size
     planned = job.plan
+    size = (save(job.decompose(), out, base_model=model) / WEIGHTS).stat().st_size
     if as_json:
-        parameters = {
-            "parameters_before": planned.dense_parameters,
-            "parameters": planned.parameters,
-        }
-        macs = {"macs_before": planned.dense_macs, "macs": planned.macs}
-        print(json.dumps({"out": str(out), **parameters, **macs, "bytes": size}))
+        print(json.dumps({"out": str(out), **plan_counts(planned), "bytes": size}))
         return
     print(
         f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
@@ -269,8 +263,7 @@ def evaluate(
         small: A folder that deeptwist saved, instead of --weights.
     """
     from deeptwist.app.data import load_data
-    from deeptwist.app.training.evaluation import batch_size_for
-    from deeptwist.app.training.evaluation import evaluate as evaluate_network
+    from deeptwist.app.training.evaluation import batch_size_for, evaluate
     from deeptwist.save import load
 
     if data is None:
@@ -283,12 +276,12 @@ def evaluate(
     if small is not None:
         built = load(small, model=built)
     with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:
-        result = evaluate_network(built, dataset.test, dataset, on_batch=advance)
+        result = evaluate(built, dataset.test, dataset, on_batch=advance)
     if as_json:
         print(json.dumps({"data": dataset.name, "images": count, **asdict(result)}))
     else:
-        told = describe_accuracy(result.accuracy, result.loss)
-        print(f"{told} on {count:,} images of {dataset.name}")
+        accuracy = describe_accuracy(result.accuracy, result.loss)
+        print(f"{accuracy} on {count:,} images of {dataset.name}")
 
 
 def benchmark(
@@ -313,50 +306,28 @@ def benchmark(
     """
     import torch
 
-    from deeptwist.measure.compare import time_settings
-    from deeptwist.measure.machine import describe_machine
-    from deeptwist.measure.runtimes import Run, Setting, make_runner
     from deeptwist.plan.latency import time_plan
 
-    combinations = settings.settings()
-    first, rounds = combinations[0], settings.rounds
-    dense, decomposed, planned = small_network(model, network, options, small)
-    reference = next(dense.parameters()).to(getattr(torch, first.dtype))
-
-    def make_runners(setting: Setting) -> list[Run]:
-        x = network.example_input(model, setting.batch)
-        return [make_runner(each, x, setting) for each in (dense, decomposed)]
-
-    layers = []
-    steps = len(planned.compressed) * settings.layers + rounds * len(combinations)
-    with progress_bar("benchmark", steps) as advance:
-        if settings.layers:
-            with first.applied():
-                times = time_plan(
-                    planned, reference, batch=first.batch, rounds=rounds, on_layer=advance
-                )
-            layers = layer_rows(planned, times)
-        measured = [*time_settings(make_runners, combinations, rounds=rounds, on_round=advance)]
+    combinations, rounds, layers = settings.settings(), settings.rounds, []
+    job = make_small_job(model, network, options, small)
+    plan, first = job.plan, combinations[0]
+    if settings.layers:
+        reference = next(job.model.parameters()).to(getattr(torch, first.dtype))
+        with progress_bar("layers", len(plan.compressed)) as advance, first.applied():
+            times = time_plan(plan, reference, batch=first.batch, rounds=rounds, on_layer=advance)
+        layers = layer_rows(plan, times)
+    timed = job.time(partial(network.example_input, model), combinations, rounds)
     if as_json:
-        values = {
-            "machine": describe_machine(),
-            "parameters_before": planned.dense_parameters,
-            "parameters": planned.parameters,
-            "macs_before": planned.dense_macs,
-            "macs": planned.macs,
-            "networks": [
-                {"setting": asdict(setting), "times": None, "reason": times}
-                if isinstance(times, str)
-                else {"setting": asdict(setting), "times": asdict(times), "reason": None}
-                for setting, times in measured
-            ],
-            "layers": layers,
-        }
-        print(json.dumps(values))
+        networks = [
+            {"setting": {f.name: row.pop(f.name) for f in fields(first)}, "reason": None, **row}
+            for row in timed["settings"]
+        ]
+        values = {**plan_counts(plan), "networks": networks, "layers": layers}
+        print(json.dumps({"machine": timed["machine"], **values}))
         return
     print_layers(layers)
-    print_networks(model, measured, planned.dense_macs / max(1, planned.macs))
-    print(f"\n{describe_machine()}")
+    print_networks(model, timed["settings"], plan.dense_macs / max(1, plan.macs))
+    print(f"\n{timed['machine']}")
 
 
 def export(
@@ -397,7 +368,7 @@ def export(
         raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
     if small is not None and network.weights is not None:
         raise DeepTwistError("the network in --small has weights: leave out --weights")
-    _, decomposed, _ = small_network(model, network, options, small)
+    decomposed = make_small_job(model, network, options, small).small
     example = network.example_input(model, batch or 2).to(next(decomposed.parameters()).dtype)
     if format == "onnx":
         written = export_onnx(

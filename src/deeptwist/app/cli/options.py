@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
 
+from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.training.recipe import CompressionRecipe
 from deeptwist.errors import DeepTwistError, check_int
 
@@ -222,16 +223,16 @@ def make_job(
     def recover(small: "nn.Module") -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
 
-    job = Job(dense, make_plan, lambda: batches, recover)
+    job = Job(dense, make_plan, lambda: batches, recover, progress=progress_bar)
     if batches:
         job.calibrate()
     return job
 
 
-def small_network(
+def make_small_job(
     model: str, network: NetworkOptions, options: CompressionRecipe | None, small: Path | None
-) -> "tuple[nn.Module, nn.Module, Plan]":
-    """Return a network dense and decomposed, as saved or as planned here, with the plan.
+) -> "Job":
+    """Return the job on a network whose small one is there: as saved, or as planned here.
 
     Args:
         model: the network's name.
@@ -243,20 +244,24 @@ def small_network(
         DeepTwistError: if both a folder and options of a plan are given, or the plan
             compresses no layer.
     """
+    from deeptwist.compress import Job
     from deeptwist.plan.from_model import plan_from_model
     from deeptwist.save import load
 
     if small is None:
         job = make_job(model, network, options)
         job.choose_plan()
-        return job.model, job.decompose(), job.plan
+        job.decompose()
+        return job
     if options is not None:
         raise DeepTwistError(
             "the network in --small is decomposed already: leave out the options of a plan"
         )
-    dense = network.build(model)
-    decomposed = load(small, model=network.build(model))
-    return dense, decomposed, plan_from_model(decomposed, dense, network.example_input(model))
+    dense, decomposed = network.build(model), load(small, model=network.build(model))
+    plan = plan_from_model(decomposed, dense, network.example_input(model))
+    job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
+    job.plan, job.small = plan, decomposed
+    return job
 
 
 @Parameter(name="*")

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from deeptwist.app.training.metrics import Summary
     from deeptwist.export import Exported
     from deeptwist.measure.compare import Comparison
-    from deeptwist.measure.runtimes import Setting
     from deeptwist.plan.plan import Plan
+
+
+def plan_counts(plan: "Plan") -> dict[str, int]:
+    """Return what a network costs by a plan, before and after, as plain values."""
+    parameters = {"parameters_before": plan.dense_parameters, "parameters": plan.parameters}
+    return {**parameters, "macs_before": plan.dense_macs, "macs": plan.macs}
 
 
 def layer_rows(plan: "Plan", times: "Mapping[str, Comparison]") -> list[dict[str, Any]]:
@@ -56,29 +61,25 @@ def print_layers(layers: Sequence[dict[str, Any]]) -> None:
     print()
 
 
-def print_networks(
-    name: str, measured: "Sequence[tuple[Setting, Comparison | str]]", macs_ratio: float
-) -> None:
-    """Print one row for each setting that the whole network was timed in."""
+def print_networks(name: str, settings: Sequence[dict[str, Any]], macs_ratio: float) -> None:
+    """Print one row for each setting that the whole network was timed in, see `Job.time`."""
     header = ["setting", "dense ms", "decomposed ms", "quartiles", "speed-up", "efficiency", ""]
     rows = []
-    for setting, times in measured:
-        label = f"{setting.runtime}, {setting.dtype}, {setting.threads} threads, " + (
-            f"batch {setting.batch}"
-        )
-        if isinstance(times, str):
-            rows.append([label, "", "", "", "", "", times])
+    for row in settings:
+        label = "{runtime}, {dtype}, {threads} threads, batch {batch}".format(**row)
+        if row["times"] is None:
+            rows.append([label, "", "", "", "", "", row["reason"]])
             continue
-        small = times.decomposed
+        small, speedup = row["times"]["decomposed"], row["times"]["speedup"]
         rows.append(
             [
                 label,
-                f"{times.dense.median:.2f}",
-                f"{small.median:.2f}",
-                f"{small.lower:.2f} – {small.upper:.2f}",
-                f"{times.speedup:.2f}×",
-                f"{times.speedup / macs_ratio:.2f}",
-                "" if times.speedup > 1 else "not worth it",
+                f"{row['times']['dense']['median']:.2f}",
+                f"{small['median']:.2f}",
+                f"{small['lower']:.2f} – {small['upper']:.2f}",
+                f"{speedup:.2f}×",
+                f"{speedup / macs_ratio:.2f}",
+                "" if speedup > 1 else "not worth it",
             ]
         )
     print_table(f"{name}, {macs_ratio:.2f}× fewer MACs", header, rows)
