@@ -112,7 +112,7 @@ def test_decomposing_takes_less_than_one_and_a_half_times_the_network() -> None:
 
 def test_layers_are_measured_by_name_and_equal_ones_once() -> None:
     planned = made(network())
-    times = time_plan(planned, X, batch=8, rounds=2)
+    times = time_plan(planned, X, Setting(8, 1), rounds=2)
     measured = layer_rows(planned, times)
     assert [layer["name"] for layer in measured] == [layer.name for layer in planned.compressed]
     assert measured[1]["times"] == measured[2]["times"]

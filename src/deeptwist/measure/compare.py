@@ -2,21 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DeepTwistError
-from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.random_layers import random_dense, random_factored, random_input
 from deeptwist.measure.runtimes import Run, Setting, make_runner
 from deeptwist.measure.timing import Samples, Timing, median_ratio, summarize, time_interleaved
 
 # Returns the milliseconds of modules on the same inputs: `time_modules`, but in tests.
 Clock = Callable[[Sequence[nn.Module], tuple[Tensor, ...], Setting], Sequence[Samples]]
-Factoring = tuple[ConvGeometry, Decomposition, LayerCall]  # a layer, how it is held, its input
 
 
 @dataclass(frozen=True)
@@ -103,34 +98,3 @@ def time_settings(
                 first, second = time_interleaved(runs, rounds=rounds, on_round=on_round)
                 times = Comparison.of(first, second)
         yield setting, times
-
-
-def time_layers(
-    layers: Sequence[Factoring],
-    reference: Tensor,
-    *,
-    rounds: int = 15,
-    on_layer: Callable[[], None] = lambda: None,
-) -> list[Comparison]:
-    """Time layers of random numbers by themselves, eagerly; equal ones are timed once.
-
-    Args:
-        layers: each with its decomposition and the input that it is given.
-        reference: a tensor of the device and the dtype to measure in.
-        rounds: samples of each side, two at least.
-        on_layer: called after every layer.
-    """
-    measured: dict[Factoring, Comparison] = {}
-    for layer in layers:
-        if layer not in measured:
-            geometry, decomposition, call = layer
-            x = random_input(geometry, call, reference)
-            dense = random_dense(geometry, reference)
-            factored = random_factored(geometry, decomposition, reference)
-            with torch.inference_mode():
-                first, second = time_interleaved(
-                    [partial(dense, x), partial(factored, x)], rounds=rounds
-                )
-            measured[layer] = Comparison.of(first, second)
-        on_layer()
-    return [measured[layer] for layer in layers]

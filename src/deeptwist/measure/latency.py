@@ -15,7 +15,7 @@ import torch
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.runtimes import DType, Runtime, Setting
+from deeptwist.measure.runtimes import Runtime, Setting, dtype_name
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class Latency:
 
     def setting(self, dtype: torch.dtype) -> Setting:
         """Return what a network of this type is measured with."""
-        name: DType = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
         threads = torch.get_num_threads() if self.threads is None else self.threads
-        return Setting(self.batch, threads, name, self.runtime)
+        return Setting(self.batch, threads, dtype_name(dtype), self.runtime)
 
     def __str__(self) -> str:
         return f"{self.ms:g} ms" if self.speedup is None else f"{self.speedup:g}×"

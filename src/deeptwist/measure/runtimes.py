@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from deeptwist.errors import (
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]
 Run = Callable[[], object]  # runs a model once
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """Return how a setting names a type."""
+    return cast(DType, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,16 @@ def make_runner(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], setting: 
             return OnnxNetwork(path, setting.threads).make_runner(*inputs)
     dtype = getattr(torch, setting.dtype)
     ready = deepcopy(model).to(dtype).eval()
-    cast = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-    if any(x.dim() == 4 for x in cast):
+    typed = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    if any(x.dim() == 4 for x in typed):
         ready = ready.to(memory_format=torch.channels_last)
-        cast = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in cast]
+        typed = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in typed]
     if setting.runtime == "compile":
-        return _compiled(ready, cast)
+        return _compiled(ready, typed)
 
     def run() -> object:
         with torch.inference_mode():
-            return ready(*cast)
+            return ready(*typed)
 
     return run
 

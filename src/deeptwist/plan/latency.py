@@ -7,20 +7,22 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import get_weight
 from deeptwist.layers.geometry import LayerCall
-from deeptwist.measure.compare import Clock, Comparison, time_layers, time_modules
+from deeptwist.measure.compare import Clock, Comparison, time_models, time_modules
 from deeptwist.measure.latency import Latency
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.random_layers import at_batch, random_factored
-from deeptwist.measure.runtimes import Setting
+from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
+from deeptwist.measure.runtimes import Setting, dtype_name
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
 
+_BATCH = 16  # that single layers are timed at
 _TRIES = 8
 _LARGEST = 0.97  # share of their time that layers are asked to save
 _USED = 0.95  # of the time allowed: a plan that takes as much is not improved
@@ -132,35 +134,44 @@ def exclude_slow_layers(model: nn.Module, plan: Plan, min_speedup: float) -> Pla
     """
     if not min_speedup > 0:
         raise DeepTwistError(f"min_speedup {min_speedup} is not above 0")
-    times = time_plan(plan, next(model.parameters()))
+    reference = next(model.parameters())
+    setting = Setting(_BATCH, torch.get_num_threads(), dtype_name(reference.dtype))
+    times = time_plan(plan, reference, setting)
     return apply_timings(plan, {name: each.speedup for name, each in times.items()}, min_speedup)
 
 
 def time_plan(
     plan: Plan,
     reference: Tensor,
+    setting: Setting,
     *,
-    batch: int = 16,
     rounds: int = 15,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, Comparison]:
-    """Time every compressed layer by itself, at its most expensive call; see `time_layers`.
+    """Time every compressed layer by itself, at its most expensive call; equal ones once.
 
     Args:
         plan: see `deeptwist.plan`.
-        reference: a tensor of the device and the dtype to measure in.
-        batch: examples in the network's batch.
+        reference: a tensor of the device to measure on.
+        setting: what they are run with.
         rounds: samples of each side, two at least.
         on_layer: called after every layer.
 
     Returns:
         The milliseconds by layer name.
     """
-    layers = plan.compressed
-    calls = [at_batch(most_expensive_call(layer), plan.examples, batch) for layer in layers]
-    ways = [(x.convolution, x.decomposition, call) for x, call in zip(layers, calls, strict=True)]
-    times = time_layers(ways, reference, rounds=rounds, on_layer=on_layer)
-    return {layer.name: each for layer, each in zip(layers, times, strict=True)}
+    measured: dict[object, Comparison] = {}
+    times = {}
+    for layer in plan.compressed:
+        geometry, form = layer.convolution, layer.decomposition
+        call = at_batch(most_expensive_call(layer), plan.examples, setting.batch)
+        if (key := (geometry, form, call)) not in measured:
+            pair = random_dense(geometry, reference), random_factored(geometry, form, reference)
+            x = random_input(geometry, call, reference)
+            measured[key] = time_models(*pair, x, setting, rounds=rounds)
+        times[layer.name] = measured[key]
+        on_layer()
+    return times
 
 
 def apply_timings(plan: Plan, speedups: Mapping[str, float], min_speedup: float) -> Plan:

@@ -4,7 +4,7 @@ Heavy imports wait inside the commands, so that help answers at once.
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -304,17 +304,15 @@ def benchmark(
     Args:
         small: A folder that deeptwist saved; without it the network is decomposed here.
     """
-    import torch
-
     from deeptwist.plan.latency import time_plan
 
     combinations, rounds, layers = settings.settings(), settings.rounds, []
     job = make_small_job(model, network, options, small)
     plan, first = job.plan, combinations[0]
     if settings.layers:
-        reference = next(job.model.parameters()).to(getattr(torch, first.dtype))
-        with progress_bar("layers", len(plan.compressed)) as advance, first.applied():
-            times = time_plan(plan, reference, batch=first.batch, rounds=rounds, on_layer=advance)
+        reference, eager = next(job.model.parameters()), replace(first, runtime="eager")
+        with progress_bar("layers", len(plan.compressed)) as advance:
+            times = time_plan(plan, reference, eager, rounds=rounds, on_layer=advance)
         layers = layer_rows(plan, times)
     timed = job.time(partial(network.example_input, model), combinations, rounds)
     if as_json:
