@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from deeptwist.app.data import ImageData, Split, augment, normalize
 from deeptwist.app.models import build_model
+from deeptwist.app.training.devices import Fabric
 from deeptwist.app.training.evaluation import evaluate
-from deeptwist.app.training.fabric import Fabric
-from deeptwist.app.training.loop import Callbacks, Trainer
-from deeptwist.app.training.metrics import DistortionRecord, Record
+from deeptwist.app.training.loop import Trainer
+from deeptwist.app.training.metrics import Values
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio
@@ -126,7 +126,7 @@ def engine_under_deeptwist(data: ImageData, block: int) -> Callable[[], Block]:
             "optimizer": {"lr": 0.01},
             "schedule": {"epochs": 1},
             "compression": {**TILES, "linear": False},
-            "records": {"images": 0},
+            "logging": {"images": 0},
         }
     )
     model = build_model(MODEL)
@@ -137,13 +137,13 @@ def engine_under_deeptwist(data: ImageData, block: int) -> Callable[[], Block]:
     images = replace(data, test=Split(data.test.images[:1], data.test.labels[:1]))
 
     def run() -> Block:
-        records: list[Record] = []
+        records: list[Values] = []
         trainer = Trainer(fabric, model, images, recipe, twist=twist)
         started = time.perf_counter()
-        trainer.fit(Callbacks(on_record=records.append))
+        trainer.fit(records.append)
         seconds = time.perf_counter() - started
-        distorted = next(record for record in records if isinstance(record, DistortionRecord))
-        return Block(seconds - distorted.seconds, distorted.seconds)
+        distorted = next(record for record in records if record["event"] == "distortion")
+        return Block(seconds - distorted["seconds"], distorted["seconds"])
 
     return run
 

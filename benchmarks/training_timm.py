@@ -22,9 +22,9 @@ from torch.nn import functional
 
 from deeptwist.app.data import ImageData, ImageFiles, Split, load_data
 from deeptwist.app.models import build_model
+from deeptwist.app.training.devices import Fabric
 from deeptwist.app.training.evaluation import preprocess
-from deeptwist.app.training.fabric import Fabric
-from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.loop import Trainer
 from deeptwist.app.training.optimizers import make_optimizer
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.measure.machine import describe_machine
@@ -124,7 +124,7 @@ def engine(data: ImageData, batch: int) -> Callable[[], None]:
     model = build_model(MODEL, num_classes=10)
 
     def run() -> None:
-        Trainer(fabric, model, data, recipe).fit(Callbacks())
+        Trainer(fabric, model, data, recipe).fit()
 
     return run
 

@@ -25,8 +25,8 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.app.data import ImageData, load_data
 from deeptwist.app.models import build_model, load_weights
-from deeptwist.app.training.fabric import Fabric
-from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.devices import Fabric
+from deeptwist.app.training.loop import Trainer
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.measure.machine import describe_machine
 from deeptwist.twist.distortion import Distortion
@@ -100,7 +100,7 @@ def train(name: str, data: ImageData, weights: str | None, folder: Path, count: 
     fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
     trainer = Trainer(fabric, model, data, recipe, twist=twist)
     with contextlib.suppress(Done):
-        trainer.fit(Callbacks(on_record=lambda record: print(name, record, flush=True)))
+        trainer.fit(lambda record: print(name, record, flush=True))
 
 
 def main() -> None:

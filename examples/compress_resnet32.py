@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from deeptwist.app.data import load_data
-from deeptwist.app.training.metrics import DENSE_WEIGHTS, Summary
+from deeptwist.app.training.metrics import DENSE_WEIGHTS, Values
 from deeptwist.app.training.recipe import Mode, make_recipe
 from deeptwist.app.training.run import build_run, train
 
@@ -39,7 +39,7 @@ def main() -> None:
 
     data = load_data(options.data)
 
-    def cell(weights: Path, mode: Mode, method: str) -> Summary:
+    def cell(weights: Path, mode: Mode, method: str) -> Values:
         dense = mode == "dense"
         recipe = make_recipe(
             {
@@ -66,16 +66,17 @@ def main() -> None:
     dense = cell(Path(options.weights), "dense", "tucker")
     tuned = options.out / "dense" / DENSE_WEIGHTS
     print(f"{'run':24}  accuracy  parameters      MACs  untrained")
-    print(f"{'dense':24}  {dense.accuracy:8.2%}  {dense.parameters:10,}  {dense.macs:10,}")
+    print(f"{'dense':24}  {columns(dense)}")
     modes: tuple[Mode, ...] = ("deeptwist", "finetune")
     for method, mode in product(DECOMPOSITIONS, modes):
         if not options.only or f"{mode}-{method}" in options.only:
             done = cell(tuned, mode, method)
-            print(
-                f"{done.name:24}  {done.accuracy:8.2%}  {done.parameters:10,}  {done.macs:10,}  "
-                f"{done.accuracy_untrained:8.2%}",
-                flush=True,
-            )
+            untrained = done["accuracy_untrained"]
+            print(f"{done['name']:24}  {columns(done)}  {untrained:8.2%}", flush=True)
+
+
+def columns(run: Values) -> str:
+    return f"{run['accuracy']:8.2%}  {run['parameters']:10,}  {run['macs']:10,}"
 
 
 if __name__ == "__main__":

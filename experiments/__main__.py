@@ -252,7 +252,9 @@ def _train(
         words = words.replace("DATA", shlex.quote(options.data or ""))
         start = f"--weights {shlex.quote(str(weights))}" if weights else ""
         return Job(
-            f"{run.name}-s{seed}", f"{words.replace(f'--weights {START}', start)} --seed {seed}"
+            f"{run.name}-s{seed}",
+            f"{words.replace(f'--weights {START}', start)} --seed {seed}",
+            has_noise=run.has_noise,
         )
 
     labels = {f"{run.name}-s{seed}": label for seed in options.seeds for label, run in runs.items()}

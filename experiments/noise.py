@@ -5,6 +5,8 @@ same steps, against projection to low rank at every step, and against a network 
 once, at the end. All take the same steps; conventional fine-tuning is shown beside them.
 """
 
+from dataclasses import replace
+
 from experiments.fig2 import ACCURACY, pair
 from experiments.page import Report, Results, Table, count_holds
 from experiments.profiles import Network, Profile, Run
@@ -24,9 +26,12 @@ CONTROLS = (NOISE, *INTERVALS)
 def runs(profile: Profile) -> dict[str, Run]:
     """Return DeepTwist, conventional fine-tuning, and the controls."""
     size = profile.reference
+    learnt = profile.run("deeptwist", "tucker", size)
     return {
         **pair(profile, size),
-        NOISE: profile.run("random_noise", "tucker", size),
+        NOISE: replace(
+            learnt, name=learnt.name.replace("deeptwist", "random_noise"), has_noise=True
+        ),
         **{
             name: profile.run("deeptwist", "tucker", size, interval=interval)
             for name, interval in INTERVALS.items()

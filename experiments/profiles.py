@@ -19,12 +19,12 @@ class Run:
     Attributes:
         name: of its rows, followed there by the seed.
         words: of ``deeptwist train``.
-        perturb: ``"noise"`` where noise takes a distortion's place, which no recipe can say.
+        has_noise: whether noise takes a distortion's place, which no word says.
     """
 
     name: str
     words: str
-    perturb: str = ""
+    has_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Profile:
             if f"--interval {changes['interval']} " not in f"{self.words} ":
                 name.append(f"sd{changes['interval']}")
             if changes["interval"] < 100 and self.name != "smoke":
-                words.append("--records.images 0")  # so many are not looked at one by one
+                words.append("--logging.images 0")  # so many are not looked at one by one
         if after := changes.get("finetune_after"):
             words.append(f"--epochs {self.epochs - after}")
-            words.append(f"--tail.epochs {after} --tail.lr 0.01")
+            words.append(f"--finetune-after.epochs {after} --finetune-after.lr 0.01")
             name.append(f"after{after}")
         words.append(f"--weights {START}")
         return Run(self.prefix + "-".join(name), merge_options(*words))
@@ -148,14 +148,15 @@ def merge_options(*parts: str) -> str:
     return " ".join([*first, *(word for words in options.values() for word in words)])
 
 
-_SGD = "--no-nesterov --optimizer.weight-decay 1e-4 --records.images 1000"
+_SGD = "--no-nesterov --optimizer.weight-decay 1e-4 --logging.images 1000"
 _STEPS = "--schedule.kind step" + 2 * " --schedule.milestones {}"
 _WIDE = "--no-skip-first-conv --min-in-channels {}"
 _FROZEN = (
-    "--fixed.decomposition svd --fixed.ratio 4 --fixed.linear "
-    "--fixed.include classifier.1 --fixed.include classifier.4"
+    "--frozen-compression.decomposition svd --frozen-compression.ratio 4 "
+    "--frozen-compression.linear "
+    "--frozen-compression.include classifier.1 --frozen-compression.include classifier.4"
 )
-_SHORT = "--lr 0.025 --precision bf16-mixed --records.images 250"
+_SHORT = "--lr 0.025 --precision bf16-mixed --logging.images 250"
 _PAPER = "the paper's schedule: {} epochs from the trained network"
 _LONG = Profile(
     "long-32",
@@ -177,7 +178,7 @@ _SHORT_32 = Profile(
 _SMOKE = Profile(
     "smoke",
     "a smoke test: ResNet-20 for a moment on 8×8 digits; its accuracies mean nothing",
-    "resnet20 --data digits --epochs 2 --batch-size 512 --interval 2 --records.images 32",
+    "resnet20 --data digits --epochs 2 --batch-size 512 --interval 2 --logging.images 32",
     2,
     start="--epochs 1",
     sizes=(Size(4),),
@@ -258,7 +259,7 @@ PROFILES: dict[Network, list[Profile]] = {
             "paper",
             _PAPER.format(80),
             "torchvision/resnet34 --data imagenet --data.preset imagenet --image-size 224 "
-            "--batch-size 256 --precision bf16-mixed --records.checkpoint-every 1000 "
+            "--batch-size 256 --precision bf16-mixed --logging.checkpoint-every 1000 "
             f"--epochs 80 {_STEPS.format(20, 50)} --lr 0.01 {_SGD} --interval 1000",
             80,
             layers=_WIDE.format(128),

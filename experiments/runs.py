@@ -20,11 +20,12 @@ import torch
 
 from deeptwist.app.cli.app import app
 from deeptwist.app.data import ImageData, load_data
-from deeptwist.app.training.metrics import Summary, read_run
+from deeptwist.app.training.metrics import Values, read_run
 from deeptwist.app.training.recipe import DataRecipe, Recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
+from experiments.perturb import NoiseInPlaceOfDistortion
 
 FINISHED, CUT = "finished", "cut"
 KINDS = ("epochs", "distortions", "runs")  # the last one says that a run is finished
@@ -47,11 +48,13 @@ class Job:
         name: of its folder and its rows.
         words: of ``deeptwist train``, but for the folder.
         test_images: to test on: ``"first 3000"`` of a fixed shuffle, or the ``"rest 7000"``.
+        has_noise: whether noise takes a distortion's place, which no word says.
     """
 
     name: str
     words: str
     test_images: str = ALL_IMAGES
+    has_noise: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -136,6 +139,8 @@ def _train(job: Job, runs: Path, progress: Progress | None = None) -> str:
     try:
         recipe = job.recipe
         run = build_run(recipe, load_images(recipe.data, job.test_images), name=job.name)
+        if job.has_noise:
+            run = replace(run, perturb=NoiseInPlaceOfDistortion(recipe.seed))
         with progress(job.name, run.steps) if progress else nullcontext(lambda: None) as advance:
             train(run, runs / job.name, resume=True, latency_batch=None, on_step=advance)
     except DeepTwistError as error:
@@ -169,7 +174,7 @@ def keep(job: Job, runs: Path, kept: Path) -> tuple[()]:
 
 
 def _command(job: Job) -> str:
-    return f"deeptwist train {job.words}"
+    return "python -m experiments noise" if job.has_noise else f"deeptwist train {job.words}"
 
 
 def _evaluation(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,33 +183,34 @@ def _evaluation(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(job: Job, recipe: Recipe) -> dict[str, Any]:
     """Return what a recipe says, as far as tables show it."""
-    compresses, distorts = recipe.mode != "dense", recipe.training_mode.distorts
+    compresses, distorts = recipe.compresses, recipe.distorts
     return {
         "model": recipe.model,
-        "mode": recipe.mode,
+        "mode": "random_noise" if job.has_noise else recipe.mode,
         "decomposition": recipe.compression.label if compresses else None,
         "ratio": recipe.compression.ratio if compresses else None,
         "interval": recipe.interval if distorts else None,
         "lr": recipe.optimizer.lr,
         "weight_decay": recipe.optimizer.weight_decay,
         "epochs": recipe.schedule.epochs,
-        "finetune_after": recipe.tail.epochs if recipe.tail else None,
+        "finetune_after": recipe.finetune_after.epochs if recipe.finetune_after else None,
         "precision": recipe.precision,
         "image_size": recipe.data.image_size,
         "seed": recipe.seed,
         "data": Path(recipe.data.source).name,
         "test_images": None if job.test_images == ALL_IMAGES else job.test_images,
-        "logged_images": recipe.records.images or None,
+        "logged_images": recipe.logging.images or None,
         "state": FINISHED,
     }
 
 
-def _outcome(summary: Summary) -> dict[str, Any]:
+def _outcome(summary: Values) -> dict[str, Any]:
     """Return what a run came to."""
     variants = {
-        f"accuracy_{each.name.replace(' ', '_')}": each.accuracy for each in summary.variants
+        f"accuracy_{each['name'].replace(' ', '_')}": each["accuracy"]
+        for each in summary["variants"]
     }
-    return {key: getattr(summary, key) for key in _SUMMARY} | variants
+    return {key: summary[key] for key in _SUMMARY} | variants
 
 
 @cache  # decoding takes a minute, and most runs share their images

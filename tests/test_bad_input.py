@@ -14,7 +14,7 @@ from tests.test_cli import refused, run
 from deeptwist.app.models import build_model
 
 WORDS = ["--image-size", "8", "--mode", "dense", "--epochs", "2"]
-WORDS += ["--batch-size", "4", "--records.checkpoint-every", "1"]
+WORDS += ["--batch-size", "4", "--logging.checkpoint-every", "1"]
 DAMAGED = Path("pets/train/cat/4.png")  # in the fourth of an epoch's steps
 
 
@@ -86,7 +86,7 @@ def test_a_class_without_images() -> None:
 def test_a_preset_that_does_not_exist() -> None:
     message = refused(*command("resnet20", preset="imagnet"))
     assert "imagnet" in message
-    assert "'cifar' or 'imagenet'" in message
+    assert 'Choose from: "cifar", "imagenet"' in message
 
 
 def test_a_teacher_of_another_number_of_classes() -> None:

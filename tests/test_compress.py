@@ -215,7 +215,7 @@ def test_a_job_s_table_is_what_its_files_are(
     ratio, tried = results["search"]["ratio"], dict(results["search"]["tried"])
     assert tried[ratio] >= results["search"]["least"]
     assert all(score < results["search"]["least"] for r, score in tried.items() if r > ratio)
-    assert read_run(out).summary.steps == 22 // 2
+    assert read_run(out).summary["steps"] == 22 // 2
     assert "<svg" in (out / "report.html").read_text()
 
 
@@ -246,7 +246,7 @@ def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object],
         (["--goal", "acc>0.9"], "write 'accuracy>=0.90'"),
         (["--ratio", 4, "--mode", "dense"], "mode dense compresses nothing"),
         (["--ratio", 4, "--int8", "--runtime", "eager"], "--int8 is onnxruntime's"),
-        (["--ratio", 4, "--epochs", -1], "'schedule.epochs'"),
+        (["--ratio", 4, "--epochs", -1], '"-1" for --epochs'),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_line(

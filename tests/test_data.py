@@ -184,8 +184,8 @@ def test_names(error_of: ErrorOf) -> None:
     assert error_of(load_data, "cifar-10").endswith("did you mean 'cifar10'?")
     assert "no folder of images at" in error_of(load_data, "./digts")
     assert "fixed image size" in error_of(load_data, "digits", image_size=32)
-    assert "'imagnet' is neither" in error_of(load_data, "digits", preset="imagnet")
-    assert "crop_pct 2 is not from 0.01 to 1" in error_of(load_data, "digits", crop_pct=2)
+    assert '"imagnet" for [data][preset]' in error_of(load_data, "digits", preset="imagnet")
+    assert '"2.0" for [data][crop_pct]' in error_of(load_data, "digits", crop_pct=2)
 
 
 def test_cifar10_without_a_network(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from deeptwist.app.data import ImageData, Split, load_digits
-from deeptwist.app.training.fabric import Fabric, MixedPrecision
-from deeptwist.app.training.loop import Callbacks, Trainer
+from deeptwist.app.training.devices import Fabric, MixedPrecision
+from deeptwist.app.training.loop import Trainer
 from deeptwist.app.training.optimizers import lr_factor, make_optimizer
 from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe, make_recipe
 from deeptwist.app.training.run import build_run, train
@@ -126,7 +126,7 @@ def in_fp16(data: ImageData, scale: float) -> tuple[Trainer, DeepTwist, list[flo
                 "skip_first_conv": False,
                 "linear": True,
             },
-            "records": {"images": 0},
+            "logging": {"images": 0},
         }
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -137,7 +137,7 @@ def in_fp16(data: ImageData, scale: float) -> tuple[Trainer, DeepTwist, list[flo
     twist = DeepTwist(model, made, 3)
     trainer = Trainer(fabric, model, data, recipe, twist=twist)
     rates: list[float] = []
-    trainer.fit(Callbacks(on_step=lambda: rates.append(trainer.learning_rate)))
+    trainer.fit(on_step=lambda: rates.append(trainer.learning_rate))
     return trainer, twist, rates
 
 

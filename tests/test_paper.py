@@ -26,7 +26,7 @@ from torch import nn
 from deeptwist import Plan
 from deeptwist.app.models import build_model
 from deeptwist.app.training.metrics import read_run
-from deeptwist.app.training.recipe import Recipe
+from deeptwist.app.training.recipe import Recipe, make_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -82,7 +82,7 @@ def test_every_training_has_rows_of_its_own(network: Network) -> None:
 def test_the_smallest_networks_can_be_planned(name: str) -> None:
     """Layers that are named are there, and every rank compresses something."""
     *_, last = recipes_of(name, profile_of("short", EXPERIMENTS[name].NETWORK)).values()
-    for compression in (last.compression, last.fixed):
+    for compression in (last.compression, last.frozen_compression):
         if compression is not None:
             assert planned(replace(last, compression=compression), {}).compressed
 
@@ -282,13 +282,15 @@ def test_an_experiment_is_run_resumed_and_read(tmp_path: Path) -> None:
     assert list(kept["state"]) == 3 * ["finished"]
     learnt, tuned = (kept.loc[f"{mode}-tucker-4x-s0"] for mode in ("deeptwist", "finetune"))
     assert (
-        learnt.accuracy_before == tuned.accuracy_before == pytest.approx(start.accuracy, abs=1e-6)
+        learnt.accuracy_before
+        == tuned.accuracy_before
+        == pytest.approx(start["accuracy"], abs=1e-6)
     )
     command = shlex.split(learnt["command"])
     assert command[:2] == ["deeptwist", "train"]
     again = Job("again", shlex.join(command[2:])).recipe
     folder = options.runs / "smoke" / "deeptwist-tucker-4x-s0"
-    assert again.to_dict() == read_run(folder).summary.recipe
+    assert again == make_recipe(read_run(folder).summary["recipe"])
     distortions = read_table(options.out / "smoke", "distortions")
     assert list(distortions["step"]) == [d["step"] for d in read_run(folder).distortions]
     shown = f"{100 * learnt.accuracy:.2f} | {100 * tuned.accuracy:.2f} |"

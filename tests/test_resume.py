@@ -24,11 +24,11 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.app.cli import main
 from deeptwist.app.data import load_data, load_digits
-from deeptwist.app.training.checkpoints import read_checkpoint, write_checkpoint
 from deeptwist.app.training.metrics import read_run
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run
 from deeptwist.app.training.run import train as train_run
+from deeptwist.app.training.run_dir import read_checkpoint, write_checkpoint
 
 # Everything that has a state: distortions with their bases, batch norm, dropout, an average, a
 # best network, a tail.
@@ -44,8 +44,8 @@ RECIPE: dict[str, Any] = {
         "include": ["4", "7"],
     },
     "data": {"validation": 100},
-    "tail": {"epochs": 1},
-    "records": {"images": 50, "checkpoint_every": 3},
+    "finetune_after": {"epochs": 1},
+    "logging": {"images": 50, "checkpoint_every": 3},
 }
 # The same with everything that a recipe may ask for besides.
 SCHEDULED: dict[str, Any] = {
@@ -59,7 +59,7 @@ SCHEDULED: dict[str, Any] = {
         "weight_budget": 2,
         "macs": 2,
     },
-    "recalibration": 2,
+    "batch_norm_batches": 2,
     "label_smoothing": 0.1,
     "distillation": {"weight": 0.3},
 }  # fmt: skip
@@ -218,7 +218,7 @@ def check_same(folder: Path, expected: Path) -> None:
             for run in runs
         )
         assert actual_lines == expected_lines
-    assert len({run.summary.accuracy for run in runs}) == 1
+    assert len({run.summary["accuracy"] for run in runs}) == 1
 
 
 @pytest.mark.slow
@@ -420,7 +420,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path
         """)
     )
     words = ["train", "mine:network", "--ratio", "2", "--out", "run", "--epochs", "1"]
-    words += ["--records.checkpoint-every", "2"]
+    words += ["--logging.checkpoint-every", "2"]
 
     def started(*more: str, limit: int) -> tuple[int | None, str]:
         process = CONTEXT.Process(target=_main, args=(tmp_path, [*words, *more], limit))
@@ -457,7 +457,7 @@ model = nn.Sequential(
 recipe = make_recipe({
     "model": "script", "interval": 4, "schedule": {"epochs": 2}, "precision": "64-true",
     "compression": {"decomposition": "svd", "ratio": 2, "linear": True, "include": ["2", "4"]},
-    "records": {"images": 50, "checkpoint_every": 5},
+    "logging": {"images": 50, "checkpoint_every": 5},
 })
 left = int(sys.argv[2]) if len(sys.argv) > 2 else -1
 def tick():
@@ -510,7 +510,7 @@ def test_two_processes_train_as_one_does_and_stay_identical(tmp_path: Path) -> N
         for name, tensor in single.items():
             assert torch.allclose(tensor.abs(), other[name].abs(), atol=1e-7), (out, name)
     first, second, shrunk = (read_run(tmp_path / name) for name in ("one", "two", "shrunk"))
-    assert (second.summary.processes, shrunk.summary.processes) == (2, 1)
+    assert (second.summary["processes"], shrunk.summary["processes"]) == (2, 1)
     assert [epoch["train_loss"] for epoch in second.epochs] == pytest.approx(
         [epoch["train_loss"] for epoch in first.epochs]
     )

@@ -4,12 +4,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
-from deeptwist.layers.geometry import ConvGeometry
 
-Override = Decomposition | float | None  # another decomposition, another ratio, or keep
+if TYPE_CHECKING:  # the command line's help shows these rules, and must not wait for torch
+    from deeptwist.decompositions import Decomposition
+    from deeptwist.layers.geometry import ConvGeometry
+
+    Override = Decomposition | float | None  # another decomposition, another ratio, or keep
+else:  # for who reads the annotation while the program runs, as cyclopts does
+    Override = object
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -72,7 +77,7 @@ class Layers:
                 raise unknown_name_error("layer", pattern, names)
 
     def skip_reason(
-        self, names: Iterable[str], convolution: ConvGeometry, *, is_first: bool
+        self, names: Iterable[str], convolution: "ConvGeometry", *, is_first: bool
     ) -> str | None:
         """Return why a layer is kept; `None` where it is to be compressed."""
         if any(matches(pattern, name) for pattern in self.exclude for name in names):

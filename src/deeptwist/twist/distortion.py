@@ -167,14 +167,14 @@ class DeepTwist:
         }
         if not last:
             self._warn_of_untrained(weights)
-        (share, _), summaries = run_on_all_ranks(
-            lambda: self._approximate(weights, last), lambda result: result[1]
+        (factors, approximations, _), summaries = run_on_all_ranks(
+            lambda: self._approximate(weights, last), lambda result: result[2]
         )
         check_in_sync(summaries)
         before = mean_over_ranks(loss)
         # No weight has been written so far; from here on nothing can fail before all are.
         shapes = [summary.shapes for summary in summaries]
-        self._factors = self._write(weights, share, shapes)
+        self._factors = self._write(weights, factors, approximations, shapes)
         if not self.history and not last:
             self._first = {name: weight.clone() for name, weight in weights.items()}
         shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
@@ -197,30 +197,43 @@ class DeepTwist:
     @torch.no_grad()
     def _approximate(
         self, weights: Mapping[str, Tensor], last: bool
-    ) -> "tuple[dict[str, _Approximation], Summary]":
-        """Approximate this process's share of the layers: every n-th; nothing is written."""
+    ) -> tuple[dict[str, Factors], dict[str, Tensor], Summary]:
+        """Approximate this process's share of the layers, every n-th; nothing is written.
+
+        Returns:
+            The factors by layer, what is to be written over the weights, and what the others are
+            told.
+        """
         check_finite(weights)
         own = self.plan.compressed[process_rank() :: world_size()]
         factors = self._factorize(own, weights, last)
-        share = {
-            layer.name: self._approximation(layer, weights[layer.name], factors[layer.name], last)
-            for layer in own
-        }
-        differences = [
-            weights[name].to(compute_dtype(x.weight.dtype)) - x.weight for name, x in share.items()
-        ]
-        shifts = dict(zip(share, frobenius_norms(differences), strict=True))
+        approximations, differences = {}, []
+        for layer in own:
+            weight, held = weights[layer.name], factors[layer.name]
+            if last or layer.name not in self._factors:  # exact
+                # What sums in fp32 lose would stand between the distorted network and the
+                # decomposed one.
+                held = held.to(dtype=torch.float64)
+            approximation = kernel_to_weight(held.reconstruct(), layer.convolution)
+            # In the weight's own memory format: to meet it in another would cost more each time.
+            written = torch.empty_like(weight).copy_(approximation.reshape(weight.shape))
+            if self._perturb is not None and not last:
+                written.copy_(self._perturb(layer.name, self.steps, weight, written))
+            approximations[layer.name] = written
+            differences.append(weight.to(compute_dtype(weight.dtype)) - written)
+        shifts = dict(zip(approximations, frobenius_norms(differences), strict=True))
         for name, shift in shifts.items():
             if not math.isfinite(shift):
                 dtype = weights[name].dtype
                 raise DeepTwistError(f"layer {name!r} has an approximation beyond {dtype}")
-        return share, Summary(
+        summary = Summary(
             steps=self.steps,
             plan=[(layer.name, str(layer.decomposition)) for layer in self.plan.compressed],
             norms=dict(zip(weights, frobenius_norms(weights.values()), strict=True)),
             shifts=shifts,
-            shapes={name: [x.shape for x in a.factors.tensors] for name, a in share.items()},
+            shapes={name: [x.shape for x in held.tensors] for name, held in factors.items()},
         )
+        return factors, approximations, summary
 
     def _factorize(
         self, layers: Sequence[CompressedLayer], weights: Mapping[str, Tensor], last: bool
@@ -250,31 +263,18 @@ class DeepTwist:
             factors |= dict(zip(names, refined, strict=True))
         return factors
 
-    def _approximation(
-        self, layer: CompressedLayer, weight: Tensor, factors: Factors, last: bool
-    ) -> "_Approximation":
-        is_refined = not last and layer.name in self._factors
-        # What sums in fp32 lose would stand between the distorted network and the decomposed one.
-        exact = factors if is_refined else factors.to(dtype=torch.float64)
-        approximation = kernel_to_weight(exact.reconstruct(), layer.convolution)
-        # In the weight's own memory format: to meet it in another would cost more each time.
-        written = torch.empty_like(weight).copy_(approximation.reshape(weight.shape))
-        if self._perturb is not None and not last:
-            written.copy_(self._perturb(layer.name, self.steps, weight, written))
-        return _Approximation(factors, written)
-
     @torch.no_grad()
     def _write(
         self,
         weights: Mapping[str, Tensor],
-        share: "Mapping[str, _Approximation]",
+        factors: dict[str, Factors],
+        approximations: Mapping[str, Tensor],
         shapes: list[dict[str, list[torch.Size]]],
     ) -> dict[str, Factors]:
         """Write every process's approximations over the weights; return all factors.
 
         The parameters stay the same objects in the same memory format.
         """
-        factors: dict[str, Factors] = {}
         for source, of_source in enumerate(shapes):
             tensors = []
             for layer in self.plan.compressed:
@@ -282,8 +282,7 @@ class DeepTwist:
                     continue
                 weight = weights[layer.name]
                 if source == process_rank():
-                    weight.copy_(share[layer.name].weight)
-                    factors[layer.name] = share[layer.name].factors
+                    weight.copy_(approximations[layer.name])
                 else:
                     dtype = compute_dtype(weight.dtype)
                     empty = [weight.new_empty(x, dtype=dtype) for x in of_source[layer.name]]
@@ -359,14 +358,6 @@ class DeepTwist:
         except _STATE_ERRORS as error:
             raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from error
         self.steps, self.history, self._factors = steps, history, factors
-
-
-@dataclass(frozen=True)
-class _Approximation:
-    """A layer's factors, and what is to be written over its weight, in its memory format."""
-
-    factors: Factors
-    weight: Tensor
 
 
 def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Factors:

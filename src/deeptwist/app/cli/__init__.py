@@ -35,17 +35,14 @@ def run(app: "App", words: Sequence[str] | None) -> None:
         words: what was written after its name; the process's own arguments if not given.
     """
     from cyclopts import CycloptsError
-    from pydantic import ValidationError
 
-    from deeptwist.app.training.recipe import explain
     from deeptwist.errors import DeepTwistError
 
     _log_once()
     try:
         app(words, exit_on_error=False, print_error=False)
     except (DeepTwistError, CycloptsError) as error:
-        cause = error.__cause__
-        sys.exit(_complain(str(explain(cause) if isinstance(cause, ValidationError) else error)))
+        sys.exit(_complain(str(error)))
     except RuntimeError as error:
         if "allocate" not in str(error):
             raise

@@ -42,10 +42,6 @@ def _values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     values: dict[str, Any] = read_values(recipe) if is_file else {"model": recipe}
     if not is_file and commands == ("compress",):
         values |= COMPRESS_DEFAULTS
-    for section in (values.get("compression"), values.get("fixed")):
-        for key in ("rank", "tile"):  # in the one word that the command line takes
-            if isinstance(section, dict) and isinstance(section.get(key), list):
-                section[key] = "x".join(map(str, section[key]))
     Dict(values, source=recipe, use_commands_as_keys=False)(app, commands, arguments)
 
 

@@ -192,7 +192,7 @@ def train(
     from deeptwist.app.training.run import build_run, train
     from deeptwist.app.training.run_dir import check_same_recipe
 
-    if recipe.training_mode.compresses:
+    if recipe.compresses:
         check_size(recipe.compression)
     if is_main_process():  # the others would see what it has begun
         check_same_recipe(out, recipe, resume=resume)
@@ -201,7 +201,7 @@ def train(
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
         summary = train(run, out, resume=resume, on_step=advance)
     if as_json and is_main_process():
-        print(json.dumps(asdict(summary)))
+        print(json.dumps(summary))
     elif is_main_process():
         print_summaries(f"{recipe.model} on {data.name}", [summary])
 

@@ -31,13 +31,14 @@ from deeptwist.app.data import load_data
 from deeptwist.app.folders import check_folder
 from deeptwist.app.report import write_report
 from deeptwist.app.training.evaluation import (
+    Evaluation,
     batch_size_for,
     evaluate,
+    recalibrate_batch_norm,
     test_inputs,
     training_inputs,
 )
-from deeptwist.app.training.metrics import RECIPE, Evaluation
-from deeptwist.app.training.post_training import recalibrate_batch_norm
+from deeptwist.app.training.metrics import RECIPE
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import SMALL, Job, Values
@@ -137,16 +138,16 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
     """Check what was asked for; return dense accuracy → least accuracy, if there is a goal."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DeepTwistError("compress is one process: train in several by 'deeptwist train'")
-    if not recipe.training_mode.compresses:
+    if not recipe.compresses:
         raise DeepTwistError(f"mode {recipe.mode} compresses nothing: finetune and deeptwist do")
-    if recipe.fixed is not None:
-        raise DeepTwistError("compress takes no 'fixed' layers: 'deeptwist train' does")
+    if recipe.frozen_compression is not None:
+        raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
     compression = recipe.compression
     given = given_sizes(compression)
     if options.goal is None:
-        if not given and not compression.override:
+        if not given and not compression.overrides:
             raise DeepTwistError(
                 "say how small: --ratio 4, --macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
             )
@@ -236,9 +237,9 @@ class ImageJob:
         """Decompose and train as the recipe says, and write the run's folder."""
         recipe, is_trained = self.recipe, self.recipe.schedule.epochs > 0
         calibration, plan = self.steps.calibration, self.steps.plan
-        if not is_trained and not recipe.recalibration:
+        if not is_trained and not recipe.batch_norm_batches:
             small = decompose(self.model, plan, calibration=calibration)
-            recipe = replace(recipe, recalibration=self._choose_batch_norm(small)[1])
+            recipe = replace(recipe, batch_norm_batches=self._choose_batch_norm(small)[1])
         run = replace(
             self._run,
             recipe=recipe,
@@ -250,7 +251,7 @@ class ImageJob:
         )
         with progress_bar("train", run.steps) as advance:
             summary = train(run, self.folder, resume=True, latency_batch=None, on_step=advance)
-        return {"accuracy": summary.accuracy, "untrained": summary.accuracy_untrained}
+        return {"accuracy": summary["accuracy"], "untrained": summary["accuracy_untrained"]}
 
     def verify(self) -> Values:
         """Evaluate the small network as it is on the disk."""
@@ -271,9 +272,9 @@ class ImageJob:
         many training images, as they do where little was cut. (The loss would prefer new ones too
         soon.)
         """
-        count = self.recipe.recalibration or _NORM_BATCHES
+        count = self.recipe.batch_norm_batches or _NORM_BATCHES
         anew = recalibrate_batch_norm(small, self.data, count, self.recipe.batch_size)
-        if self.recipe.recalibration:
+        if self.recipe.batch_norm_batches:
             return anew, count
         seen = self.data.train.evenly_spaced(_NORM_IMAGES)
         before, after = (evaluate(net, seen, self.data).accuracy for net in (small, anew))

@@ -165,7 +165,7 @@ def check_size(compression: CompressionRecipe) -> None:
     """
     from deeptwist.errors import check_ratio
 
-    if not given_sizes(compression) and not compression.override:
+    if not given_sizes(compression) and not compression.overrides:
         raise DeepTwistError("say how small: --ratio 4, --weight-budget 4, --macs 3 or --latency 2")
     for factor in (compression.ratio, compression.weight_budget, compression.macs):
         if factor is not None:

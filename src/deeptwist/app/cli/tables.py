@@ -9,7 +9,7 @@ from deeptwist.app.cli.console import print_table
 
 if TYPE_CHECKING:
     from deeptwist.app.cli.sweep import SweepPoint
-    from deeptwist.app.training.metrics import Summary
+    from deeptwist.app.training.metrics import Values
     from deeptwist.export import Exported
     from deeptwist.measure.compare import Comparison
     from deeptwist.plan.plan import Plan
@@ -159,26 +159,31 @@ def print_sweep(
     print_table(title, header, rows)
 
 
-def print_summaries(title: str, summaries: "Sequence[Summary]") -> None:
+def _latency_cells(times: "Values | None") -> list[str]:
+    if times is None:
+        return ["", ""]
+    return [f"{times['decomposed']['median']:.2f} ms", f"{times['speedup']:.2f}×"]
+
+
+def print_summaries(title: str, summaries: "Sequence[Values]") -> None:
     """Print one row for each run, then one for each network derived from it."""
     header = ["run", "accuracy", "untrained", "parameters", "MACs", "file", "latency", "speed-up"]
     rows = [
         [
-            summary.name,
-            f"{summary.accuracy:.2%}",
-            "" if summary.accuracy_untrained is None else f"{summary.accuracy_untrained:.2%}",
-            f"{summary.parameters:,}",
-            f"{summary.macs:,}",
-            f"{summary.bytes / 1024:,.0f} kB",
-            "" if summary.latency is None else f"{summary.latency.decomposed.median:.2f} ms",
-            "" if summary.latency is None else f"{summary.latency.speedup:.2f}×",
+            summary["name"],
+            f"{summary['accuracy']:.2%}",
+            "" if (before := summary["accuracy_untrained"]) is None else f"{before:.2%}",
+            f"{summary['parameters']:,}",
+            f"{summary['macs']:,}",
+            f"{summary['bytes'] / 1024:,.0f} kB",
+            *_latency_cells(summary["latency"]),
         ]
         for summary in summaries
     ]
     rows += [
-        [f"{summary.name}, {variant.name}", f"{variant.accuracy:.2%}", *[""] * 6]
+        [f"{summary['name']}, {variant['name']}", f"{variant['accuracy']:.2%}", *[""] * 6]
         for summary in summaries
-        for variant in summary.variants
+        for variant in summary["variants"]
     ]
     print_table(title, header, rows)
 

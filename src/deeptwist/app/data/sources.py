@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deeptwist.app.data.config import DataConfig
 from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform
 from deeptwist.app.data.loading import batches
 from deeptwist.errors import DeepTwistError, first_line, require_extra, unknown_name_error
@@ -22,26 +21,27 @@ from deeptwist.errors import DeepTwistError, first_line, require_extra, unknown_
 if TYPE_CHECKING:
     from PIL import Image
 
+    from deeptwist.app.training.recipe import DataRecipe
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NAMED = ("digits", "cifar10")
 _SMALL = 64  # pixels: up to here, images are kept in memory without being asked for
 
 
-def load_data(config: DataConfig | str, **options: Any) -> ImageData:
+def load_data(config: "DataRecipe | str", **options: Any) -> ImageData:
     """Load a data set by name or folder.
 
     Args:
-        config: see `DataConfig`; or its source alone.
-        options: other fields of a `DataConfig`.
+        config: see `DataRecipe`; or its source alone.
+        options: other fields of a `DataRecipe`.
 
     Raises:
         DeepTwistError: if there is no such data set, or it cannot be read or prepared so.
     """
     if isinstance(config, str):
-        try:
-            config = DataConfig(source=config, **options)
-        except (TypeError, ValueError) as error:
-            raise DeepTwistError(f"cannot prepare {config}: {error}") from error
+        with require_extra():
+            from deeptwist.app.training.recipe import make_recipe
+        config = make_recipe({"model": "none", "data": {"source": config, **options}}).data
     if config.source in _NAMED:
         return _load_named(config)
     path = Path(config.source)
@@ -62,7 +62,7 @@ def load_digits() -> ImageData:
 # --- what prepares images
 
 
-def _load_named(config: DataConfig) -> ImageData:
+def _load_named(config: "DataRecipe") -> ImageData:
     if config.image_size is not None or config.preset == "imagenet":
         raise DeepTwistError(
             f"{config.source} has a fixed image size and is kept in memory: leave out image_size "
@@ -75,7 +75,7 @@ def _load_named(config: DataConfig) -> ImageData:
     return _image_data(_with_defaults(config, padding=4), config.source, *_cifar10())
 
 
-def _load_files(config: DataConfig) -> ImageData:
+def _load_files(config: "DataRecipe") -> ImageData:
     train, test = _list_source(config.source)
     if config.preset is None:
         size = config.image_size or max(train.read(0).size)
@@ -89,7 +89,7 @@ def _load_files(config: DataConfig) -> ImageData:
     return _image_data(config, Path(config.source).name, splits[0], splits[1], train.classes)
 
 
-def _with_defaults(config: DataConfig, **defaults: Any) -> DataConfig:
+def _with_defaults(config: "DataRecipe", **defaults: Any) -> "DataRecipe":
     """Return the config with values where it has `None`."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = min(16, max(1, len(os.sched_getaffinity(0)) // processes))
@@ -100,7 +100,7 @@ def _with_defaults(config: DataConfig, **defaults: Any) -> DataConfig:
 
 
 def _image_data(
-    config: DataConfig, name: str, train: Split, test: Split, classes: tuple[str, ...]
+    config: "DataRecipe", name: str, train: Split, test: Split, classes: tuple[str, ...]
 ) -> ImageData:
     """Return a data set with the augmentation that the config, which is whole, asks for."""
     height, width = train.images.shape[2:]
@@ -124,7 +124,7 @@ def _image_data(
     )
 
 
-def _train_transform(config: DataConfig, size: tuple[int, int], padding: int) -> Transform:
+def _train_transform(config: "DataRecipe", size: tuple[int, int], padding: int) -> Transform:
     """Return a preset's augmentation of one image to a height and width."""
     v2, interpolation = _transforms(config)
     steps = [v2.RandomCrop(size, padding=padding)]
@@ -143,7 +143,7 @@ def _train_transform(config: DataConfig, size: tuple[int, int], padding: int) ->
     return transform
 
 
-def _eval_transform(config: DataConfig, size: int | None) -> Transform:
+def _eval_transform(config: "DataRecipe", size: int | None) -> Transform:
     """Return evaluation's: the shorter side resized, the centre cropped; none without a size."""
     v2, interpolation = _transforms(config)
     transform: Transform = v2.PILToTensor()
@@ -153,7 +153,7 @@ def _eval_transform(config: DataConfig, size: int | None) -> Transform:
     return transform
 
 
-def _mix(config: DataConfig, num_classes: int) -> Mix | None:
+def _mix(config: "DataRecipe", num_classes: int) -> Mix | None:
     """Return what blends a pair of images, `None` where the config asks for nothing."""
     v2, _ = _transforms(config)
     options = (v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)
@@ -161,7 +161,7 @@ def _mix(config: DataConfig, num_classes: int) -> Mix | None:
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def _transforms(config: DataConfig) -> tuple[Any, Any]:
+def _transforms(config: "DataRecipe") -> tuple[Any, Any]:
     with require_extra():
         from torchvision.transforms import InterpolationMode, v2
     return v2, InterpolationMode(config.interpolation)
@@ -284,7 +284,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _files(listing: _Listing, config: DataConfig, size: int | None) -> Split:
+def _files(listing: _Listing, config: "DataRecipe", size: int | None) -> Split:
     transform = _eval_transform(config, size)
     shape = tuple(transform(listing.read(0)).shape) if size is None else (3, size, size)
     rows, workers = np.arange(len(listing.labels)), config.workers or 0

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -45,8 +45,8 @@ class Record:
     title: str  # the network and its images: accuracies are comparable where these are equal
     dense: list[Network]  # as it is, and derived from it
     small: list[Network]  # as the run ended, and derived from it; empty for a dense run
-    epochs: list[dict[str, Any]]  # see `metrics.Epoch`
-    distortions: list[dict[str, Any]]  # see `metrics.DistortionRecord`; one for each step
+    epochs: list[dict[str, Any]]  # see `metrics`
+    distortions: list[dict[str, Any]]  # see `metrics`; one for each step
     plan: Plan | None
     milestones: list[int]  # epochs after which the learning rate drops
     settings: dict[str, str]  # by the recipe's names
@@ -60,7 +60,7 @@ def read_record(folder: Path) -> Record:
         DeepTwistError: if the folder holds no finished run, or a damaged one.
     """
     run, job = read_run(folder), _read_job(folder)
-    values = asdict(run.summary)
+    values = run.summary
     dense, small = _networks(values)
     if job is not None:
         _add_results(job["results"], dense, small)

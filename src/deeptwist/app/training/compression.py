@@ -1,24 +1,59 @@
-"""The options of a plan as plain values: what recipes and the command line read and pass on."""
+"""What a recipe and the command line say of a plan: which layers are compressed, and how."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from deeptwist.errors import DeepTwistError, check_int
+from cyclopts import Parameter, Token
+from cyclopts.validators import Number
 
-if TYPE_CHECKING:  # the command line shows these fields in its help, which must not wait for torch
+from deeptwist.errors import DeepTwistError
+from deeptwist.plan.layers import Layers
+
+if TYPE_CHECKING:  # the command line's help must not wait for torch
     from torch import Tensor, nn
 
     from deeptwist.decompositions import Decomposition
-    from deeptwist.measure.latency import Latency
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.layers import Override
     from deeptwist.plan.plan import Plan
 
 
+def read_whole(_: Any, tokens: Sequence[Token]) -> int:
+    """Read a whole number: cyclopts itself rounds others."""
+    try:
+        return int(tokens[-1].value)
+    except ValueError:
+        raise ValueError(f"{tokens[-1].value!r} is not a whole number") from None
+
+
+def _read_sizes(_: Any, tokens: Sequence[Token]) -> int | tuple[int, ...]:
+    """Read sizes joined by x, or a list of them: 64x72 is (64, 72), and 8 a number."""
+    words = [word for token in tokens for word in token.value.lower().replace("×", "x").split("x")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{'x'.join(words)!r} is not a size like 8 or 64x72")
+    sizes = tuple(map(int, words))
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def _check_rank(_: Any, rank: int | tuple[int, ...] | None) -> None:
+    if isinstance(rank, tuple) and len(rank) != 2:
+        raise ValueError("Write one rank, or two such as 24x24.")
+
+
+def _check_tile(_: Any, tile: int | tuple[int, ...] | None) -> None:
+    if isinstance(tile, int) or (tile and len(tile) != 2):
+        raise ValueError("Write rows and columns, such as 64x72.")
+
+
+Count = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1))]
+_SIZES = Parameter(n_tokens=1, accepts_keys=False, converter=_read_sizes)
+
+
 @dataclass(frozen=True, kw_only=True)
-class CompressionConfig:
-    """Which layers are compressed, and how: `deeptwist.plan`'s arguments without tensors or code.
+class CompressionRecipe(Layers):
+    """Which layers are compressed, and how; or a file that says so.
 
     Attributes:
         decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp; of several,
@@ -31,9 +66,9 @@ class CompressionConfig:
         latency_batch: Examples in the batch that milliseconds are measured at.
         latency_runtime: What runs the network when it is measured.
         latency_threads: Processor threads; torch's choice if not given.
-        rank: An explicit rank instead; two numbers for Tucker.
+        rank: An explicit rank instead: 8, or 24x24 for Tucker.
         fraction: For Tucker, the paper's fraction of the channels instead.
-        tile: For tiled_svd: rows and columns of the lowered kernel.
+        tile: For tiled_svd: rows x columns of the lowered kernel, such as 64x72.
         skip_first_conv: Keep the convolution that runs first.
         min_in_channels: Keep layers with fewer input channels.
         linear: Whether linear layers are compressed too.
@@ -41,46 +76,46 @@ class CompressionConfig:
         include: Compress only layers of these names, globs, or expressions after re:.
         exclude: Keep layers of these names, globs, or expressions after re:.
         min_speedup: Keep layers that are not this many times as fast factored, timed here.
+        overrides: PATTERN=keep, PATTERN=RATIO or PATTERN=METHOD:rank=…; the last match counts.
+        plan: A plan that 'deeptwist plan --out' wrote, instead of all these choices.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (what pydantic looks for)
-
-    decomposition: tuple[str, ...] = ("spatial_svd",)
+    decomposition: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("spatial_svd",)
     ratio: float | None = None
     weight_budget: float | None = None
     macs: float | None = None
     latency: float | None = None
     latency_ms: float | None = None
-    latency_batch: int = 16
+    latency_batch: Count = 16
     latency_runtime: Literal["eager", "compile", "onnxruntime"] = "eager"
-    latency_threads: int | None = None
-    rank: int | tuple[int, int] | None = None
+    latency_threads: Count | None = None
+    rank: Annotated[
+        int | tuple[int, int] | None, _SIZES, Parameter(validator=(Number(gte=1), _check_rank))
+    ] = None
     fraction: float | None = None
-    tile: tuple[int, int] | None = None
-    skip_first_conv: bool = True
-    min_in_channels: int = 1
-    linear: bool = False
-    rank_multiple: int | None = None
+    tile: Annotated[
+        tuple[int, int] | None, _SIZES, Parameter(validator=(Number(gte=1), _check_tile))
+    ] = None
+    skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = True
+    min_in_channels: Count = 1
+    linear: Annotated[bool, Parameter(negative="--no-linear")] = False
+    rank_multiple: Count | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    min_speedup: float | None = None
+    overrides: Annotated[tuple[str, ...], Parameter(alias="--override")] = ()  # type: ignore[assignment]
+    min_speedup: Annotated[float | None, Parameter(validator=Number(gt=0))] = None
+    plan: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.decomposition, str):  # one name, as in most recipes
-            object.__setattr__(self, "decomposition", (self.decomposition,))
-        if self.rank_multiple == 1 and self.latency is None and self.latency_ms is None:
-            # Without a clock the same as none, which earlier versions wrote as 1.
-            object.__setattr__(self, "rank_multiple", None)
-        check_int("min_in_channels", self.min_in_channels)
-        for name in ("rank_multiple", "latency_batch", "latency_threads"):
-            if (value := getattr(self, name)) is not None:
-                check_int(name, value)
+        super().__post_init__()
         for name in ("rank", "fraction"):
             value = getattr(self, name)
             if value is not None and self.ratio is not None:
                 raise DeepTwistError(f"{name} {value} beside ratio {self.ratio}: give one")
-        if self.min_speedup is not None and not self.min_speedup > 0:
-            raise DeepTwistError(f"min_speedup {self.min_speedup} is not above 0")
+        changed = [o.name for o in fields(self) if getattr(self, o.name) != o.default]
+        changed = [name for name in changed if name not in ("plan", "min_speedup")]
+        if self.plan is not None and changed:
+            raise DeepTwistError(f"a plan leaves nothing to choose: leave out {', '.join(changed)}")
 
     @property
     def methods(self) -> "tuple[Decomposition, ...]":
@@ -92,22 +127,21 @@ class CompressionConfig:
         from deeptwist.decompositions import METHODS, find_method
 
         kinds = [find_method(name) for name in self.decomposition]
-        values = {"rank": self.rank, "fraction": self.fraction, "tile": self.tile}
-        options: dict[str, Any] = {k: value for k, value in values.items() if value is not None}
+        takes = {kind: {field.name for field in fields(kind)} for kind in METHODS.values()}
+        given = {key: getattr(self, key) for key in ("rank", "fraction", "tile")}
+        options = {key: value for key, value in given.items() if value is not None}
         for key in options:
-            if not any(key in _options_of(kind) for kind in kinds):
-                takers = [name for name, kind in METHODS.items() if key in _options_of(kind)]
+            if not any(key in takes[kind] for kind in kinds):
+                takers = " or ".join(name for name, kind in METHODS.items() if key in takes[kind])
                 names = " or ".join(kind.method for kind in kinds)
-                raise DeepTwistError(f"{key} is for {' or '.join(takers)}, not for {names}")
-        return tuple(
-            kind(**{key: value for key, value in options.items() if key in _options_of(kind)})
-            for kind in kinds
-        )
+                raise DeepTwistError(f"{key} is for {takers}, not for {names}")
+        own = [{k: v for k, v in options.items() if k in takes[kind]} for kind in kinds]
+        return tuple(kind(**values) for kind, values in zip(kinds, own, strict=True))
 
     @property
     def label(self) -> str:
         """Return what tables call it."""
-        return " or ".join(map(str, self.methods))
+        return " or ".join(map(str, self.methods)) if self.plan is None else f"plan {self.plan}"
 
     def make_plan(
         self,
@@ -116,52 +150,64 @@ class CompressionConfig:
         overrides: "Mapping[str, Override] | None" = None,
         calibration: "Calibration | None" = None,
     ) -> "Plan":
-        """Plan a model with these options; see `deeptwist.plan`."""
-        from deeptwist.plan.layers import Layers
+        """Read or make the plan for a model; see `deeptwist.plan`."""
+        from deeptwist.measure.latency import Latency
+        from deeptwist.plan.latency import exclude_slow_layers
+        from deeptwist.plan.plan import read_plan
         from deeptwist.plan.planner import plan
 
-        made = plan(
-            model,
-            self.methods,
-            example_input=example_input,
-            ratio=self.ratio,
-            weights=self.weight_budget,
-            macs=self.macs,
-            latency=self._latency(),
-            layers=Layers(
-                skip_first_conv=self.skip_first_conv,
-                min_in_channels=self.min_in_channels,
-                linear=self.linear,
-                include=self.include,
-                exclude=self.exclude,
-                overrides=overrides or {},
-            ),
-            rank_multiple=self.rank_multiple,
-            calibration=calibration,
-        )
-        return self.without_slow_layers(model, made)
-
-    def _latency(self) -> "Latency | None":
-        from deeptwist.measure.latency import Latency
-
-        if self.latency is None and self.latency_ms is None:
-            return None
-        return Latency(
-            speedup=self.latency,
-            ms=self.latency_ms,
-            batch=self.latency_batch,
-            runtime=self.latency_runtime,
-            threads=self.latency_threads,
-        )
-
-    def without_slow_layers(self, model: "nn.Module", plan: "Plan") -> "Plan":
-        """Return the plan without the layers that are not `min_speedup` times as fast."""
-        from deeptwist.plan.latency import exclude_slow_layers
-
+        if self.plan is not None:
+            made = read_plan(Path(self.plan))
+        else:
+            rules = {field.name: getattr(self, field.name) for field in fields(Layers)}
+            rules["overrides"] = {**dict(map(_read_override, self.overrides)), **(overrides or {})}
+            timed = self.latency_batch, self.latency_runtime, self.latency_threads
+            has_clock = self.latency is not None or self.latency_ms is not None
+            made = plan(
+                model,
+                self.methods,
+                example_input=example_input,
+                ratio=self.ratio,
+                weights=self.weight_budget,
+                macs=self.macs,
+                latency=Latency(self.latency, self.latency_ms, *timed) if has_clock else None,
+                layers=Layers(**rules),
+                rank_multiple=self.rank_multiple,
+                calibration=calibration,
+            )
         if self.min_speedup is None:
-            return plan
-        return exclude_slow_layers(model, plan, self.min_speedup)
+            return made
+        return exclude_slow_layers(model, made, self.min_speedup)
 
 
-def _options_of(method: "type[Decomposition]") -> tuple[str, ...]:
-    return tuple(field.name for field in fields(method))
+def _read_override(text: str) -> "tuple[str, Override]":
+    """Read ``PATTERN=keep``, ``PATTERN=2.5`` (a ratio) or ``PATTERN=tucker:rank=24x24``."""
+    from deeptwist.decompositions import Decomposition
+    from deeptwist.plan.codec import decode
+
+    pattern, equals, choice = text.partition("=")
+    if not equals or not pattern or not choice:
+        raise DeepTwistError(
+            f"cannot read override {text!r}: write 'PATTERN=keep', 'PATTERN=2.5' or "
+            "'PATTERN=tucker:rank=24x24'"
+        )
+    if choice == "keep":
+        return pattern, None
+    method, _, options = choice.partition(":")
+    try:
+        if not options:
+            return pattern, float(choice)
+    except ValueError:
+        pass
+    values: dict[str, Any] = {"method": method.replace("-", "_")}
+    for option in filter(None, options.split(",")):
+        name, _, value = option.partition("=")
+        sizes = value.lower().replace("×", "x").split("x")
+        try:
+            numbers = [int(size) if size.isdecimal() else float(size) for size in sizes]
+        except ValueError as error:
+            raise DeepTwistError(
+                f"cannot read {name} in override {text!r}: {value!r} is not a number"
+            ) from error
+        values[name] = tuple(numbers) if len(numbers) > 1 else numbers[0]
+    return pattern, decode(Decomposition, values)

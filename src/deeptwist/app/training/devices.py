@@ -1,18 +1,35 @@
-"""Where a training runs: Lightning Fabric's processes and precision, and images on a GPU."""
+"""Where and how a training runs: Fabric's processes and precision, a GPU's images and graphs."""
 
 import atexit
+import copy
 import logging
 import math
 import os
+import sys
 import time
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed, nn
 
 from deeptwist.app.data import ImageData, Split
-from deeptwist.app.training.fabric import Fabric, MixedPrecision
 from deeptwist.app.training.recipe import Recipe
+from deeptwist.errors import DeepTwistError, unknown_name_error
+
+# To learn torchmetrics' version, Fabric imports it, and with it transformers and scipy where they
+# are installed: half of the seconds that a training takes to start.
+_modules: dict[str, Any] = sys.modules
+_IS_NEW = "torchmetrics" not in _modules
+if _IS_NEW:
+    _modules["torchmetrics"] = None  # Python's own way to say that there is no such module
+try:
+    from lightning_fabric import Fabric as Fabric
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
+    from lightning_fabric.plugins.precision import MixedPrecision as MixedPrecision
+finally:
+    if _IS_NEW:
+        del _modules["torchmetrics"]
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
@@ -63,3 +80,63 @@ def images_on(
         return data, validation
     train, test, *held_out = (split.to(device) for split in splits)
     return replace(data, train=train, test=test), held_out[0] if held_out else None
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Have a network compute activations again in the backward pass.
+
+    Raises:
+        DeepTwistError: if it does not offer that.
+    """
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise DeepTwistError(
+            f"{type(model).__name__} offers no gradient checkpointing: leave out "
+            "checkpoint_gradients, or choose one of timm's networks that does"
+        )
+    switch()
+
+
+def step_network(
+    fabric: Fabric, wrapped: nn.Module, model: nn.Module, example: Tensor, recipe: Recipe
+) -> nn.Module:
+    """Return what a training step calls: the network, compiled or recorded where asked.
+
+    Args:
+        fabric: launched.
+        wrapped: the network as Fabric set it up.
+        model: the network itself, whose weights all of these share.
+        example: an input like every one to come.
+        recipe: says `compile` and `cuda_graphs`, which a processor has not.
+
+    Raises:
+        DeepTwistError: if there is no such backend, or there are several processes to record.
+    """
+    as_graphs = recipe.cuda_graphs and fabric.device.type == "cuda"
+    if as_graphs and fabric.world_size > 1:
+        raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
+    if recipe.compile is not None:
+        if recipe.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise unknown_name_error("backend of torch.compile", recipe.compile, known)
+        options: dict[str, Any] | None = {"triton.cudagraphs": True} if as_graphs else None
+        return cast(nn.Module, torch.compile(wrapped, backend=recipe.compile, options=options))
+    if not as_graphs:
+        return wrapped
+    with fabric.autocast():
+        return replay_as_cuda_graphs(model, example)
+
+
+def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a module that runs a model in training mode, forward and backward, as CUDA graphs.
+
+    Args:
+        model: on a GPU; what its state dict holds is not changed.
+        x: like every input to come, of the same shape, type and memory format.
+    """
+    state = copy.deepcopy(model.state_dict())  # its batch norms see the recording's passes
+    torch.set_autocast_cache_enabled(False)  # a cached cast would not be part of the graph
+    # In a module of its own: the graphs take the place of its `forward`, not of the model's.
+    replayed = nn.Sequential(model).train()
+    torch.cuda.make_graphed_callables(replayed, (x,), allow_unused_input=True)
+    model.load_state_dict(state)
+    return replayed

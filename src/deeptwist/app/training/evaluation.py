@@ -1,7 +1,8 @@
-"""Accuracy and loss on a split."""
+"""Accuracy and loss on a split, and what deployed networks are prepared and measured on."""
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -10,10 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deeptwist.app.data import ImageData, Split, batches, normalize
-from deeptwist.app.training.metrics import Evaluation
+from deeptwist.decompose import recalibrate_batch_norm as recalibrate
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection.run import FORWARD_ERRORS, eval_mode
 from deeptwist.twist.distributed import process_rank, world_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy on a split.
+
+    Attributes:
+        loss: mean cross-entropy.
+        accuracy: share of the images whose first guess is right (0 to 1).
+        top5: share of those with the right one among the first five; `None` where there are no
+            more classes than that.
+    """
+
+    loss: float
+    accuracy: float
+    top5: float | None = None
 
 
 def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
@@ -51,6 +68,24 @@ def test_inputs(data: ImageData, model: nn.Module, count: int) -> Tensor:
     first = data.test.subset(torch.arange(min(count, total)))
     images = torch.cat([x for x, _ in batches(first, 128, generator=None)])
     return preprocess(images[torch.arange(count) % len(images)], model, data)
+
+
+def recalibrate_batch_norm(
+    model: nn.Module, data: ImageData, num_batches: int, batch_size: int
+) -> nn.Module:
+    """Return a copy whose batch norms hold the statistics of training images as they meet them now.
+
+    It is not in the paper, so runs report it separately.
+
+    Args:
+        model: deployed; left as it is.
+        data: whose training split's images are seen, not augmented.
+        num_batches: batches of a shuffle that is always the same.
+        batch_size: images in each.
+    """
+    shuffle = torch.Generator().manual_seed(0)
+    shuffled = islice(batches(data.train, batch_size, generator=shuffle), num_batches)
+    return recalibrate(model, (preprocess(images, model, data) for images, _ in shuffled))
 
 
 def logits_of(output: object) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,33 +19,19 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist.app.data import ImageData, Split, train_batches
-from deeptwist.app.training.evaluation import evaluate, logits_of, preprocess
-from deeptwist.app.training.fabric import Fabric
-from deeptwist.app.training.metrics import DistortionRecord, Epoch, Evaluation, Record
+from deeptwist.app.training.devices import Fabric, checkpoint_gradients, step_network
+from deeptwist.app.training.evaluation import Evaluation, evaluate, logits_of, preprocess
+from deeptwist.app.training.metrics import Values
 from deeptwist.app.training.optimizers import frozen_modules, lr_factor, make_optimizer
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.decompose import to_floats
-from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.errors import DeepTwistError
 from deeptwist.twist.distortion import DeepTwist
 
 T = TypeVar("T")
+OnRecord = Callable[[Values], object]  # takes a line of an epoch or a distortion, see `metrics`
 
 _LOSSES_AT_ONCE = 50  # steps between looks at the losses, for which an accelerator is waited
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """Functions that are called during training.
-
-    Attributes:
-        on_record: with every epoch's and every distortion's record.
-        on_step: after every optimizer step.
-        on_checkpoint: when a checkpoint is due, and at the end.
-    """
-
-    on_record: Callable[[Record], None] = lambda record: None
-    on_step: Callable[[], None] = lambda: None
-    on_checkpoint: Callable[[], None] = lambda: None
 
 
 class Trainer:
@@ -97,7 +83,7 @@ class Trainer:
         self.best: tuple[float, dict[str, Tensor]] | None = None
         model.to(memory_format=torch.channels_last)  # what convolutions run fastest in
         if recipe.checkpoint_gradients:
-            _checkpoint_gradients(model)
+            checkpoint_gradients(model)
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
             ema = get_ema_multi_avg_fn(recipe.ema)
@@ -106,7 +92,11 @@ class Trainer:
             model, optimizer or make_optimizer(model, recipe.optimizer)
         )
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
-        self._network = self._step_network()
+        count = recipe.batch_size // recipe.optimizer.accumulate
+        size = count, *data.train.images.shape[1:]
+        images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
+        example = preprocess(images, model, data)
+        self._network = step_network(fabric, self._wrapped, model, example, recipe)
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         self._scaler: torch.amp.GradScaler | None = scaler
         for copied in (teacher, self.average):
@@ -117,31 +107,23 @@ class Trainer:
         self._unchecked: list[Tensor] = []  # losses that were not looked at so far
         torch.manual_seed(recipe.seed)  # dropout
 
-    def _step_network(self) -> nn.Module:
-        """Return what a training step calls: the network, compiled or recorded where asked."""
-        fabric, recipe = self._fabric, self._recipe
-        wrapped: nn.Module = self._wrapped
-        as_graphs = recipe.cuda_graphs and fabric.device.type == "cuda"
-        if as_graphs and fabric.world_size > 1:
-            raise DeepTwistError("cuda_graphs is for one process: leave it out of the recipe")
-        if recipe.compile is not None:
-            return _compiled(wrapped, recipe.compile, cuda_graphs=as_graphs)
-        if not as_graphs:
-            return wrapped
-        count = recipe.batch_size // recipe.optimizer.accumulate
-        size = count, *self._data.train.images.shape[1:]
-        images = torch.zeros(size, dtype=torch.uint8, device=fabric.device)
-        with fabric.autocast():
-            batch = preprocess(images, self._model, self._data)
-            return replay_as_cuda_graphs(self._model, batch)
-
-    def fit(self, callbacks: Callbacks) -> None:
+    def fit(
+        self,
+        on_record: OnRecord = lambda values: None,
+        on_step: Callable[[], object] = lambda: None,
+        on_checkpoint: Callable[[], object] = lambda: None,
+    ) -> None:
         """Train to the end, from the step reached so far.
+
+        Args:
+            on_record: called with every epoch's and every distortion's record.
+            on_step: called after every optimizer step.
+            on_checkpoint: called when a checkpoint is due, and at the end.
 
         Raises:
             DeepTwistError: if the loss is not finite, naming the step.
         """
-        every = self._recipe.records.checkpoint_every
+        every = self._recipe.logging.checkpoint_every
         self._model.train()
         for module in frozen_modules(self._model, self._recipe.optimizer):
             module.eval()
@@ -160,23 +142,20 @@ class Trainer:
             self._epoch_seconds += time.perf_counter() - started
 
             if self._twist is not None:
-                self._distort(self._twist, callbacks)
+                self._distort(self._twist, on_record)
             if ends:
-                self._end_epoch(callbacks)
+                self._end_epoch(on_record)
             if saves:
                 self._broadcast_buffers()
-                callbacks.on_checkpoint()
-            callbacks.on_step()
+                on_checkpoint()
+            on_step()
             started = time.perf_counter()
 
-    def finish(self, callbacks: Callbacks) -> nn.Module:
+    def finish(self, on_record: OnRecord = lambda values: None) -> nn.Module:
         """Return the network to deploy: distorted a last time and decomposed, if it was twisted."""
         if self._twist is None:
             return self._model
-        small, record = self._recorded(self._twist, self._twist.finish)
-        assert record is not None
-        callbacks.on_record(record)
-        return small
+        return self._recorded(self._twist, self._twist.finish, on_record)
 
     def best_model(self) -> nn.Module:
         """Return a copy of the network with its best weights, its last ones if none are known."""
@@ -211,6 +190,11 @@ class Trainer:
         self.step = int(state["step"])
         torch.set_rng_state(state["random"])
 
+    @property
+    def learning_rate(self) -> float:
+        """Return the rate that the next step has."""
+        return float(self._lr_scheduler.get_last_lr()[0])
+
     def _parts(self) -> dict[str, Any]:
         """Return everything that has a state dict of its own, by its name in checkpoints."""
         parts = {
@@ -222,6 +206,9 @@ class Trainer:
             "scaler": self._scaler,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(self._recipe.schedule, step, self.steps, self._steps_per_epoch)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of every batch that is left, as the network takes it."""
@@ -244,7 +231,9 @@ class Trainer:
         """
         clip_norm, scaler = self._recipe.optimizer.clip_norm, self._scaler
         while True:
-            loss = self._mean_over_processes(self._backward(x, labels))
+            loss = self._backward(x, labels)
+            if self._fabric.world_size > 1:
+                loss = cast(Tensor, self._fabric.all_reduce(loss.clone(), reduce_op="mean"))
             if clip_norm is not None:
                 self._fabric.clip_gradients(
                     self._wrapped, self._optimizer, max_norm=clip_norm, error_if_nonfinite=False
@@ -283,18 +272,8 @@ class Trainer:
         weight, temperature = recipe.distillation.weight, recipe.distillation.temperature
         return (1 - weight) * loss + weight * distillation_loss(logits, taught, temperature)
 
-    def _mean_over_processes(self, mean: Tensor) -> Tensor:
-        """Return the loss over all processes' images."""
-        if self._fabric.world_size == 1:
-            return mean
-        return cast(Tensor, self._fabric.all_reduce(mean.clone(), reduce_op="mean"))
-
     def _check_losses(self) -> None:
-        """Look at the losses since the last look.
-
-        Raises:
-            DeepTwistError: if one is not finite, naming its step.
-        """
+        """Look at the losses since the last look; raise a `DeepTwistError` if one is not finite."""
         losses = to_floats(self._unchecked)
         self._unchecked.clear()
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
@@ -304,57 +283,59 @@ class Trainer:
                     f"lower optimizer.lr={self._recipe.optimizer.lr}"
                 )
 
-    def _distort(self, twist: DeepTwist, callbacks: Callbacks) -> None:
+    def _distort(self, twist: DeepTwist, on_record: OnRecord) -> None:
         try:
-            _, record = self._recorded(twist, twist.step)
+            distortion = self._recorded(twist, twist.step, on_record)
         except DeepTwistError:
             self._check_losses()  # a loss that was not finite explains weights that are not
             raise
-        if record is not None:
-            callbacks.on_record(record)
+        if distortion is not None:
             self._keep_best()
 
     def _recorded(
-        self, twist: DeepTwist, distort: Callable[[Callable[[], float] | None], T]
-    ) -> tuple[T, DistortionRecord | None]:
-        """Return the result of `distort`, and the record of the distortion if there was one."""
-        count = self._recipe.records.images
-        evaluations: list[tuple[Evaluation, Evaluation]] = []
+        self,
+        twist: DeepTwist,
+        distort: Callable[[Callable[[], float] | None], T],
+        on_record: OnRecord,
+    ) -> T:
+        """Return the result of `distort`, and record the distortion if there was one."""
+        count, started = self._recipe.logging.images, time.perf_counter()
+        evaluated: dict[str, list[Values]] = {"train": [], "test": []}
         evaluating = 0.0
 
         def loss() -> float:
             nonlocal evaluating
             self._broadcast_buffers()
             started = time.perf_counter()
-            subsets = self._data.train.evenly_spaced(count), self._data.test.evenly_spaced(count)
-            train, test = (self._evaluate(subset) for subset in subsets)
-            evaluations.append((train, test))
+            for name, split in (("train", self._data.train), ("test", self._data.test)):
+                evaluated[name].append(asdict(self._evaluate(split.evenly_spaced(count))))
             evaluating += time.perf_counter() - started
-            return train.loss
+            return float(evaluated["train"][-1]["loss"])
 
-        known, started = len(twist.history), time.perf_counter()
+        known = len(twist.history)
         result = distort(loss if count else None)
         seconds = time.perf_counter() - started - evaluating
-        if len(twist.history) == known:
-            return result, None
-        train, test = zip(*evaluations, strict=True) if evaluations else ((), ())
-        return result, DistortionRecord(twist.history[-1], self.learning_rate, seconds, train, test)
+        if len(twist.history) > known:
+            fields = {**asdict(twist.history[-1]), "lr": self.learning_rate, "seconds": seconds}
+            on_record({"event": "distortion", **fields, **evaluated})
+        return result
 
-    def _end_epoch(self, callbacks: Callbacks) -> None:
+    def _end_epoch(self, on_record: OnRecord) -> None:
         self._broadcast_buffers()
         if self._twist is None:
             self._keep_best()
         images = self._steps_per_epoch * self._recipe.batch_size
-        callbacks.on_record(
-            Epoch(
-                epoch=self.step // self._steps_per_epoch,
-                step=self.step,
-                train_loss=float(self._epoch_loss) / self._steps_per_epoch,
-                test=self._evaluate(self._data.test),
-                lr=self.learning_rate,
-                seconds=self._epoch_seconds,
-                images_per_second=images / self._epoch_seconds,
-            )
+        on_record(
+            {
+                "event": "epoch",
+                "epoch": self.step // self._steps_per_epoch,
+                "step": self.step,
+                "train_loss": float(self._epoch_loss) / self._steps_per_epoch,
+                "test": asdict(self._evaluate(self._data.test)),
+                "lr": self.learning_rate,
+                "seconds": self._epoch_seconds,
+                "images_per_second": images / self._epoch_seconds,
+            }
         )
         self._epoch_loss.zero_()
         self._epoch_seconds = 0.0
@@ -376,14 +357,6 @@ class Trainer:
         if self._fabric.world_size > 1:
             for buffer in self._model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-    @property
-    def learning_rate(self) -> float:
-        """Return the rate that the next step has."""
-        return float(self._lr_scheduler.get_last_lr()[0])
-
-    def _lr_factor(self, step: int) -> float:
-        return lr_factor(self._recipe.schedule, step, self.steps, self._steps_per_epoch)
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:
@@ -409,16 +382,6 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Ten
     )
 
 
-def _checkpoint_gradients(model: nn.Module) -> None:
-    switch = getattr(model, "set_grad_checkpointing", None)
-    if switch is None:
-        raise DeepTwistError(
-            f"{type(model).__name__} offers no gradient checkpointing: leave out "
-            "checkpoint_gradients, or choose one of timm's networks that does"
-        )
-    switch()
-
-
 def _check_shares(recipe: Recipe, processes: int) -> None:
     parts = recipe.optimizer.accumulate
     if recipe.batch_size % (processes * parts):
@@ -426,27 +389,3 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
         raise DeepTwistError(
             f"batch_size {recipe.batch_size} cannot be shared by {processes} processes{in_parts}"
         )
-
-
-def _compiled(model: nn.Module, backend: str, *, cuda_graphs: bool) -> nn.Module:
-    """Return a module that runs as torch.compile makes it; it shares the model's weights."""
-    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise unknown_name_error("backend of torch.compile", backend, known)
-    options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
-    return cast(nn.Module, torch.compile(model, backend=backend, options=options))
-
-
-def replay_as_cuda_graphs(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a module that runs a model in training mode, forward and backward, as CUDA graphs.
-
-    Args:
-        model: on a GPU; what its state dict holds is not changed.
-        x: like every input to come, of the same shape, type and memory format.
-    """
-    state = copy.deepcopy(model.state_dict())  # its batch norms see the recording's passes
-    torch.set_autocast_cache_enabled(False)  # a cached cast would not be part of the graph
-    # In a module of its own: the graphs take the place of its `forward`, not of the model's.
-    replayed = nn.Sequential(model).train()
-    torch.cuda.make_graphed_callables(replayed, (x,), allow_unused_input=True)
-    model.load_state_dict(state)
-    return replayed

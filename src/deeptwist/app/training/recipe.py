@@ -1,77 +1,91 @@
 """Recipes: everything that a training run is configured with, as one YAML file.
 
-The same dataclasses are the options of ``deeptwist train``: cyclopts reads them from the command
-line over the file, pydantic checks them.
+The same dataclasses are the options of ``deeptwist train``: cyclopts reads both, and checks them.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import field, fields
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from cyclopts import Parameter
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
+from cyclopts.validators import Number
 
-from deeptwist.app.data.config import DataConfig
-from deeptwist.app.training.compression import CompressionConfig
-from deeptwist.app.training.modes import MODES, TrainingMode, mode_name
-from deeptwist.errors import DeepTwistError, unknown_name_error
-
-if TYPE_CHECKING:  # the command line's help must not wait for torch
-    from torch import Tensor, nn
-
-    from deeptwist.plan.calibration import Calibration
-    from deeptwist.plan.layers import Override
-    from deeptwist.plan.plan import Plan
-
-Mode = Literal["dense", "deeptwist", "finetune", "projected", "random_noise", "decompose_at_end"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-_STRICT = ConfigDict(extra="forbid")
+from deeptwist.app.training.compression import CompressionRecipe as CompressionRecipe
+from deeptwist.app.training.compression import Count, read_whole
+from deeptwist.errors import DeepTwistError
 
 
-def _sizes(value: object) -> object:
-    """Read sizes that the command line joins by ``x``: ``"64x72"`` is (64, 72)."""
-    if isinstance(value, list) and len(value) == 1:
-        (value,) = value  # what cyclopts makes of a tuple's only word
-    if not isinstance(value, str):
-        return value
-    sizes = value.lower().replace("×", "x").split("x")
-    return sizes if len(sizes) > 1 else value
+def _within(**bounds: float) -> Parameter:
+    return Parameter(validator=Number(**bounds))
 
 
-Sizes = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_sizes), Parameter(n_tokens=1)]
+Mode = Literal["dense", "deeptwist", "finetune"]
+CountOrNone = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=0))]
+Pixels = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1, lte=2**14))]
+NotNegative = Annotated[float, _within(gte=0, lt=math.inf)]
+Positive = Annotated[float, _within(gt=0, lt=math.inf)]
+Share = Annotated[float, _within(gt=0, lt=1)]
+Decay = Annotated[float, _within(gte=0, lt=1)]
+Probability = Annotated[float, _within(gte=0, lte=1)]
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class DataRecipe(DataConfig):
-    """The images, and those to choose the best weights on.
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """The images of a training or an evaluation.
 
     Attributes:
+        source: digits, cifar10, a folder with train/ and test/ (or val/) of class folders, or hf/
+            and the name or the folder of a Hugging Face data set.
+        preset: cifar: decoded once into memory, cropped from their zero-padded selves, mirrored;
+            imagenet: decoded when needed, cropped at random scales, mirrored. Without it, cifar
+            for images of up to 64 pixels.
+        image_size: Height and width in training; 224 for imagenet, the images' own for cifar.
+        padding: Pixels of zeros around an image, for cifar; an eighth of its size without it.
+        flip: Whether images are mirrored at random; by default all but digits.
+        scale: Smallest share of an image that a random crop covers, for imagenet.
+        auto_augment: trivial (TrivialAugmentWide) or rand (RandAugment), after the crop.
+        erase: Probability that a rectangle of an image is erased.
+        mixup: Alpha of MixUp, which blends pairs of images; 0 for none.
+        cutmix: Alpha of CutMix, which pastes from one image into another; 0 for none. Of both,
+            each pair draws one.
+        eval_size: Height and width in evaluation; image_size without it.
+        crop_pct: Share of the resized image's shorter side that evaluation sees; 0.875 for
+            imagenet, all for cifar.
+        mean: Per channel, of pixel values from 0 to 1; ImageNet's without it.
+        std: Per channel, of pixel values from 0 to 1; ImageNet's without it.
+        interpolation: How images are resized.
+        workers: Processes that read images beside each one that trains; as many as it has cores
+            without it, 0 for none.
+        skip_unreadable: Leave out images that cannot be decoded, with a warning, where they
+            otherwise end the run.
         validation: Images held out of the training split, the last ones of a fixed shuffle.
     """
 
     source: Annotated[str, Parameter(alias="--data")] = "digits"
-    image_size: Annotated[PositiveInt | None, Parameter(alias="--image-size")] = None
-    validation: NonNegativeInt = 0
+    preset: Literal["cifar", "imagenet"] | None = None
+    image_size: Annotated[Pixels | None, Parameter(alias="--image-size")] = None
+    padding: CountOrNone | None = None
+    flip: bool | None = None
+    scale: Annotated[float, _within(gt=0, lte=1)] = 0.08
+    auto_augment: Literal["trivial", "rand"] | None = None
+    erase: Probability = 0.0
+    mixup: Annotated[float, _within(gte=0, lte=100)] = 0.0
+    cutmix: Annotated[float, _within(gte=0, lte=100)] = 0.0
+    eval_size: Pixels | None = None
+    crop_pct: Annotated[float, _within(gte=0.01, lte=1)] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    workers: CountOrNone | None = None
+    skip_unreadable: bool = False
+    validation: CountOrNone = 0
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
     """How weights are updated.
 
@@ -97,20 +111,18 @@ class OptimizerRecipe:
     betas: tuple[Decay, Decay] | None = None
     weight_decay: NotNegative = 5e-4
     decay_all: Annotated[bool, Parameter(negative="--no-decay-all")] = True
-    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    accumulate: PositiveInt = 1
+    clip_norm: Positive | None = None
+    accumulate: Count = 1
     freeze: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def __post_init__(self) -> None:
         if self.name != "sgd":  # which the command line's help need not import torch for
             from deeptwist.app.training.optimizer_names import check_optimizer
 
             check_optimizer(self.name)
-        return self
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleRecipe:
     """How long training takes, and how the learning rate falls.
 
@@ -123,83 +135,21 @@ class ScheduleRecipe:
         warmup_epochs: Epochs, or parts of one, in which the rate rises from near zero.
     """
 
-    epochs: Annotated[NonNegativeInt, Parameter(alias="--epochs")] = 6
+    epochs: Annotated[CountOrNone, Parameter(alias="--epochs")] = 6
     kind: Literal["cosine", "step", "polynomial"] = "cosine"
-    milestones: tuple[PositiveInt, ...] = ()
+    milestones: tuple[Count, ...] = ()
     factor: Share = 0.1
-    power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    power: Positive = 1.0
     warmup_epochs: NotNegative = 0.0
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind != "step" and self.milestones:
-            raise ValueError(f"a {self.kind} has no milestones: write kind: step")
-        if 0 < self.epochs <= self.warmup_epochs:
-            raise ValueError(f"a warm-up of {self.warmup_epochs:g} epochs leaves none to train")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class CompressionRecipe(CompressionConfig):
-    """Which layers are compressed, and how; or a file that says so.
-
-    Attributes:
-        decomposition: How layers are held: svd, tiled_svd, spatial_svd, tucker or cp; of several,
-            each layer takes the one that loses least.
-        rank: An explicit rank instead: 8, or 24x24 for Tucker.
-        skip_first_conv: Keep the convolution that runs first.
-        linear: Whether linear layers are compressed too.
-        tile: For tiled_svd: rows x columns of the lowered kernel, such as 64x72.
-        override: PATTERN=keep, PATTERN=RATIO or PATTERN=METHOD:rank=…; the last match counts.
-        plan: A plan that 'deeptwist plan --out' wrote, instead of all these choices.
-    """
-
-    decomposition: Annotated[
-        tuple[str, ...],
-        BeforeValidator(lambda names: (names,) if isinstance(names, str) else names),
-        Parameter(consume_multiple=True),
-    ] = ("spatial_svd",)
-    rank: Annotated[
-        PositiveInt | tuple[PositiveInt, PositiveInt] | None,
-        BeforeValidator(_sizes),
-        Parameter(n_tokens=1),
-    ] = None
-    tile: Sizes | None = None
-    skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = True
-    linear: Annotated[bool, Parameter(negative="--no-linear")] = False
-    override: tuple[str, ...] = ()
-    plan: str | None = None
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        changed = [o.name for o in fields(self) if getattr(self, o.name) != o.default]
-        changed = [name for name in changed if name not in ("plan", "min_speedup")]
-        if self.plan is not None and changed:
-            raise ValueError(f"a plan leaves nothing to choose: leave out {', '.join(changed)}")
-
-    @property
-    def label(self) -> str:
-        """Return what tables call it."""
-        return super().label if self.plan is None else f"plan {self.plan}"
-
-    def make_plan(
-        self,
-        model: "nn.Module",
-        example_input: "Tensor | tuple[Tensor, ...]",
-        overrides: "Mapping[str, Override] | None" = None,
-        calibration: "Calibration | None" = None,
-    ) -> "Plan":
-        """Read or make the plan for a model; see `deeptwist.plan`."""
-        from deeptwist.app.training.overrides import parse_override
-        from deeptwist.plan.plan import read_plan
-
-        if self.plan is not None:
-            return self.without_slow_layers(model, read_plan(Path(self.plan)))
-        overrides = {**dict(map(parse_override, self.override)), **(overrides or {})}
-        return super().make_plan(model, example_input, overrides, calibration)
+        if self.kind != "step" and self.milestones:
+            raise DeepTwistError(f"a {self.kind} has no milestones: write schedule.kind: step")
+        if 0 < self.epochs <= self.warmup_epochs:
+            raise DeepTwistError(f"a warm-up of {self.warmup_epochs:g} epochs leaves none to train")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class DistillationRecipe:
     """Learning from a teacher's outputs (Hinton et al., 2015).
 
@@ -214,17 +164,15 @@ class DistillationRecipe:
     model: str | None = None
     weights: str | None = None
     weight: Share = 0.5
-    temperature: Annotated[float, Field(gt=0)] = 4.0
+    temperature: Positive = 4.0
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def __post_init__(self) -> None:
         if (self.model is None) != (self.weights is None):
-            raise ValueError("a teacher is a model and its weights: give both or neither")
-        return self
+            raise DeepTwistError("a teacher is a model and its weights: give both or neither")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class TailRecipe:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe:
     """Fine-tuning in the decomposed form after the last distortion, with a cosine decay.
 
     Attributes:
@@ -232,12 +180,12 @@ class TailRecipe:
         lr: The learning rate that the decay starts from.
     """
 
-    epochs: PositiveInt = 1
+    epochs: Count = 1
     lr: NotNegative = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class RecordsRecipe:
+@dataclass(frozen=True, kw_only=True)
+class LoggingRecipe:
     """What is recorded during training.
 
     Attributes:
@@ -246,24 +194,23 @@ class RecordsRecipe:
         checkpoint_every: Optimizer steps between checkpoints.
     """
 
-    images: NonNegativeInt = 100
-    checkpoint_every: PositiveInt = 200
+    images: CountOrNone = 100
+    checkpoint_every: Count = 200
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that a run is configured with; every field but the model's has a default.
 
     Modes: ``dense`` trains the network as it is; ``deeptwist`` distorts it while it trains and
-    decomposes it at the end; ``finetune`` decomposes it first and trains the factors. Controls:
-    ``projected`` distorts at every step; ``random_noise`` adds noise of the distortion's size in
-    its place; ``decompose_at_end`` distorts at the end alone.
+    decomposes it at the end; ``finetune`` decomposes it first and trains the factors.
 
     Attributes:
         model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory.
         weights: A checkpoint to start from; random weights without it.
-        mode: How to train; projected, random_noise and decompose_at_end are the paper's controls.
-        interval: S_D, optimizer steps between distortions.
+        mode: How to train.
+        interval: S_D, optimizer steps between distortions; 1 projects at every step, and one beyond
+            the end decomposes once, at the end.
         batch_size: Images in a step, of all processes together.
         seed: Of initial weights, of the order of the images and their augmentation.
         precision: Lightning Fabric's name for it: bf16-mixed is bf16 autocast, 16-mixed fp16's with
@@ -280,25 +227,25 @@ class Recipe:
         compression: Which layers, and how; a dense run reads only its costs.
         calibration_images: Training images to choose ranks on, and to decompose on before
             fine-tuning, so that the layers' outputs lose least; 0 for the weights.
-        fixed: Layers that are decomposed before training and not trained (the paper's
+        frozen_compression: Layers that are decomposed before training and not trained (the paper's
             fully-connected layers of VGG19); a dense run leaves them as they are.
         label_smoothing: Share of the target that is spread over all classes.
         ema: Decay of an exponential moving average of the weights, a row of its own; decomposed
             after training, as an average of distorted weights is not of low rank.
         distillation: From a teacher, the dense network or another; none without it.
-        recalibration: Training batches to take batch norm's statistics anew on in every network
-            that is deployed; 0 for none.
-        tail: Fine-tuning in the decomposed form, a row of its own.
-        records: What is recorded during training.
+        batch_norm_batches: Training batches to take batch norm's statistics anew on in every
+            network that is deployed; 0 for none.
+        finetune_after: Fine-tuning in the decomposed form, a row of its own.
+        logging: What is recorded during training.
     """
 
     model: Annotated[str, Parameter(show=False)]  # the command line's first word
     weights: str | None = None
-    mode: Annotated[Mode, BeforeValidator(mode_name)] = "deeptwist"
-    interval: PositiveInt = 200
-    batch_size: PositiveInt = 128
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    precision: Precision = "32-true"
+    mode: Mode = "deeptwist"
+    interval: Count = 200
+    batch_size: Count = 128
+    seed: Annotated[int, Parameter(converter=read_whole, validator=Number(gte=0, lt=2**63))] = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     cuda_graphs: bool = False
     compile: str | None = None
     checkpoint_gradients: bool = False
@@ -308,32 +255,36 @@ class Recipe:
     compression: Annotated[CompressionRecipe, Parameter(name=("compression", "*"))] = field(
         default_factory=CompressionRecipe
     )
-    calibration_images: NonNegativeInt = 0
-    fixed: CompressionRecipe | None = None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    calibration_images: CountOrNone = 0
+    frozen_compression: CompressionRecipe | None = None
+    label_smoothing: Decay = 0.0
     ema: Share | None = None
     distillation: DistillationRecipe | None = None
-    recalibration: NonNegativeInt = 0
-    tail: TailRecipe | None = None
-    records: RecordsRecipe = field(default_factory=RecordsRecipe)
+    batch_norm_batches: CountOrNone = 0
+    finetune_after: FinetuneRecipe | None = None
+    logging: LoggingRecipe = field(default_factory=LoggingRecipe)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.tail is not None and not MODES[self.mode].distorts:
-            raise ValueError(f"a tail follows distortions, mode {self.mode} has none")
+    def __post_init__(self) -> None:
+        if self.finetune_after is not None and self.mode != "deeptwist":
+            raise DeepTwistError(f"finetune_after follows distortions, mode {self.mode} has none")
         if self.cuda_graphs and self.compile not in (None, "inductor"):
-            raise ValueError(f"cuda_graphs goes with compile: inductor or none, not {self.compile}")
-        return self
+            raise DeepTwistError(
+                f"cuda_graphs goes with compile: inductor or none, not {self.compile}"
+            )
 
     @property
-    def training_mode(self) -> TrainingMode:
-        """Return the mode by its name."""
-        return MODES[self.mode]
+    def compresses(self) -> bool:
+        """Return whether a decomposed network is deployed."""
+        return self.mode != "dense"
+
+    @property
+    def distorts(self) -> bool:
+        """Return whether weights are distorted while the network trains."""
+        return self.mode == "deeptwist"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `make_recipe` is the inverse."""
-        values: dict[str, Any] = _adapter().dump_python(self, mode="json")
-        return values
+        return asdict(self)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -342,11 +293,11 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         DeepTwistError: if the file cannot be read, or a key or a value is not one of a recipe's.
     """
-    return make_recipe(read_values(path))
+    return make_recipe(read_values(path), str(path))
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """Read a recipe's file as plain values, unchecked, those of earlier versions in today's form.
+    """Read a recipe's file as plain values, unchecked.
 
     Raises:
         DeepTwistError: if the file cannot be read, or does not hold keys and values.
@@ -360,68 +311,28 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise DeepTwistError(f"recipe '{path}' is not valid YAML: {reason}") from error
     if not isinstance(values, dict):
         raise DeepTwistError(f"recipe '{path}' holds a {type(values).__name__}, not keys: values")
-    values.pop("tolerance", None)  # earlier versions' limit on a distortion's error
     return values
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
+def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """Make a recipe of plain values, nested as in the YAML file.
+
+    Args:
+        values: by key.
+        source: where they are from, for messages.
 
     Raises:
         DeepTwistError: if a key or a value is not one of a recipe's, naming it and the nearest.
     """
+
+    def read(recipe: Annotated[Recipe, Parameter(name="*")]) -> Recipe:
+        return recipe
+
+    app = App(
+        default_command=read, config=Dict(dict(values), source=source), result_action="return_value"
+    )
     try:
-        return _adapter().validate_python(values)
-    except ValidationError as error:
-        raise explain(error) from error
-
-
-def explain(error: ValidationError) -> DeepTwistError:
-    """Return the first of a recipe's mistakes in one line: key, value, reason, nearest key."""
-    errors = error.errors()
-    key, kind, value = _key(errors[0]["loc"]), errors[0]["type"], errors[0]["input"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden", "invalid_key"):
-        return unknown_name_error("recipe key", ".".join(map(str, errors[0]["loc"])), _keys())
-    if kind == "missing":
-        return DeepTwistError(f"the recipe lacks {'.'.join(map(str, errors[0]['loc']))!r}")
-    # A value that may be of several kinds has a reason from each.
-    reasons = [each["msg"] for each in errors if _key(each["loc"]) == key]
-    reason = ", or ".join(dict.fromkeys(reasons)).replace("Value error, ", "")
-    is_recipe = "CompressionRecipe" not in error.title  # by itself it is a command's options
-    if not key:
-        return DeepTwistError(f"the recipe contradicts itself: {reason}" if is_recipe else reason)
-    # A section as a whole is more than one line should show.
-    shown = f" is {value!r}" if not isinstance(value, dict) else ""
-    name = f"recipe key {key!r}" if is_recipe else f"option --{key.replace('_', '-')}"
-    return DeepTwistError(f"{name}{shown}: {reason}")
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """Return the key in an error's location, without the branches that pydantic tried below it."""
-    key = ""
-    for part in location:
-        longer = f"{key}.{part}" if key else str(part)
-        if longer in _keys():
-            key = longer
-    return key
-
-
-@cache
-def _keys() -> tuple[str, ...]:
-    """Return all keys of a recipe, sections and dotted ones, and of a compression by itself."""
-    sections = {
-        "fixed": CompressionRecipe(),
-        "distillation": DistillationRecipe(),
-        "tail": TailRecipe(),
-    }
-    keys: list[str] = []
-    for name, value in {**vars(Recipe(model="")), **sections}.items():
-        keys.append(name)
-        if hasattr(value, "__dataclass_fields__"):
-            keys += [f"{name}.{option.name}" for option in fields(value)]
-    return (*keys, *(option.name for option in fields(CompressionRecipe)))
-
-
-@cache
-def _adapter() -> TypeAdapter[Recipe]:
-    return TypeAdapter(Recipe)
+        recipe: Recipe = app([], exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise DeepTwistError(" ".join(str(error).split())) from error
+    return recipe

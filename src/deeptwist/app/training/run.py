@@ -1,8 +1,9 @@
 """A whole run: train as a recipe says, evaluate what is deployed, keep it with its records."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,36 +13,37 @@ from torch import nn
 from deeptwist._version import __version__
 from deeptwist.app.data import ImageData, Split
 from deeptwist.app.models import build_model, load_weights
-from deeptwist.app.training.devices import images_on, make_fabric
-from deeptwist.app.training.evaluation import evaluate, test_inputs, training_inputs
-from deeptwist.app.training.fabric import Fabric
-from deeptwist.app.training.loop import Trainer, steps_per_epoch
+from deeptwist.app.training.devices import Fabric, images_on, make_fabric
+from deeptwist.app.training.evaluation import (
+    Evaluation,
+    evaluate,
+    recalibrate_batch_norm,
+    test_inputs,
+    training_inputs,
+)
+from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
 from deeptwist.app.training.metrics import (
     ARTEFACT,
     DENSE_WEIGHTS,
     PLAN,
     SUMMARY,
-    Evaluation,
-    Record,
-    Summary,
-    Variant,
+    Values,
     read_run,
 )
 from deeptwist.app.training.optimizers import make_optimizer
-from deeptwist.app.training.post_training import recalibrate_batch_norm
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, check_same_recipe, lock_run_dir
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import atomic_write, write_text
-from deeptwist.measure.compare import Comparison, time_models
+from deeptwist.measure.compare import time_models
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Setting
 from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.from_model import plan_from_model
 from deeptwist.plan.plan import Plan
 from deeptwist.save import WEIGHTS, save
-from deeptwist.twist.distortion import DeepTwist
+from deeptwist.twist.distortion import DeepTwist, Perturb
 
 _TAIL = "tail"
 
@@ -53,7 +55,7 @@ class TrainingRun:
     Attributes:
         recipe: see `Recipe`.
         model: with the weights that training starts from, in fp64 where the recipe says so;
-            layers that it fixes are decomposed already, but in a dense run.
+            layers that it freezes are decomposed already, but in a dense run.
         plan: of the model.
         data: without the images that the recipe holds out.
         validation: those images; `None` where it holds out none.
@@ -61,6 +63,7 @@ class TrainingRun:
         teacher: to distil from, where it is another network than the model.
         calibration: of the model, where the recipe asks for one.
         before: what the model's evaluation gave, where that is known.
+        perturb: for ablations, see `DeepTwist`.
     """
 
     recipe: Recipe
@@ -72,12 +75,13 @@ class TrainingRun:
     teacher: nn.Module | None = None
     calibration: Calibration | None = None
     before: Evaluation | None = None
+    perturb: Perturb | None = None
 
     @property
     def steps(self) -> int:
-        """Return the number of optimizer steps, those of the tail included."""
-        tail = 0 if self.recipe.tail is None else self.recipe.tail.epochs
-        epochs = self.recipe.schedule.epochs + tail
+        """Return the number of optimizer steps, those of fine-tuning after it included."""
+        after = self.recipe.finetune_after
+        epochs = self.recipe.schedule.epochs + (0 if after is None else after.epochs)
         return epochs * steps_per_epoch(self.data, self.recipe.batch_size)
 
 
@@ -102,12 +106,14 @@ def build_run(
     if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
         model.double()
     example = torch.zeros(2, *data.shape).to(next(model.parameters()))
-    compresses = recipe.training_mode.compresses
-    if recipe.fixed is not None and compresses:
-        model = _decompose_and_freeze(model, recipe.fixed.make_plan(model, example))
+    if recipe.frozen_compression is not None and recipe.compresses:
+        frozen = recipe.frozen_compression.make_plan(model, example)
+        model = decompose(model, frozen)
+        for layer in frozen.compressed:
+            model.get_submodule(layer.name).requires_grad_(False)
     data, validation = _hold_out(data, recipe.data.validation)
     calibration = None
-    if compresses:
+    if recipe.compresses:
         if recipe.calibration_images:
             calibration = _calibrate(model, data, recipe.calibration_images)
         plan = recipe.compression.make_plan(model, example, calibration=calibration)
@@ -123,9 +129,9 @@ def train(
     *,
     resume: bool = False,
     latency_batch: int | None = 16,
-    on_record: Callable[[Record], None] = lambda record: None,
-    on_step: Callable[[], None] = lambda: None,
-) -> Summary:
+    on_record: OnRecord = lambda values: None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Values:
     """Train, evaluate what would be deployed, and write the run's folder.
 
     Under ``torchrun``, all processes train together; the first one writes.
@@ -136,8 +142,11 @@ def train(
         resume: go on from the last checkpoint in the folder, if there is one; a finished run is
             read.
         latency_batch: images in the batch that latency is measured on; `None` to leave it out.
-        on_record: called with every epoch's and every distortion's record.
+        on_record: called with every epoch's and every distortion's record, see `metrics`.
         on_step: called after every optimizer step, those before the checkpoint included.
+
+    Returns:
+        The run's summary, see `metrics`.
 
     Raises:
         DeepTwistError: if the folder holds a run and `resume` is not given, or one of another
@@ -156,94 +165,119 @@ def _train(
     run: TrainingRun,
     folder: Path,
     latency_batch: int | None,
-    on_record: Callable[[Record], None],
-    on_step: Callable[[], None],
-) -> Summary:
+    on_record: OnRecord,
+    on_step: Callable[[], object],
+) -> Values:
     images, validation = images_on(fabric.device, run.data, run.validation)
     run = replace(run, data=images, validation=validation)
-    recipe, plan, data, mode = run.recipe, run.plan, run.data, run.recipe.training_mode
-    model = run.model.to(fabric.device)
-    before = run.before or evaluate(model, data.test, data)
-    teacher = run.teacher
-    if recipe.distillation is not None and teacher is None:
-        teacher = copy.deepcopy(model)
-    network = mode.trained_network(model, plan, run.calibration)
-    untrained = None
-    if mode.compresses:
-        untrained = evaluate(mode.deploy(network, plan), data.test, data)
-        _write_plan(fabric, folder, plan)
-    trainer, twist = _make_trainer(fabric, run, network, teacher)
+    recipe, data, model = run.recipe, run.data, run.model.to(fabric.device)
+    before, untrained = run.before or evaluate(model, data.test, data), None
+    if recipe.distillation is not None and run.teacher is None:
+        run = replace(run, teacher=copy.deepcopy(model))
+    network = model
+    if recipe.mode == "finetune":
+        network = decompose(model, run.plan, calibration=run.calibration)
+    if recipe.compresses:
+        untrained = evaluate(_deployed(run, network), data.test, data)
+        _write_plan(fabric, folder, run.plan)
+    twist, trainer = _make_trainer(fabric, run, network)
     run_dir = RunDir(folder, fabric)
-    callbacks = run_dir.train(trainer, on_record, on_step)
-    finished = trainer.finish(callbacks)
-    if twist is not None and twist.plan != plan:  # frozen layers are kept
+    finished = run_dir.train(trainer, on_record, on_step)
+    if twist is not None and twist.plan != run.plan:  # frozen layers are kept
         run = replace(run, plan=twist.plan)
         _write_plan(fabric, folder, run.plan)
     final = _recalibrated(run, finished)
     after = evaluate(final, data.test, data)
-    weights = _write_network(fabric, final, folder / _file(run, ""), recipe.model)
+    weights = _write_network(fabric, run, final, folder)
 
-    variants = [
-        _write_variant(fabric, run, folder, name, variant)
-        for name, variant in _post_training_variants(run, trainer, finished)
-    ]
-    if recipe.tail is not None:
-        tail, tuned = RunDir(folder / _TAIL, fabric), copy.deepcopy(final)
-        tail.train(_tail_trainer(fabric, run, tuned, teacher), on_record, on_step)
-        variants.append(_write_variant(fabric, run, folder, _TAIL, _recalibrated(run, tuned)))
+    networks = dict(_derived_networks(run, trainer, finished))
+    if recipe.finetune_after is not None:
+        tail = RunDir(folder / _TAIL, fabric)
+        tuned = tail.train(_tail_trainer(fabric, run, copy.deepcopy(final)), on_record, on_step)
+        networks[_TAIL] = _recalibrated(run, tuned)
         tail.close()
-    summary = _summarize(
-        run,
-        before=before,
-        untrained=untrained,
-        after=after,
-        final=final,
-        twist=twist,
-        weights=weights,
-        steps=trainer.steps,
-        seconds=run_dir.seconds,
-        variants=tuple(variants),
-        latency=_latency(run, final, latency_batch),
-        latency_batch=latency_batch,
-        processes=fabric.world_size,
-    )
+    variants = [_write_variant(fabric, run, folder, name, net) for name, net in networks.items()]
+    latency = None
+    if latency_batch is not None and recipe.compresses:
+        setting = Setting(latency_batch, torch.get_num_threads())
+        inputs = test_inputs(data, final, latency_batch)
+        latency = asdict(time_models(model, final, inputs, setting))
+    summary: Values = {
+        **_describe(run),
+        "accuracy_before": before.accuracy,
+        "top5_before": before.top5,
+        "accuracy_untrained": None if untrained is None else untrained.accuracy,
+        **asdict(after),
+        "parameters": sum(parameter.numel() for parameter in final.parameters()),
+        "bytes": weights.stat().st_size,
+        "output_difference": None if twist is None else twist.output_difference,
+        "latency": latency,
+        "latency_batch": None if latency is None else latency_batch,
+        "variants": variants,
+        "steps": trainer.steps,
+        "seconds": run_dir.seconds,
+        "processes": fabric.world_size,
+    }
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
     if fabric.is_global_zero:
-        summary.write(folder)
+        write_text(folder / SUMMARY, text)  # last of all: it marks the run as finished
     run_dir.close()
-    return summary
+    return dict(json.loads(text))
 
 
-def _write_plan(fabric: Fabric, folder: Path, plan: Plan) -> None:
-    if fabric.is_global_zero:
-        write_text(folder / PLAN, plan.to_json())
+def _describe(run: TrainingRun) -> Values:
+    """Return what a run's summary says of it before anything is trained."""
+    recipe, plan = run.recipe, run.plan
+    return {
+        "name": run.name,
+        "mode": recipe.mode,
+        "model": recipe.model,
+        "data": run.data.name,
+        "decomposition": recipe.compression.label if recipe.compresses else None,
+        "ratio": recipe.compression.ratio if recipe.compresses else None,
+        "parameters_before": plan.dense_parameters,
+        "macs_before": plan.dense_macs,
+        "macs": plan.macs,
+        "recipe": recipe.to_dict(),
+        "machine": describe_machine(),
+        "version": __version__,
+    }
 
 
 def _make_trainer(
-    fabric: Fabric, run: TrainingRun, network: nn.Module, teacher: nn.Module | None
-) -> tuple[Trainer, DeepTwist | None]:
-    """Return the trainer of a run's network, and what distorts it on the way."""
-    recipe, data = run.recipe, run.data
+    fabric: Fabric, run: TrainingRun, network: nn.Module
+) -> tuple[DeepTwist | None, Trainer]:
+    """Return what distorts a run's network on the way, and the trainer of it."""
+    recipe, data, twist = run.recipe, run.data, None
     optimizer = make_optimizer(network, recipe.optimizer)  # first: it freezes layers
-    steps = recipe.schedule.epochs * steps_per_epoch(data, recipe.batch_size)
-    twist = recipe.training_mode.attach(
-        network,
-        run.plan,
-        interval=recipe.interval,
-        seed=recipe.seed,
-        steps=steps,
-        example_input=test_inputs(data, network, 8),
-    )
-    trainer = Trainer(
+    if recipe.distorts:
+        example, perturb = test_inputs(data, network, 8), run.perturb
+        twist = DeepTwist(
+            network, run.plan, recipe.interval, example_input=example, perturb=perturb
+        )
+    return twist, Trainer(
         fabric,
         network,
         data,
         recipe,
         optimizer=optimizer,
         twist=twist,
-        teacher=teacher,
+        teacher=run.teacher,
         validation=run.validation,
     )
-    return trainer, twist
+
+
+def _tail_trainer(fabric: Fabric, run: TrainingRun, network: nn.Module) -> Trainer:
+    """Return the trainer of a decomposed network with a cosine decay of its own."""
+    tail = run.recipe.finetune_after
+    assert tail is not None
+    recipe = replace(
+        run.recipe,
+        schedule=ScheduleRecipe(epochs=tail.epochs),
+        optimizer=replace(run.recipe.optimizer, lr=tail.lr),
+        ema=None,
+    )
+    return Trainer(fabric, network, run.data, recipe, teacher=run.teacher)
 
 
 def _build_for(data: ImageData, name: str, weights: str | None) -> nn.Module:
@@ -274,14 +308,6 @@ def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
     return teacher
 
 
-def _decompose_and_freeze(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return the model with a plan's layers decomposed, and not to be trained."""
-    fixed = decompose(model, plan)
-    for layer in plan.compressed:
-        fixed.get_submodule(layer.name).requires_grad_(False)
-    return fixed
-
-
 def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
     """Return the calibration on so many training images of a shuffle that is always the same."""
     device = next(model.parameters()).device
@@ -294,6 +320,7 @@ def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
 
 
 def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
+    """Return the data without its last so many training images of a fixed shuffle, and those."""
     if count == 0:
         return data, None
     total = len(data.train.labels)
@@ -304,124 +331,67 @@ def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
     return replace(data, train=data.train.subset(train)), data.train.subset(held_out)
 
 
+def _deployed(run: TrainingRun, network: nn.Module) -> nn.Module:
+    """Return a trained network in the form that is deployed."""
+    return decompose(network, run.plan) if run.recipe.distorts else network
+
+
 def _recalibrated(run: TrainingRun, network: nn.Module) -> nn.Module:
     """Return a deployed network with batch norm's statistics taken anew, if the recipe asks."""
-    count = run.recipe.recalibration
+    count = run.recipe.batch_norm_batches
     if not count:
         return network
     return recalibrate_batch_norm(network, run.data, count, run.recipe.batch_size)
 
 
-def _post_training_variants(
+def _derived_networks(
     run: TrainingRun, trainer: Trainer, finished: nn.Module
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the networks that a training gives besides the one to use, in their deployed form."""
-    mode = run.recipe.training_mode
-    if run.recipe.recalibration:
+    if run.recipe.batch_norm_batches:
         yield "not recalibrated", finished
     if trainer.average is not None:
-        yield "moving average", _recalibrated(run, mode.deploy(trainer.average.module, run.plan))
+        yield "moving average", _recalibrated(run, _deployed(run, trainer.average.module))
     if trainer.best is not None:
-        yield "best on validation", _recalibrated(run, mode.deploy(trainer.best_model(), run.plan))
+        yield "best on validation", _recalibrated(run, _deployed(run, trainer.best_model()))
 
 
-def _tail_trainer(
-    fabric: Fabric, run: TrainingRun, network: nn.Module, teacher: nn.Module | None
-) -> Trainer:
-    """Return the trainer of a decomposed network with a cosine decay of its own."""
-    tail = run.recipe.tail
-    assert tail is not None
-    recipe = replace(
-        run.recipe,
-        schedule=ScheduleRecipe(epochs=tail.epochs),
-        optimizer=replace(run.recipe.optimizer, lr=tail.lr),
-        ema=None,
-    )
-    return Trainer(fabric, network, run.data, recipe, teacher=teacher)
+def _write_plan(fabric: Fabric, folder: Path, plan: Plan) -> None:
+    if fabric.is_global_zero:
+        write_text(folder / PLAN, plan.to_json())
 
 
 def _write_variant(
     fabric: Fabric, run: TrainingRun, folder: Path, name: str, network: nn.Module
-) -> Variant:
-    evaluation = evaluate(network, run.data.test, run.data)
-    path = folder / _file(run, "-" + name.replace(" ", "-"))
-    _write_network(fabric, network, path, run.recipe.model)
-    return Variant(name, evaluation.accuracy, evaluation.loss, path.name)
+) -> Values:
+    """Write a network that is derived from the run's; return what the summary says of it."""
+    suffix = "-" + name.replace(" ", "-")
+    result = evaluate(network, run.data.test, run.data)
+    _write_network(fabric, run, network, folder, suffix)
+    path = _path(run, folder, suffix).name
+    return {"name": name, "accuracy": result.accuracy, "loss": result.loss, "path": path}
 
 
-def _latency(run: TrainingRun, final: nn.Module, batch: int | None) -> Comparison | None:
-    if batch is None or not run.recipe.training_mode.compresses:
-        return None
-    inputs = test_inputs(run.data, final, batch)
-    return time_models(run.model, final, inputs, Setting(batch, torch.get_num_threads()))
+def _path(run: TrainingRun, folder: Path, suffix: str) -> Path:
+    """Return where a network is written: a folder, or a file of weights where it is dense."""
+    name = Path(ARTEFACT if run.recipe.compresses else DENSE_WEIGHTS)
+    return folder / f"{name.stem}{suffix}{name.suffix}"
 
 
-def _summarize(
-    run: TrainingRun,
-    *,
-    before: Evaluation,
-    untrained: Evaluation | None,
-    after: Evaluation,
-    final: nn.Module,
-    twist: DeepTwist | None,
-    weights: Path,
-    steps: int,
-    seconds: float,
-    variants: tuple[Variant, ...],
-    latency: Comparison | None,
-    latency_batch: int | None,
-    processes: int,
-) -> Summary:
-    recipe, plan = run.recipe, run.plan
-    compression = recipe.compression if recipe.training_mode.compresses else None
-    return Summary(
-        name=run.name,
-        mode=recipe.mode,
-        model=recipe.model,
-        data=run.data.name,
-        decomposition=None if compression is None else compression.label,
-        ratio=None if compression is None else compression.ratio,
-        accuracy_before=before.accuracy,
-        accuracy_untrained=None if untrained is None else untrained.accuracy,
-        accuracy=after.accuracy,
-        loss=after.loss,
-        parameters_before=plan.dense_parameters,
-        parameters=sum(parameter.numel() for parameter in final.parameters()),
-        macs_before=plan.dense_macs,
-        macs=plan.macs,
-        bytes=weights.stat().st_size,
-        steps=steps,
-        seconds=seconds,
-        output_difference=None if twist is None else twist.output_difference,
-        latency=latency,
-        latency_batch=None if latency is None else latency_batch,
-        variants=variants,
-        recipe=recipe.to_dict(),
-        processes=processes,
-        machine=describe_machine(),
-        version=__version__,
-        top5=after.top5,
-        top5_before=before.top5,
-    )
-
-
-def _file(run: TrainingRun, suffix: str) -> str:
-    name = Path(ARTEFACT if run.recipe.training_mode.compresses else DENSE_WEIGHTS)
-    return f"{name.stem}{suffix}{name.suffix}"
-
-
-def _write_network(fabric: Fabric, model: nn.Module, path: Path, model_name: str) -> Path:
+def _write_network(
+    fabric: Fabric, run: TrainingRun, network: nn.Module, folder: Path, suffix: str = ""
+) -> Path:
     """Write a network, its weights alone where it is dense; return the path of the weights."""
-    if path.suffix:
-        if fabric.is_global_zero:
-            # Copies: safetensors refuses tensors that share memory, as shared modules' do.
-            state = {
-                name: tensor.cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in model.state_dict().items()
-            }
-            with atomic_write(path) as temporary:
-                save_file(state, temporary)
+    path = _path(run, folder, suffix)
+    if fabric.is_global_zero and run.recipe.compresses:
+        save(network, path, base_model=run.recipe.model)
     elif fabric.is_global_zero:
-        save(model, path, base_model=model_name)
+        # Copies: safetensors refuses tensors that share memory, as shared modules' do.
+        state = {
+            name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in network.state_dict().items()
+        }
+        with atomic_write(path) as temporary:
+            save_file(state, temporary)
     fabric.barrier()
-    return path if path.suffix else path / WEIGHTS
+    return path / WEIGHTS if run.recipe.compresses else path

@@ -1,24 +1,33 @@
 """A run's folder while it trains: locked by one process, written so that it can be cut."""
 
+import io
+import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
+from torch import nn
 
 from deeptwist.app.folders import check_folder
-from deeptwist.app.training.checkpoints import read_checkpoint, remove_checkpoints, write_checkpoint
-from deeptwist.app.training.fabric import Fabric, TensorBoardLogger
-from deeptwist.app.training.loop import Callbacks, Trainer
-from deeptwist.app.training.metrics import METRICS, RECIPE, Epoch, Record, append_record
+from deeptwist.app.training.devices import Fabric, TensorBoardLogger
+from deeptwist.app.training.loop import OnRecord, Trainer
+from deeptwist.app.training.metrics import METRICS, RECIPE, Values
 from deeptwist.app.training.recipe import Recipe, read_recipe
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.files import fsync, write_text
+from deeptwist.files import fsync, write_bytes, write_text
 
-_LOCK, _TENSORBOARD = ".lock", "tensorboard"
+logger = logging.getLogger("deeptwist")
+
+_LOCK, _TENSORBOARD, _CHECKPOINTS = ".lock", "tensorboard", "checkpoint-*.pt"
+_FORMAT = 2
+_KEPT = 2  # the one before the last is for when the last turns out to be damaged
+_MAY_CHANGE = ("workers", "skip_unreadable")  # of the data, where a run is gone on with
 
 
 class RunDir:
@@ -29,8 +38,7 @@ class RunDir:
     """
 
     def __init__(self, path: Path, fabric: Fabric):
-        self.path = path
-        self._fabric = fabric
+        self.path, self._fabric = path, fabric
         self._started = time.perf_counter()
         self._metrics = path / METRICS
         self._tensorboard: TensorBoardLogger | None = None
@@ -41,12 +49,9 @@ class RunDir:
         return time.perf_counter() - self._started
 
     def train(
-        self, trainer: Trainer, on_record: Callable[[Record], None], on_step: Callable[[], None]
-    ) -> Callbacks:
-        """Train from the last checkpoint, or from the start, to the end.
-
-        Returns:
-            The callbacks that the trainer was given.
+        self, trainer: Trainer, on_record: OnRecord, on_step: Callable[[], object]
+    ) -> nn.Module:
+        """Train from the last checkpoint, or from the start; return the network to deploy.
 
         Raises:
             DeepTwistError: if training fails, or a checkpoint cannot be read or written.
@@ -56,25 +61,25 @@ class RunDir:
         for _ in range(trainer.step):
             on_step()
 
-        def record(record: Record) -> None:
-            if self._fabric.is_global_zero:
-                append_record(self._metrics, record)
-                if self._tensorboard is not None:
-                    self._tensorboard.log_metrics(_scalars(record), record.step)
-                on_record(record)
+        def record(values: Values) -> None:
+            if self._tensorboard is not None:  # in the first process
+                with self._metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(values) + "\n")
+                self._tensorboard.log_metrics(dict(_scalars(values)), values["step"])
+                on_record(values)
 
-        callbacks = Callbacks(record, on_step, lambda: self._checkpoint(trainer))
-        trainer.fit(callbacks)
-        return callbacks
+        trainer.fit(record, on_step, lambda: self._write_checkpoint(trainer))
+        return trainer.finish(record)
 
     def close(self) -> None:
         """End the records, and remove the checkpoints: nothing is left to continue."""
         if self._tensorboard is not None:
             self._tensorboard.finalize("success")
-        if self._fabric.is_global_zero:
-            remove_checkpoints(self.path)
+            for path in self.path.glob(_CHECKPOINTS):
+                path.unlink()
 
     def _restore(self, trainer: Trainer) -> None:
+        """Load the last checkpoint, if there is one, and drop the records after it."""
         state, known = read_checkpoint(self.path), 0
         if state is not None:
             try:
@@ -86,22 +91,19 @@ class RunDir:
                     f"the checkpoints in {self.path} are of another run: {first_line(error)}"
                 ) from error
         if self._fabric.is_global_zero:
-            self._drop_records_after(known)
+            with self._metrics.open("ab") as file:
+                if file.tell() < known:
+                    raise DeepTwistError(
+                        f"'{self._metrics}' holds {file.tell()} bytes, and held {known} at the "
+                        f"last checkpoint: records are lost, remove {self.path} to start anew"
+                    )
+                file.truncate(known)
             self._tensorboard = TensorBoardLogger(
                 self.path, name="", version=_TENSORBOARD, purge_step=trainer.step
             )
         self._fabric.barrier()
 
-    def _drop_records_after(self, known: int) -> None:
-        with self._metrics.open("ab") as file:
-            if file.tell() < known:
-                raise DeepTwistError(
-                    f"'{self._metrics}' holds {file.tell()} bytes, and held {known} at the "
-                    f"last checkpoint: records are lost, remove {self.path} to start anew"
-                )
-            file.truncate(known)
-
-    def _checkpoint(self, trainer: Trainer) -> None:
+    def _write_checkpoint(self, trainer: Trainer) -> None:
         if self._fabric.is_global_zero:
             fsync(self._metrics)  # a checkpoint must not outlive the records that it counts on
             state = {
@@ -110,6 +112,48 @@ class RunDir:
                 "seconds": self.seconds,
             }
             write_checkpoint(self.path, trainer.step, state)
+
+
+def write_checkpoint(folder: Path, step: int, state: Values) -> None:
+    """Write tensors in plain containers after so many steps; remove all but the last two.
+
+    Raises:
+        DeepTwistError: if it cannot be written, on a full disk say; the last good one stays.
+    """
+    torch.save({"format": _FORMAT, **state}, content := io.BytesIO())
+    path = folder / f"checkpoint-{step:09}.pt"
+    try:
+        write_bytes(path, content.getbuffer())
+    except OSError as error:
+        raise DeepTwistError(
+            f"cannot write '{path}' ({error.strerror}): the checkpoint before it is whole, "
+            "make room and go on with --resume"
+        ) from error
+    for old in sorted(folder.glob(_CHECKPOINTS))[:-_KEPT]:
+        old.unlink()
+
+
+def read_checkpoint(folder: Path) -> Values | None:
+    """Return the last checkpoint that can be read, `None` if there is none at all.
+
+    One that is damaged or foreign is named in a warning, and the one before it taken.
+
+    Raises:
+        DeepTwistError: if there are checkpoints, and none can be read.
+    """
+    paths = sorted(folder.glob(_CHECKPOINTS), reverse=True)
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes surface as a dozen types
+            logger.warning("'%s' is damaged (%s): not used", path, type(error).__name__)
+            continue
+        if isinstance(state, dict) and state.get("format") == _FORMAT:
+            return state
+        logger.warning("'%s' is not a checkpoint of this version of deeptwist: not used", path)
+    if paths:
+        raise DeepTwistError(f"no checkpoint in {folder} can be read: remove them to start anew")
+    return None
 
 
 @contextmanager
@@ -148,34 +192,29 @@ def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
     Raises:
         DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
     """
-    record = path / RECIPE
-    known = _comparable(read_recipe(record)) if record.exists() else None
+    known = _comparable(read_recipe(path / RECIPE)) if (path / RECIPE).exists() else None
     check_folder(path, "run", known, _comparable(recipe), resume=resume)
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
+def _comparable(recipe: Recipe) -> Values:
     """Return a recipe's values but for those that a run may go on with others of."""
     values = recipe.to_dict()
-    for key in ("workers", "skip_unreadable"):
-        del values["data"][key]
-    return values
+    data = {key: value for key, value in values["data"].items() if key not in _MAY_CHANGE}
+    return {**values, "data": data}
 
 
-def _scalars(record: Record) -> dict[str, float]:
-    """Return the numbers of a record that TensorBoard draws."""
-    if isinstance(record, Epoch):
-        return {
-            "epoch/train_loss": record.train_loss,
-            "epoch/test_loss": record.test.loss,
-            "epoch/test_accuracy": record.test.accuracy,
-            "epoch/lr": record.lr,
-            "epoch/images_per_second": record.images_per_second,
-        }
-    scalars = {"distortion/weight_shift": record.distortion.weight_shift}
-    if record.distortion.loss_increase is not None:
-        scalars["distortion/loss_increase"] = record.distortion.loss_increase
-    for split, evaluations in (("train", record.train), ("test", record.test)):
-        for moment, evaluation in zip(("before", "after"), evaluations, strict=False):
-            scalars[f"distortion/{split}_loss_{moment}"] = evaluation.loss
-            scalars[f"distortion/{split}_accuracy_{moment}"] = evaluation.accuracy
-    return scalars
+def _scalars(values: Values) -> Iterator[tuple[str, Any]]:
+    """Yield the numbers of a record that TensorBoard draws."""
+    if values["event"] == "epoch":
+        for name in ("train_loss", "lr", "images_per_second"):
+            yield f"epoch/{name}", values[name]
+        for name in ("loss", "accuracy"):
+            yield f"epoch/test_{name}", values["test"][name]
+        return
+    for name in ("weight_shift", "loss_increase"):
+        if values[name] is not None:
+            yield f"distortion/{name}", values[name]
+    for split in ("train", "test"):
+        for moment, evaluation in zip(("before", "after"), values[split], strict=False):
+            for name in ("loss", "accuracy"):
+                yield f"distortion/{split}_{name}_{moment}", evaluation[name]
