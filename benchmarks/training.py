@@ -64,7 +64,7 @@ def main() -> None:
     started = time.perf_counter()
     for _ in range(10):
         for split in (data.train, data.test):
-            evaluate(model, split.evenly_spaced(IMAGES), data)
+            evaluate(model, split.subsample(IMAGES), data)
     records = 2 * (time.perf_counter() - started) / 10
     slower = median_ratio([block.steps for block in blocks], loops) - 1
     whole = INTERVAL * step

@@ -152,7 +152,7 @@ def _classes(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Imag
     data = load_data(options.data, preset="cifar", image_size=options.image_size)
     model = build_model(options.model, num_classes=len(data.classes))
     load_weights(model, options.weights)
-    test = data.test if options.images is None else data.test.evenly_spaced(options.images)
+    test = data.test if options.images is None else data.test.subsample(options.images)
     shuffle = torch.Generator().manual_seed(0)
     shuffled = islice(batches(data.train, 128, generator=shuffle), 16)
     images = [preprocess(x, model, data) for x, _ in shuffled]

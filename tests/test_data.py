@@ -60,7 +60,7 @@ def test_images_spread_over_a_split_are_of_all_its_classes(
     total: int, count: int, classes: int
 ) -> None:
     labels = torch.arange(total) * classes // total  # class after class, as a folder has them
-    spaced = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).evenly_spaced(count)
+    spaced = Split(labels.to(torch.uint8).view(-1, 1, 1, 1), labels).subsample(count)
     assert isinstance(spaced.images, Tensor)
     assert torch.equal(spaced.images.flatten(), spaced.labels)
     counts, whole = spaced.labels.bincount(minlength=classes), labels.bincount(minlength=classes)

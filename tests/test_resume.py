@@ -189,7 +189,7 @@ def uninterrupted_on_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     folder = tmp_path_factory.mktemp("files")
     data = load_digits()
     for name, split, count in (("train", data.train, 300), ("test", data.test, 20)):
-        few = split.evenly_spaced(count)
+        few = split.subsample(count)
         assert isinstance(few.images, torch.Tensor)
         for row, (image, label) in enumerate(zip(few.images, few.labels.tolist(), strict=True)):
             path = folder / "images" / name / str(label) / f"{row}.png"

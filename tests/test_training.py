@@ -85,7 +85,7 @@ def test_evaluation_agrees_with_the_definition(digits: ImageData) -> None:
 def test_evaluation_leaves_the_training_flags_alone(digits: ImageData) -> None:
     model = network().train()
     model[1].eval()
-    evaluate(model, digits.test.evenly_spaced(8), digits)
+    evaluate(model, digits.test.subsample(8), digits)
     assert [module.training for module in model] == [True, False, True, True, True, True, True]  # type: ignore[attr-defined]
 
 
@@ -159,7 +159,7 @@ def test_distortions_come_at_every_interval_and_are_recorded(
         assert len(record["test"]) == 2
     # The network that follows the last distortion is the one that is deployed.
     final = dt.load(tmp_path / "model", model=network)
-    fixed = digits.test.evenly_spaced(100)
+    fixed = digits.test.subsample(100)
     evaluation = evaluate(final, fixed, digits)
     assert evaluation.loss == pytest.approx(distortions[-1]["test"][1]["loss"], rel=1e-4)
 

@@ -29,7 +29,7 @@ class DeepTwistCallback(Callback):
         self.small: nn.Module | None = None
         self._listening = ExitStack()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def step() -> None:
             if self.twist.step():
                 self._log(trainer)
@@ -37,12 +37,12 @@ class DeepTwistCallback(Callback):
         # Not by Lightning's `global_step`: it counts the steps that AMP skipped.
         self._listening.enter_context(after_each_step(self.twist, trainer.optimizers, step))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listening.close()
         self.small = self.twist.finish()
         self._log(trainer)
 
-    def on_exception(self, *_: Any) -> None:  # noqa: D102
+    def on_exception(self, *_: Any) -> None:
         self._listening.close()
 
     def _log(self, trainer: Trainer) -> None:
@@ -50,8 +50,8 @@ class DeepTwistCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return self.twist.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.twist.load_state_dict(state_dict)

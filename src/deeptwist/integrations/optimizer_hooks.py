@@ -1,4 +1,4 @@
-"""Which steps of which optimizer count."""
+"""Which steps of which optimizer DeepTwist counts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from deeptwist.twist.distortion import DeepTwist
 def after_each_step(
     twist: DeepTwist, optimizers: Sequence[Optimizer], call: Callable[[], object]
 ) -> RemovableHandle:
-    """Has `call` called after every step that moves the compressed weights.
+    """Call a function after every step that moves the compressed weights.
 
     Gradients that are only accumulated make no step, nor do those that AMP skips because they are
     not finite.

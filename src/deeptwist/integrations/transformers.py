@@ -34,11 +34,11 @@ class DeepTwistCallback(TrainerCallback, ExportableState):
         self.small: nn.Module | None = None
         self._listening = ExitStack()
 
-    def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:  # noqa: D102
+    def on_init_end(self, args: Any, *_: Any, **__: Any) -> None:
         if args.restore_callback_states_from_checkpoint:
             raise DeepTwistError("restore_callback_states_from_checkpoint loses the twist: omit it")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **has: Any) -> None:  # noqa: D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **has: Any) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         file = io.BytesIO(b64decode(saved["attributes"]["twist"]))
         self.twist.load_state_dict(torch.load(file, weights_only=True))
@@ -47,12 +47,12 @@ class DeepTwistCallback(TrainerCallback, ExportableState):
         self._listening.close()  # of a run that an exception ended
         self._listening.enter_context(handle)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:  # noqa: D102
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self._listening.close()
         # AMP's forward is bound to the model itself: a copy would go on calling this one.
         extract_model_from_parallel(self.twist.model, keep_fp32_wrapper=False)
         self.small = self.twist.finish()
 
-    def state(self) -> dict[str, Any]:  # noqa: D102
+    def state(self) -> dict[str, Any]:
         torch.save(self.twist.state_dict(), file := io.BytesIO())
         return {"args": {}, "attributes": {"twist": b64encode(file.getvalue()).decode()}}

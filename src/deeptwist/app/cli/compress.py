@@ -183,7 +183,7 @@ class ImageJob:
         self.search_images = data.test
         if has_goal:
             rows = torch.arange(len(data.test.labels))
-            self.search_images = data.test.subset(rows[::2]).evenly_spaced(_SEARCH_IMAGES)
+            self.search_images = data.test.subset(rows[::2]).subsample(_SEARCH_IMAGES)
             data = replace(data, test=data.test.subset(rows[1::2]))
         self._run = build_run(replace(recipe, mode="dense"), data, name="dense")
         self.recipe, self.folder, self.data = recipe, folder, self._run.data
@@ -216,7 +216,7 @@ class ImageJob:
     def evaluate_dense(self) -> Values:
         """Evaluate the dense network; warn soon if it is not what it should be."""
         # On a few images first: those of a large set take minutes.
-        few = self.data.test.evenly_spaced(_SANITY_IMAGES)
+        few = self.data.test.subsample(_SANITY_IMAGES)
         if evaluate(self.model, few, self.data).accuracy < 1.5 / len(self.data.classes):
             logger.warning(
                 "the dense network guesses: are --weights and --image-size those it needs?"
@@ -276,7 +276,7 @@ class ImageJob:
         anew = recalibrate_batch_norm(small, self.data, count, self.recipe.batch_size)
         if self.recipe.batch_norm_batches:
             return anew, count
-        seen = self.data.train.evenly_spaced(_NORM_IMAGES)
+        seen = self.data.train.subsample(_NORM_IMAGES)
         before, after = (evaluate(net, seen, self.data).accuracy for net in (small, anew))
         return (anew, count) if after > before else (small, 0)
 

@@ -115,7 +115,7 @@ def sweep_network(
     job = make_job(model, network, recipe, calibration, data, recalibrate=data is not None)
     if data is not None:
         test, images = (
-            data.test.evenly_spaced(min(options.test_images, len(data.test.labels))),
+            data.test.subsample(min(options.test_images, len(data.test.labels))),
             data,
         )
 

@@ -83,7 +83,7 @@ class Split:
         files = replace(self.images, rows=self.images.rows[rows.numpy()])
         return Split(files, self.labels[rows])
 
-    def evenly_spaced(self, count: int) -> "Split":
+    def subsample(self, count: int) -> "Split":
         """Return so many images, evenly spaced over the split: a folder's lie class after class."""
         total = len(self.labels)
         count = min(count, total)

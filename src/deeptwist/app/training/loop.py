@@ -308,7 +308,7 @@ class Trainer:
             self._broadcast_buffers()
             started = time.perf_counter()
             for name, split in (("train", self._data.train), ("test", self._data.test)):
-                evaluated[name].append(asdict(self._evaluate(split.evenly_spaced(count))))
+                evaluated[name].append(asdict(self._evaluate(split.subsample(count))))
             evaluating += time.perf_counter() - started
             return float(evaluated["train"][-1]["loss"])
 

@@ -37,7 +37,7 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan, read_plan
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
-ARTEFACT = "model"
+SMALL = "model"
 DENSE_WEIGHTS = "weights.safetensors"
 
 Values = dict[str, Any]  # as JSON holds them

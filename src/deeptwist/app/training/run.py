@@ -23,9 +23,9 @@ from deeptwist.app.training.evaluation import (
 )
 from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
 from deeptwist.app.training.metrics import (
-    ARTEFACT,
     DENSE_WEIGHTS,
     PLAN,
+    SMALL,
     SUMMARY,
     Values,
     read_run,
@@ -302,7 +302,7 @@ def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
         teacher = _build_for(data, distillation.model, distillation.weights)
         if recipe.precision == "64-true":
             teacher.double()
-        evaluate(teacher, data.test.evenly_spaced(8), data)
+        evaluate(teacher, data.test.subsample(8), data)
     except DeepTwistError as error:
         raise DeepTwistError(f"teacher {distillation.model}: {error}") from error
     return teacher
@@ -374,7 +374,7 @@ def _write_variant(
 
 def _path(run: TrainingRun, folder: Path, suffix: str) -> Path:
     """Return where a network is written: a folder, or a file of weights where it is dense."""
-    name = Path(ARTEFACT if run.recipe.compresses else DENSE_WEIGHTS)
+    name = Path(SMALL if run.recipe.compresses else DENSE_WEIGHTS)
     return folder / f"{name.stem}{suffix}{name.suffix}"
 
 
