@@ -1,9 +1,10 @@
 """``python -m experiments``: run an experiment, or show what its runs came to."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -20,15 +21,18 @@ from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.files import write_text
 from deeptwist.measure.machine import describe_machine
 from experiments import studies
-from experiments.page import Report, Results
+from experiments.page import Figure, Report, Results, page
 from experiments.profiles import PROFILES, START, Profile, Run, merge_options
-from experiments.runs import FINISHED, Job, Progress, read_table, train_jobs
+from experiments.runs import FINISHED, Job, Progress, finished_names, read_table, train_jobs
 from experiments.studies import STUDIES
 
 _NAMES = "fig2 fig3 fig4 fig5 table1 fig6 table2 fig7 interval noise tail long"
 EXPERIMENTS = {name: import_module(f"experiments.{name}") for name in _NAMES.split()}
-_TABLES = "Every run's command, machine and result: [runs.csv](runs.csv)."
+TABLES = "Every run's command, machine and result: [runs.csv](runs.csv)."
 EXACT = "exact"  # the folder of what is not trained
+Train = Callable[[], dict[str, str]]  # returns why runs failed, by what a page calls them
+Page = tuple[Path, str, Sequence[Figure]]
+Show = Callable[[Mapping[str, str]], Page]
 app = App(
     name="python -m experiments",
     help_format="markdown",
@@ -88,12 +92,9 @@ def experiment(
         return
     if name is None:
         raise DeepTwistError("name an experiment: 'python -m experiments --list' shows them")
-    if name in STUDIES:
-        run_study(name, options)
-    elif name in EXPERIMENTS:
-        run_experiment(name, options)
-    else:
+    if name not in {**EXPERIMENTS, **STUDIES}:
         raise unknown_name_error("experiment", name, [*EXPERIMENTS, *STUDIES])
+    run_experiment(name, options)
 
 
 def run_experiment(name: str, options: Options, progress: Progress = progress_bar) -> None:
@@ -105,64 +106,74 @@ def run_experiment(name: str, options: Options, progress: Progress = progress_ba
     Raises:
         DeepTwistError: if something is missing, or runs failed.
     """
-    module, profile = EXPERIMENTS[name], find_profile(name, options)
-    runs = module.runs(profile)
-    _check(runs, profile, options)
-    folder = options.out / (profile.name if runs else EXACT)
+    check_int("workers", options.workers, 1)
+    train, show = (_study if name in STUDIES else _of_paper)(name, options, progress)
     failures: dict[str, str] = {}
     interrupt = None
     try:
-        if not options.show:
-            failures |= _train(profile, runs, folder, options, progress)
+        failures |= {} if options.show else train()
     except KeyboardInterrupt as error:
         interrupt = error
-    results = Results(runs, tuple(dict.fromkeys(options.seeds)), folder, read_table(folder))
-    report: Report = module.report(results, profile)
-    text = _page(name, profile, results, report, failures)
+    path, text, figures = show(failures)
     print(text)
     if options.write:
-        _write(folder, name, text, report)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for figure in figures:
+                write_text(path.with_name(f"{name}-{figure.name}.svg"), figure.svg)
+            write_text(path, f"{text}\n")
+        except OSError as error:
+            raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
     if interrupt is not None:
         raise interrupt
     if failures:
         first, reason = next(iter(failures.items()))
-        count = f"{len(failures)} of {len(runs) * len(results.seeds)} runs of {name}"
-        raise DeepTwistError(f"{count} failed, {first!r} first ({reason})")
+        failed = f"{len(failures)} runs of {name} failed, {first!r} first"
+        raise DeepTwistError(f"{failed} ({reason})")
 
 
-def run_study(name: str, options: Options, progress: Progress = progress_bar) -> None:
-    """Train what a study's table has cut, unless asked not to, and print its page.
-
-    Raises:
-        DeepTwistError: if runs failed.
-    """
+def _study(name: str, options: Options, progress: Progress) -> tuple[Train, Show]:
+    """Return what trains a study's runs that were cut, and what shows all."""
     study, folder = STUDIES[name], options.out / name
-    given = {"--data": options.data, "--weights": options.weights}
-    changes = [f"{option} {value}" for option, value in given.items() if value]
-    jobs = [
-        replace(job, words=merge_options(job.words, *changes))
-        for job in studies.unfinished(read_table(folder))
-        if any(fnmatch(job.name, each) for each in options.only or ("*",))
-    ]
-    failures: dict[str, str] = {}
-    if not options.show:
-        runs = options.runs / name
-        failures |= train_jobs(jobs, folder, runs, progress, options.workers)
-    table = read_table(folder)
-    report = studies.report(table, read_table(folder, "epochs"))
-    command = f"python -m experiments {name} --show"
-    parts = [f"# {study.title} (`{name}`)", f"{study.question} {study.answer}", study.same]
-    parts += _lines_of_machines(table)
-    parts += [f"`{command}`", *(each.markdown() for each in report.tables)]
-    text = "\n\n".join([*parts, *report.notes, _TABLES])
-    print(text)
-    if options.write:
-        _write(folder, "README", text, report)
-    if failures:
-        first, reason = next(iter(failures.items()))
-        raise DeepTwistError(
-            f"{len(failures)} of {len(jobs)} runs failed, {first} first ({reason})"
-        )
+
+    def train() -> dict[str, str]:
+        given = {"--data": options.data, "--weights": options.weights}
+        changes = [f"{option} {value}" for option, value in given.items() if value]
+        jobs = [
+            replace(job, words=merge_options(job.words, *changes))
+            for job in studies.unfinished(read_table(folder))
+            if any(fnmatch(job.name, each) for each in options.only or ("*",))
+        ]
+        return dict(train_jobs(jobs, folder, options.runs / name, progress, options.workers))
+
+    def show(failures: Mapping[str, str]) -> Page:
+        table = read_table(folder)
+        report = studies.report(table, read_table(folder, "epochs"))
+        about = [study.same, *_machines(table), f"`python -m experiments {name} --show`", TABLES]
+        title, claim = study.title, f"{study.question} {study.answer}"
+        return folder / "README.md", page(name, title, claim, about, report), ()
+
+    return train, show
+
+
+def _of_paper(name: str, options: Options, progress: Progress) -> tuple[Train, Show]:
+    """Return what trains an experiment's missing runs, and what shows those that are finished."""
+    module, profile = EXPERIMENTS[name], find_profile(name, options)
+    runs = module.runs(profile)
+    _check(runs, profile, options)
+    folder = options.out / (profile.name if runs else EXACT)
+
+    def show(failures: Mapping[str, str]) -> Page:
+        seeds = tuple(dict.fromkeys(options.seeds))
+        results = Results(runs, seeds, folder, read_table(folder))
+        report: Report = module.report(results, profile)
+        about = list(_describe(name, profile, results, failures))
+        if not runs:
+            about = [f"Nothing is trained. deeptwist {__version__}, {describe_machine()}."]
+        text = page(name, module.PLACE, module.CLAIM, about, report)
+        return folder / f"{name}.md", text, report.figures
+
+    return partial(_train, profile, runs, folder, options, progress), show
 
 
 def find_profile(name: str, options: Options) -> Profile:
@@ -230,7 +241,6 @@ def _configuration(row: str) -> str:
 def _check(runs: Mapping[str, Run], profile: Profile, options: Options) -> None:
     for seed in options.seeds:
         check_int("seed", seed, 0)
-    check_int("workers", options.workers, 1)
     names = [*runs, *(run.name for run in runs.values())]
     for pattern in options.only:
         if not any(fnmatch(name, pattern) for name in names):
@@ -246,53 +256,30 @@ def _train(
 ) -> dict[str, str]:
     """Train what is asked for and not finished; return why runs failed."""
     weights, folder = options.weights, options.runs / profile.name
+    only = options.only or ("*",)
 
     def job(run: Run, seed: int) -> Job:
         words = merge_options(run.words, "--data DATA" if options.data else "")
         words = words.replace("DATA", shlex.quote(options.data or ""))
         start = f"--weights {shlex.quote(str(weights))}" if weights else ""
-        return Job(
-            f"{run.name}-s{seed}",
-            f"{words.replace(f'--weights {START}', start)} --seed {seed}",
-            has_noise=run.has_noise,
-        )
+        words = words.replace(f"--weights {START}", start)
+        name = f"{run.name}-s{seed}"
+        return Job(name, f"{words} --seed {seed}", has_noise=run.has_noise)
 
-    labels = {f"{run.name}-s{seed}": label for seed in options.seeds for label, run in runs.items()}
-    only = options.only or ("*",)
-    wanted = [
-        (run, seed)
+    wanted = {
+        f"{run.name}-s{seed}": (label, run, seed)
         for seed in options.seeds
         for label, run in runs.items()
         if any(fnmatch(name, each) for each in only for name in (label, run.name))
-    ]
-    finished = read_table(kept).query("state == 'finished'").index
-    if profile.start and not {f"{run.name}-s{seed}" for run, seed in wanted} <= {*finished}:
+    }
+    if profile.start and not wanted.keys() <= finished_names(kept):
         start = job(profile.start_run, 0)  # trained once
         for _, reason in train_jobs([start], kept, folder, progress):
-            return {labels[f"{run.name}-s{seed}"]: reason for run, seed in wanted}
+            return {label: reason for label, _, _ in wanted.values()}
         weights = folder / start.name / DENSE_WEIGHTS
-    jobs = [job(run, seed) for run, seed in wanted]
-    failures = train_jobs(jobs, kept, folder, progress, options.workers)
-    return {labels[name]: reason for name, reason in failures}
-
-
-def _page(
-    name: str, profile: Profile, results: Results, report: Report, failures: Mapping[str, str]
-) -> str:
-    """Return the page: what was claimed, how it was run, tables, figures, what they say."""
-    module = EXPERIMENTS[name]
-    parts = [f"# {module.PLACE} (`{name}`)", module.CLAIM]
-    if results.runs:
-        parts += _describe(name, profile, results, failures)
-    else:
-        parts.append(f"Nothing is trained. deeptwist {__version__}, {describe_machine()}.")
-    for table in report.tables:
-        parts += [f"## {table.title}", table.markdown()]
-    parts += [f"![{figure.title}]({name}-{figure.name}.svg)" for figure in report.figures]
-    parts.append("\n".join(f"- {note}" for note in report.notes))
-    if results.runs:
-        parts.append(_TABLES)
-    return "\n\n".join(parts)
+    jobs = [job(run, seed) for _, run, seed in wanted.values()]
+    failed = train_jobs(jobs, kept, folder, progress, options.workers)
+    return {wanted[name][0]: reason for name, reason in failed}
 
 
 def _describe(
@@ -308,31 +295,20 @@ def _describe(
         f"{', '.join(seeds)}. {len(rows)} of {len(rows) + len(missing)} runs are "
         f"finished.{few if len(seeds) < 3 and profile.name != 'smoke' else ''}"
     )
-    yield from _lines_of_machines(rows)
+    yield from _machines(rows)
     command = f"python -m experiments {name} --profile {profile.name} --data {data}"
     weights = " --weights FILE" if "weights" in profile.needs else ""
     yield f"`{command}{weights} --seeds {' '.join(seeds)}`"
     reasons = [f"{label} ({failures[label]})" if label in failures else label for label in missing]
     if reasons:
         yield f"Not run: {'; '.join(reasons)}."
+    yield TABLES
 
 
-def _lines_of_machines(rows: pd.DataFrame) -> list[str]:
-    known = rows.dropna(subset=["machine"]) if len(rows) else rows
-    lines = {
-        f"Run with deeptwist {row['version']}, {row['machine']}." for _, row in known.iterrows()
-    }
-    return sorted(lines)
-
-
-def _write(folder: Path, name: str, text: str, report: Report) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for figure in report.figures:
-            write_text(folder / f"{name}-{figure.name}.svg", figure.svg)
-        write_text(folder / f"{name}.md", f"{text}\n")
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {folder}: {error.strerror}") from error
+def _machines(rows: pd.DataFrame) -> list[str]:
+    known = rows.dropna(subset="machine") if len(rows) else rows
+    lines = {f"{row['version']}, {row['machine']}" for _, row in known.iterrows()}
+    return [f"Run with deeptwist {line}." for line in sorted(lines)]
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ DENSE = "dense, trained as long"
 HEADER = ["ratio", "whole network", "DeepTwist", "conventional", "difference", "paper's ratio"]
 HEADER += ["paper: DeepTwist", "paper: conventional"]
 RATIO, ACCURACY = "compression ratio of every layer", "test accuracy, %"
+BEFORE = "before compression"
 
 
 def deeptwist(size: Size) -> str:
@@ -70,7 +71,7 @@ def report(results: Results, profile: Profile) -> Report:
             printed = [(ratio, both[side]) for ratio, both in PAPER.items()]
             curves.append(Curve(f"paper: {label}", printed, 1, dashed=side == 1))
     title = "Accuracy over the compression ratio"
-    figures = draw("accuracy", title, curves, start, x=RATIO, y=ACCURACY, log_x=True)
+    figures = draw("accuracy", title, curves, (BEFORE, start), x=RATIO, y=ACCURACY, log_x=True)
     higher = [results.is_higher(deeptwist(size), conventional(size)) for size in sizes]
     at_smallest = "At the smallest ratio DeepTwist is above the network before compression"
     notes = [

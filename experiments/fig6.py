@@ -4,7 +4,7 @@ All convolutions but the first; tiles are 64×64. SVD and tiled SVD of the lower
 to be impossible to fine-tune, so that DeepTwist is what makes them usable.
 """
 
-from experiments.fig2 import ACCURACY, RATIO, pair
+from experiments.fig2 import ACCURACY, BEFORE, RATIO, pair
 from experiments.page import Report, Results, Table, count_holds
 from experiments.plots import Curve, draw
 from experiments.profiles import Network, Profile, Run
@@ -45,7 +45,9 @@ def report(results: Results, profile: Profile) -> Report:
         points = [(size.ratio, results.accuracy(each[index])) for size, each in names.items()]
         curves.append(Curve(f"{method}, {mode}", points, color, dashed=mode == "conventional"))
     title = "Accuracy over the compression ratio, by method"
-    figures = draw("accuracy", title, curves, results.start(), x=RATIO, y=ACCURACY, log_x=True)
+    figures = draw(
+        "accuracy", title, curves, (BEFORE, results.start()), x=RATIO, y=ACCURACY, log_x=True
+    )
     rows = [[str(size), *map(results.shown, each)] for size, each in names.items()]
     best = [results.is_higher(tiled, other) for tiled, *rest in names.values() for other in rest]
     notes = [

@@ -218,10 +218,10 @@ def _overview(regime: str, groups: Groups) -> list[Figure]:
         dashed = mode != "DeepTwist"
         curves.append(Curve(f"{method}, {mode}", at, methods.index(method), dashed=dashed))
     dense = [group for group in groups.values() if not group.size]
-    level = ("dense, trained as long", dense[0].accuracies.mean()) if dense else None
+    level = ("dense, trained as long", dense[0].accuracies.mean()) if dense else ("", None)
     name = _file_name("ratios", next(iter(groups.values())))
     title, y = f"Accuracy over the ratio: {regime}", "test accuracy, %"
-    return draw(name, title, curves, x=RATIO, y=y, level=level, log_x=True)
+    return draw(name, title, curves, level, x=RATIO, y=y, log_x=True)
 
 
 def _file_name(title: str, group: Group) -> str:

@@ -139,6 +139,15 @@ class Results:
         return read_table(self.folder, kind).loc[[name]]
 
 
+def page(name: str, title: str, claim: str, about: Sequence[str], report: Report) -> str:
+    """Return a page in Markdown: what was claimed, how it was run, and what it came to."""
+    parts = [f"# {title} (`{name}`)", claim, *about]
+    for table in report.tables:
+        parts += [f"## {table.title}", table.markdown()]
+    parts += [f"![{figure.title}]({name}-{figure.name}.svg)" for figure in report.figures]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in report.notes)])
+
+
 def mean_and_deviation(values: Sequence[float] | pd.Series) -> str:
     """Return the mean for a table, with the deviation where there are several values."""
     values = pd.Series(values, dtype=float)

@@ -80,6 +80,12 @@ def read_table(folder: Path, kind: str = "runs") -> pd.DataFrame:
         raise DeepTwistError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
+def finished_names(folder: Path) -> set[str]:
+    """Return the names of the runs that are finished."""
+    table = read_table(folder)
+    return {*table.index[table["state"] == FINISHED]}
+
+
 def append(folder: Path, kind: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of a run into a table, in place of those that it has there.
 
@@ -114,8 +120,7 @@ def train_jobs(
     Raises:
         DeepTwistError: if there are no such images, or a table cannot be written.
     """
-    finished = read_table(kept).query("state == @FINISHED").index
-    jobs = [job for job in jobs if job.name not in finished]
+    jobs = [job for job in jobs if job.name not in finished_names(kept)]
     for source in {job.recipe.data: job for job in jobs}.values():
         load_images(source.recipe.data, source.test_images)  # no run's fault
     if workers == 1:

@@ -4,7 +4,7 @@ Tiled SVD with tiles 64×64, 32×32, 16×16 and 8×8 of the lowered kernel 64×5
 that halve and quarter the weights of these layers, by DeepTwist.
 """
 
-from experiments.fig2 import ACCURACY, PAPER_START
+from experiments.fig2 import ACCURACY, BEFORE, PAPER_START
 from experiments.page import Report, Results, Table, count_holds, number
 from experiments.plots import Curve, draw, known
 from experiments.profiles import Network, Profile, Run
@@ -53,6 +53,6 @@ def report(results: Results, profile: Profile) -> Report:
             spreads.append(f"Between tiles at {ratio}× there are {spread:.2f} points {printed}.")
     rows.append(["start", "", "1×", "1.00×", number(start), f"{PAPER_START:.2f}"])
     title, x = "Accuracy over the side of the tiles", "rows and columns of a tile"
-    figures = draw("accuracy", title, curves, start, x=x, y=ACCURACY, log_x=True)
+    figures = draw("accuracy", title, curves, (BEFORE, start), x=x, y=ACCURACY, log_x=True)
     notes = [count_holds("Above the network before compression", above), *spreads]
     return Report([Table("Test accuracy, %", HEADER, rows)], figures, notes)

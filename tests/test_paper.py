@@ -304,7 +304,7 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     words += ["--out", tmp_path, "--runs", tmp_path / "runs"]
     done = run(*words, main=main)
     assert done.returncode == 2
-    assert "2 of 2 runs of fig3 failed, 'Tucker 4×, DeepTwist' first" in done.stderr
+    assert "2 runs of fig3 failed, 'Tucker 4×, DeepTwist' first" in done.stderr
     assert "0 of 2 runs are finished" in done.stdout
     assert "Not run: Tucker 4×, DeepTwist (" in done.stdout
 
