@@ -94,6 +94,7 @@ def append(folder: Path, kind: str, name: str, rows: Sequence[Mapping[str, Any]]
     """
     added = pd.DataFrame(rows, index=pd.Index([name] * len(rows), name="name"))
     table = pd.concat([read_table(folder, kind).drop(name, errors="ignore"), added])
+    table = table[sorted(table, key=lambda column: column == "command")]  # the longest last
     try:
         folder.mkdir(parents=True, exist_ok=True)
         csv = table.dropna(axis=1, how="all").to_csv(float_format="%.6g", lineterminator="\n")
@@ -179,7 +180,9 @@ def keep(job: Job, runs: Path, kept: Path) -> tuple[()]:
 
 
 def _command(job: Job) -> str:
-    return "python -m experiments noise" if job.has_noise else f"deeptwist train {job.words}"
+    if job.has_noise:
+        return f"python -m experiments noise --only {job.name.rpartition('-s')[0]}"
+    return f"deeptwist train {job.words}"
 
 
 def _evaluation(values: Mapping[str, Any]) -> dict[str, Any]:
