@@ -14,7 +14,6 @@ COMPRESS_DEFAULTS: dict[str, Any] = {
     "mode": "finetune",
     "optimizer": {"lr": 0.02},
     "calibration_images": 1024,
-    "compression": {"decomposition": "spatial_svd", "skip_first_conv": True, "linear": False},
 }
 
 app = App(

@@ -51,7 +51,6 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
         "schedule": {"epochs": epochs},
     }
     dense = make_recipe(recipe | {"mode": "dense", "optimizer": {"lr": 0.05}})
-    compression = {"decomposition": "spatial_svd", "ratio": 5, "rank_multiple": 8}
     small = make_recipe(
         recipe
         | {
@@ -59,7 +58,7 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
             "mode": "finetune",
             "optimizer": {"lr": 0.02},
             "calibration_images": 256,
-            "compression": {**compression, "skip_first_conv": True, "linear": False},
+            "compression": {"decomposition": "spatial_svd", "ratio": 5, "rank_multiple": 8},
         }
     )
     _clear(out)
