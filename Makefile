@@ -7,7 +7,7 @@ WEIGHTS ?= ../shared/weights
 bench:
 	$(PYTHON) benchmarks/startup.py
 	$(PYTHON) benchmarks/layers.py
-	$(PYTHON) benchmarks/rates.py
+	$(PYTHON) benchmarks/layers.py --rates
 	$(PYTHON) benchmarks/networks.py
 	$(PYTHON) benchmarks/distortion.py --step --weights $(WEIGHTS)/resnet32-cifar10.safetensors
 	$(PYTHON) benchmarks/training.py
@@ -15,6 +15,6 @@ bench:
 # These train, for an hour or more.
 .PHONY: bench-training
 bench-training:
-	$(PYTHON) benchmarks/trajectories.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
+	$(PYTHON) benchmarks/distortion.py --record vgg19_bn --data $(DATA)
 	$(PYTHON) benchmarks/tiles.py --weights $(WEIGHTS)/resnet32-cifar10.safetensors --vgg runs/trajectories/vgg19_bn
 	$(PYTHON) examples/compress_resnet32.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors

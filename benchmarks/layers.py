@@ -5,23 +5,32 @@ in one process, in turn: fp32, channels_last. Speed-ups are medians over rounds;
 brackets is speed-up ÷ MAC ratio.
 
     python benchmarks/layers.py
+    python benchmarks/layers.py --rates
+
+The second times the convolutions that factored layers are made of, one by one, each on an input
+that is there already. That bounds what any order or fusion of them can reach: their times' sum
+against the dense layer's, divided by the MAC ratio, is the efficiency if nothing came between them.
+A large product of matrices shows what the processor can do at all.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
-import tltorch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import deeptwist as dt
 from deeptwist.decompositions import Decomposition
-from deeptwist.layers.geometry import ConvGeometry, weight_to_kernel
+from deeptwist.layers.geometry import ConvGeometry, LayerCall, weight_to_kernel
 from deeptwist.measure.machine import describe_machine
+from deeptwist.measure.random_layers import random_dense, random_input
 from deeptwist.measure.timing import median_ratio, time_interleaved
 
 SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch
+RATED, RANKS = {"SVD": dt.SVD, "spatial SVD": dt.SpatialSVD}, (14, 16, 24, 32)
 PAPERS = "the paper's: unfold, batched GEMM"
 
 
@@ -49,10 +58,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--larger", default=1, type=int, help="times the batch, to fill a GPU")
     parser.add_argument("--channels", nargs="+", choices=channels, default=channels, type=int)
+    parser.add_argument("--rates", action="store_true", help="of the parts of layers, of 64")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
     torch.manual_seed(0)
+    if options.rates:
+        rates(*SHAPES[0], options.rounds)
+        print(f"\n{describe_machine()}")
+        return
     columns = {}
     for width, size, few in SHAPES:
         batch = few * options.larger
@@ -68,6 +82,8 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> dict[str, str]:
+    import tltorch  # which rates need not
+
     dense = nn.Conv2d(channels, channels, 3, padding=1).eval()
     dense = dense.to(memory_format=torch.channels_last)
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
@@ -108,6 +124,59 @@ def measure(channels: int, size: int, batch: int, ratio: float, rounds: int) -> 
     milliseconds = sorted(samples["dense"])[rounds // 2]
     cells["dense"] = f"{milliseconds:.2f} ms"
     return cells
+
+
+class Part(NamedTuple):
+    """One convolution, or product of matrices, that is timed alone."""
+
+    words: str
+    macs: int
+    run: Callable[[], Tensor]
+
+
+@torch.inference_mode()
+def rates(channels: int, size: int, batch: int, rounds: int) -> None:
+    """Print how fast each part of a layer runs, and what that bounds."""
+    convolution = ConvGeometry.from_module(nn.Conv2d(channels, channels, 3, padding=1))
+    square = torch.randn(2048, 2048)
+    product = Part("2048×2048 by 2048×2048", 2048**3, lambda: square @ square)
+    dense = part_of(convolution, size, batch)
+    layers = {
+        f"{name}, R = {rank}": [
+            part_of(stage, size, batch) for (stage,) in form(rank=rank).convolutions(convolution)
+        ]
+        for name, form in RATED.items()
+        for rank in RANKS
+    }
+    parts = [product, dense, *(part for layer in layers.values() for part in layer)]
+    taken = time_interleaved([part.run for part in parts], rounds=rounds)
+    samples = dict(zip(map(id, parts), taken, strict=True))
+
+    def row(name: str, part: Part, bound: str = "") -> None:
+        milliseconds = statistics.median(samples[id(part)])
+        rate = part.macs / milliseconds / 1e6
+        print(f"| {name} | {part.words} | {milliseconds:.2f} | {rate:.1f} | {bound} |")
+
+    print("| what | part | ms | GMAC/s | efficiency at most |\n| --- | --- | --- | --- | --- |")
+    row("product of matrices", product)
+    row("dense", dense)
+    for name, layer in layers.items():
+        ratio = dense.macs / sum(part.macs for part in layer)
+        sums = [sum(own) for own in zip(*(samples[id(part)] for part in layer), strict=True)]
+        bound = median_ratio(samples[id(dense)], sums) / ratio
+        first, *others = layer
+        row(f"{name}: {ratio:.2f} × fewer MACs", first, f"{bound:.2f}")
+        for part in others:
+            row("", part)
+
+
+def part_of(convolution: ConvGeometry, size: int, batch: int) -> Part:
+    """A convolution with random weights, on a batch of square images."""
+    like, call = torch.empty(0), LayerCall(batch, (size, size))
+    layer, x = random_dense(convolution, like), random_input(convolution, call, like)
+    taps = "×".join(map(str, convolution.kernel_size))
+    words = f"{convolution.in_channels} → {convolution.out_channels}, {taps}"
+    return Part(words, batch * convolution.macs((size, size)), lambda: layer(x))
 
 
 def papers_way(dense: nn.Conv2d) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """What a tile's shape costs: error against milliseconds, at a quarter of the weights.
 
 Errors are of trained weights: the 64→64 convolutions of the public ResNet-32 and, where a folder
-of snapshots is given (see trajectories.py), 512→512 convolutions of a VGG19 that has trained for
+of snapshots is given (see distortion.py), 512→512 convolutions of a VGG19 that has trained for
 200 steps. Times are of one layer, fp32, channels_last, in one process, in turn. The picture shows
 both networks and is drawn only where both are given; the tables are always printed.
 
