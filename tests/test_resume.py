@@ -91,8 +91,8 @@ def job_on_files(images: Path) -> TrainingRun:
     """The same on images that a worker reads, augments and mixes."""
     options = {"preset": "imagenet", "image_size": 8, "auto_augment": "trivial", "mixup": 0.2}
     data = load_data(str(images), workers=1, **options)
-    records = {"images": 0, "checkpoint_every": 3}
-    recipe = make_recipe({**RECIPE, "batch_size": 32, "records": records})
+    logging = {"images": 0, "checkpoint_every": 3}
+    recipe = make_recipe({**RECIPE, "batch_size": 32, "logging": logging})
     return build_run(recipe, data, name="run", model=network(3))
 
 
