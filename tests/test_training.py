@@ -315,6 +315,23 @@ def test_modes_see_the_same_images_and_distort_when_they_say(
     assert len({first_losses[name] for name in different}) == 4
 
 
+def test_a_start_of_its_own_is_trained_in_place_of_decomposing_anew(
+    digits: ImageData, tmp_path: Path
+) -> None:
+    run = run_of(digits, mode="finetune")
+    dense, start = copy.deepcopy(run.model), dt.decompose(run.model, run.plan)
+    anew = replace(run, model=dense)
+    given = [train(r, tmp_path / n) for n, r in (("a", anew), ("b", replace(run, start=start)))]
+    assert same(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
+    assert given[0]["accuracy_untrained"] == given[1]["accuracy_untrained"]
+    other = copy.deepcopy(start)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    summary = train(replace(run, start=other, model=dense), tmp_path / "c")
+    assert summary["accuracy_untrained"] < given[0]["accuracy_untrained"] + 1e-9
+    assert not same(state_of(tmp_path / "b"), state_of(tmp_path / "c"))
+
+
 def test_noise_has_the_size_of_the_distortion_that_it_stands_in_for(digits: ImageData) -> None:
     model = network()
     made = run_of(digits, model=model).plan

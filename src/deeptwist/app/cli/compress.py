@@ -236,7 +236,7 @@ class ImageJob:
     def train(self, dense: Values) -> Values:
         """Decompose and train as the recipe says, and write the run's folder."""
         recipe, is_trained = self.recipe, self.recipe.schedule.epochs > 0
-        calibration, plan = self.steps.calibration, self.steps.plan
+        calibration, plan, small = self.steps.calibration, self.steps.plan, None
         if not is_trained and not recipe.batch_norm_batches:
             small = decompose(self.model, plan, calibration=calibration)
             recipe = replace(recipe, batch_norm_batches=self._choose_batch_norm(small)[1])
@@ -246,6 +246,7 @@ class ImageJob:
             model=copy.deepcopy(self.model),
             plan=plan,
             name=recipe.mode if is_trained else "no training",
+            start=small,
             calibration=calibration,
             before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
         )

@@ -60,6 +60,8 @@ class TrainingRun:
         data: without the images that the recipe holds out.
         validation: those images; `None` where it holds out none.
         name: of the run, as tables call it.
+        start: the model decomposed by the plan, which finetune mode then trains, in place, instead
+            of decomposing anew; other modes leave it alone.
         teacher: to distil from, where it is another network than the model.
         calibration: of the model, where the recipe asks for one.
         before: what the model's evaluation gave, where that is known.
@@ -72,6 +74,7 @@ class TrainingRun:
     data: ImageData
     validation: Split | None
     name: str
+    start: nn.Module | None = None
     teacher: nn.Module | None = None
     calibration: Calibration | None = None
     before: Evaluation | None = None
@@ -120,7 +123,9 @@ def build_run(
     else:  # a plan that says what the network costs
         plan = plan_from_model(model, model, example)
     teacher = _build_teacher(recipe, data)
-    return TrainingRun(recipe, model, plan, data, validation, name, teacher, calibration)
+    return TrainingRun(
+        recipe, model, plan, data, validation, name, teacher=teacher, calibration=calibration
+    )
 
 
 def train(
@@ -175,7 +180,9 @@ def _train(
     if recipe.distillation is not None and run.teacher is None:
         run = replace(run, teacher=copy.deepcopy(model))
     network = model
-    if recipe.mode == "finetune":
+    if recipe.mode == "finetune" and run.start is not None:
+        network = run.start.to(fabric.device)
+    elif recipe.mode == "finetune":
         network = decompose(model, run.plan, calibration=run.calibration)
     if recipe.compresses:
         untrained = evaluate(_deployed(run, network), data.test, data)
