@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deeptwist.app.data import load_data, normalize
 from deeptwist.app.models import MODELS, build_model, load_weights
-from deeptwist.app.models.resnet_cifar import PadShortcut
+from deeptwist.app.networks import PadShortcut
 
 ErrorOf = Callable[..., str]
 RESNET32 = SHARED / "weights" / "resnet32-cifar10.safetensors"

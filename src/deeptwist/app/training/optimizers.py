@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeptwist.app.training.optimizer_names import TORCH_OPTIMIZERS
-from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe
+from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe, torch_optimizers
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.plan.layers import matches
 
@@ -35,7 +34,7 @@ def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Op
             groups, name, momentum=options.momentum, **values
         )
         return optimizer
-    kind = TORCH_OPTIMIZERS[options.name]
+    kind = torch_optimizers()[options.name]
     accepted = inspect.signature(kind).parameters
     own: dict[str, Any] = {
         "momentum": options.momentum,

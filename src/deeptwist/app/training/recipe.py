@@ -3,11 +3,12 @@
 The same dataclasses are the options of ``deeptwist train``: cyclopts reads both, and checks them.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from cyclopts import App, CycloptsError, Parameter
@@ -16,7 +17,10 @@ from cyclopts.validators import Number
 
 from deeptwist.app.training.compression import CompressionRecipe as CompressionRecipe
 from deeptwist.app.training.compression import Count, read_whole
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, require_extra, unknown_name_error
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 def _within(**bounds: float) -> Parameter:
@@ -116,10 +120,16 @@ class OptimizerRecipe:
     freeze: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
 
     def __post_init__(self) -> None:
-        if self.name != "sgd":  # which the command line's help need not import torch for
-            from deeptwist.app.training.optimizer_names import check_optimizer
-
-            check_optimizer(self.name)
+        if self.name == "sgd":  # the command line's help need not import torch for it
+            return
+        if self.name.startswith("timm/"):
+            with require_extra("timm"):
+                from timm.optim import list_optimizers  # type: ignore[attr-defined]
+            known = [f"timm/{optimizer}" for optimizer in list_optimizers()]
+        else:
+            known = [*torch_optimizers(), "timm/NAME"]
+        if self.name not in known:
+            raise unknown_name_error("optimizer", self.name, known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +295,16 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `make_recipe` is the inverse."""
         return asdict(self)
+
+
+def torch_optimizers() -> "dict[str, type[Optimizer]]":
+    """Return torch's optimizers that any network can be trained by, named in small letters."""
+    from torch import optim
+
+    kinds = {name: kind for name, kind in vars(optim).items() if inspect.isclass(kind)}
+    for name in ("Optimizer", "Muon", "SparseAdam", "LBFGS"):
+        kinds.pop(name, None)  # the last take matrices, sparse gradients, closures only
+    return {name.lower(): kind for name, kind in kinds.items() if issubclass(kind, optim.Optimizer)}
 
 
 def read_recipe(path: str | Path) -> Recipe:
