@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deeptwist.app.data import ImageData, Split, load_data, normalize
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.export.int8 import quantize_onnx
+from deeptwist.export import quantize_onnx
 from deeptwist.measure.runtimes import OnnxNetwork
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.decompositions import Decomposition, SpatialSVD
 from deeptwist.errors import DeepTwistError
-from deeptwist.export import export_onnx
-from deeptwist.export.int8 import quantize_onnx
+from deeptwist.export import export_onnx, quantize_onnx
 from deeptwist.files import write_text
 from deeptwist.inspection.run import as_tuple
 from deeptwist.measure.compare import Comparison, time_settings

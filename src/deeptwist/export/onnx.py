@@ -1,8 +1,8 @@
-"""ONNX: a network as one file, verified in onnxruntime."""
+"""ONNX: a network as one file, verified in onnxruntime; and that file in int8."""
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int, require_extra
+from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
 from deeptwist.export.program import Exported, inference_copy, reason_of, trace, writing
-from deeptwist.export.signature import Inputs, Signature, make_signature, run_model
-from deeptwist.export.verify import run_in_onnxruntime, verify
-from deeptwist.measure.runtimes import suppress_output
+from deeptwist.export.verify import Inputs, Run, Signature, make_signature, run_model, verify
+from deeptwist.files import atomic_write
+from deeptwist.measure.runtimes import onnxruntime_session, suppress_output
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 
@@ -72,27 +72,20 @@ def export_onnx(
                 f"opset {opset} cannot be had: an operator of this model has no conversion and "
                 f"the exporter stayed at {version}; ask for {version} or another, or for none"
             )
-        with prefix_error(reason):
+        with _prefixing(reason):
             _check_free_axes(proto, signature)
             temporary.write_bytes(proto.SerializeToString())
-            sizes, worst = verify(plain, signature, run_in_onnxruntime(temporary), tolerance)
-        bytes_ = temporary.stat().st_size
-    return Exported(Path(path), bytes_, version, signature.batches, sizes, worst)
+            sizes, worst = verify(plain, signature, _onnxruntime(temporary), tolerance)
+    size = Path(path).stat().st_size
+    return Exported(Path(path), size, version, signature.batches, sizes, worst)
 
 
 def _convert(plain: nn.Module, signature: Signature, opset: int | None) -> tuple[Any, str]:
-    """Return the ONNX model, as protobuf, and why it is torch's older exporter's, if it is.
-
-    That one records a run on the example: what it takes for fixed shows when the file is checked
-    and verified.
-
-    Raises:
-        DeepTwistError: if the model cannot be traced or converted.
-    """
-    num_outputs = len(run_model(plain, signature.inputs(signature.batch or 2)))
+    """Return the ONNX model, as protobuf, and why it is torch's older exporter's, if it is."""
+    outputs = run_model(plain, signature.inputs(signature.batch or 2))
     options: dict[str, Any] = {
         "input_names": _names("input", len(signature.example)),
-        "output_names": _names("output", num_outputs),
+        "output_names": _names("output", len(outputs)),
         "opset_version": opset,
         "verbose": False,
     }
@@ -102,7 +95,7 @@ def _convert(plain: nn.Module, signature: Signature, opset: int | None) -> tuple
     except DeepTwistError as error:
         advice = "; a fixed batch may do (batch=1, --batch 1)" if signature.batch is None else ""
         reason = f"{error}{advice}; torch's older exporter"
-        with prefix_error(reason):
+        with _prefixing(reason):
             proto = _convert_by_script(plain, signature, options)
     # Stack traces and module names, a fifth of a small network's file.
     del proto.graph.metadata_props[:]
@@ -114,7 +107,7 @@ def _convert(plain: nn.Module, signature: Signature, opset: int | None) -> tuple
 
 
 @contextlib.contextmanager
-def prefix_error(prefix: str) -> Iterator[None]:
+def _prefixing(prefix: str) -> Iterator[None]:
     """Put what came before in front of an error's message; nothing where that is empty."""
     try:
         yield
@@ -142,7 +135,10 @@ def _convert_program(plain: nn.Module, signature: Signature, options: dict[str, 
 
 
 def _convert_by_script(plain: nn.Module, signature: Signature, options: dict[str, Any]) -> Any:
-    """Return the ONNX model by torch's older exporter."""
+    """Return the ONNX model by torch's older exporter, which records a run on the example.
+
+    What it takes for fixed shows when the file is checked and verified.
+    """
     import onnx
 
     if signature.batch is None:
@@ -167,11 +163,7 @@ def _names(kind: str, count: int) -> list[str]:
 
 
 def _check_free_axes(proto: Any, signature: Signature) -> None:
-    """Check that an ONNX model has the free axes of its signature.
-
-    Raises:
-        DeepTwistError: if one is fixed in it, naming the input or output.
-    """
+    """Check that an ONNX model has the free axes of its signature."""
     outputs = [{0: "batch"}] * len(proto.graph.output) if signature.batch is None else []
     expected = [*signature.free_axes, *outputs]
     for value, axes in zip((*proto.graph.input, *proto.graph.output), expected, strict=False):
@@ -184,3 +176,60 @@ def _check_free_axes(proto: Any, signature: Signature) -> None:
                     f"the ONNX graph has no free {name}: {value.name!r} is ({shape})"
                     + (f"; {advice}" if name == "batch" else "")
                 )
+
+
+def _onnxruntime(path: Path) -> Run:
+    """Return a call that runs the file in onnxruntime."""
+    session = onnxruntime_session(path, torch.get_num_threads())
+    names = [value.name for value in session.get_inputs()]
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        arrays = [x.numpy() for x in inputs]
+        try:
+            outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        except Exception as error:  # its types are not public
+            reason = first_line(error)
+            raise DeepTwistError(f"onnxruntime cannot run the graph: {reason}") from error
+        return [torch.as_tensor(output) for output in outputs]
+
+    return run
+
+
+def quantize_onnx(source: str | Path, path: str | Path, batches: Iterable[Tensor]) -> Path:
+    """Write an ONNX file in int8, weights by channel and activations by the range they take.
+
+    Args:
+        source: what `deeptwist.export.export_onnx` wrote of a network of one input.
+        path: the file.
+        batches: inputs as the network gets them, to learn the ranges from.
+
+    Returns:
+        The path.
+
+    Raises:
+        DeepTwistError: if the extra 'onnx' is missing, or onnxruntime cannot quantise the graph.
+    """
+    with require_extra("onnx"):
+        from onnxruntime.quantization import CalibrationDataReader, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(batches)
+
+        def get_next(self) -> Any:
+            batch = next(self._batches, None)
+            return None if batch is None else {"input": batch.cpu().contiguous().numpy()}
+
+    path = Path(path)
+    prepared = path.with_suffix(".prepared.onnx")
+    try:
+        with atomic_write(path) as temporary, suppress_output():
+            quant_pre_process(source, prepared)
+            quantize_static(prepared, temporary, Reader(), per_channel=True)
+    except Exception as error:  # its types are not public
+        reason = first_line(error)
+        raise DeepTwistError(f"onnxruntime cannot quantise {source}: {reason}") from error
+    finally:
+        prepared.unlink(missing_ok=True)
+    return path

@@ -17,8 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.export.signature import Inputs, Signature, make_signature, run_model
-from deeptwist.export.verify import verify
+from deeptwist.export.verify import Inputs, Signature, make_signature, run_model, verify
 from deeptwist.files import atomic_write
 from deeptwist.inspection.run import output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
@@ -79,14 +78,12 @@ def export_program(
     signature = make_signature(model, example_input, batch, dynamic_size)
     with writing(Path(path)) as temporary:
         program = trace(plain, signature)
-        traced = program.module()
         with temporary.open("wb") as file, suppress_output():
             torch.export.save(program, file)
-        sizes, worst = verify(
-            plain, signature, lambda inputs: output_tensors(traced(*inputs)), tolerance
-        )
-        bytes_ = temporary.stat().st_size
-    return Exported(Path(path), bytes_, None, signature.batches, sizes, worst)
+        run = program.module()
+        sizes, worst = verify(plain, signature, lambda x: output_tensors(run(*x)), tolerance)
+    size = Path(path).stat().st_size
+    return Exported(Path(path), size, None, signature.batches, sizes, worst)
 
 
 def export_state_dict(model: nn.Module, path: str | Path) -> Exported:
@@ -106,7 +103,7 @@ def export_state_dict(model: nn.Module, path: str | Path) -> Exported:
     copies = {alias: tensors[name].clone() for alias, name in aliases.items()}
     with writing(Path(path)) as temporary:
         save_file({**tensors, **copies}, temporary)
-        return Exported(Path(path), temporary.stat().st_size)
+    return Exported(Path(path), Path(path).stat().st_size)
 
 
 def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
@@ -119,26 +116,21 @@ def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
     batch = signature.batch or 2
     zeros = tuple(x.new_zeros(batch, *x.shape[1:]) for x in signature.example)
     run_model(plain, zeros)  # a wrong input is told plainly here, and by torch.export at length
+    axes = signature.free_axes
     dims: dict[str, Any] = {"batch": Dim("batch")}  # torch finds the bounds of the others
-    shapes = [
-        {a: dims.get(name, Dim.DYNAMIC) for a, name in x.items()} for x in signature.free_axes
-    ]
+    shapes = tuple({a: dims.get(name, Dim.DYNAMIC) for a, name in x.items()} for x in axes)
     try:
         with suppress_output():
-            program = torch.export.export(plain, zeros, dynamic_shapes=tuple(shapes))
+            program = torch.export.export(plain, zeros, dynamic_shapes=shapes)
     except Exception as error:  # a forward may fail to be traced in any way
+        free = " and ".join(sorted({name for x in axes for name in x.values()}))
         raise DeepTwistError(
-            f"torch.export cannot trace {type(plain).__name__} with {_described(signature)}: "
-            f"{reason_of(error)}"
+            f"torch.export cannot trace {type(plain).__name__} with "
+            f"{f'a free {free}' if free else 'a fixed batch'}: {reason_of(error)}"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine are nobody's business
     return program
-
-
-def _described(signature: Signature) -> str:
-    free = sorted({name for axes in signature.free_axes for name in axes.values()})
-    return f"a free {' and '.join(free)}" if free else "a fixed batch"
 
 
 def reason_of(error: BaseException) -> str:
@@ -157,9 +149,7 @@ def inference_copy(model: nn.Module) -> nn.Module:
             f"a function stored on this {type(model).__name__} refers to the model and would be "
             "exported in place of the copy: store it after the export"
         )
-    for module in plain.modules():
-        if not parametrize.is_parametrized(module):
-            continue
+    for module in filter(parametrize.is_parametrized, plain.modules()):
         # torch's remove_parametrizations would take the weight's property off the class, which
         # the module of the caller's model still uses.
         names = [name for name, _ in module.get_submodule("parametrizations").named_children()]
