@@ -7,10 +7,10 @@ loads strictly; nothing in the folder names code to run.
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,35 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LARGEST_CONFIG = 16 * 2**20  # bytes; a network of ten thousand layers takes a fifth
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A factored layer, as the configuration holds it under its name."""
+
+    convolution: ConvGeometry
+    decomposition: Decomposition
+
+    def __post_init__(self) -> None:
+        self.decomposition.resolve(self.convolution, None)  # refused with its name, when read
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What the configuration holds."""
+
+    format_version: int
+    deeptwist_version: str
+    base_model: str
+    weights_sha256: str
+    aliases: dict[str, str]  # of tensors: the other names of those that are shared
+    module_versions: dict[str, int]  # where not 1: what a state dict has as metadata
+    layers: dict[str, _Layer]
+
+    def planned(self) -> tuple[CompressedLayer, ...]:
+        """Return the layers as a plan's."""
+        held = self.layers.items()
+        return tuple(CompressedLayer(n, "", x.convolution, x.decomposition) for n, x in held)
+
+
 def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:
     """Write a decomposed model to a folder, each file under a temporary name first.
 
@@ -50,37 +79,33 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         DeepTwistError: if the model has no factored layer, or one whose tensors are no longer
             those that it was made with, or if the folder cannot be written.
     """
-    layers = {
-        name: {
-            "convolution": encode(module.convolution),
-            "decomposition": encode(module.decomposition),
-        }
-        for name, module in model.named_modules()
-        if isinstance(module, FactoredLayer)
-    }
-    if not layers:
+    factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    if not factored:
         raise DeepTwistError(
             f"this {type(model).__name__} has no factored layer: decompose it first"
         )
-    for name, held in layers.items():
-        _check_readable(model.get_submodule(name), _planned(name, held))
     tensors, aliases = deduplicate(model)
+    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    versions = {name: values.get("version") for name, values in metadata.items()}
     folder = Path(path)
+    config = _Config(
+        format_version=FORMAT_VERSION,
+        deeptwist_version=__version__,
+        base_model=base_model or type(model).__name__,
+        weights_sha256="",
+        aliases=aliases,
+        module_versions={name: n for name, n in versions.items() if n not in (None, 1)},
+        layers={name: _Layer(m.convolution, m.decomposition) for name, m in factored.items()},
+    )
+    for layer in config.planned():
+        _check_readable(factored[layer.name], layer)
     with explaining_writes(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Both are complete before either takes its place.
-        with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as config:
+        with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as text:
             save_file(tensors, weights)
-            values = {
-                "format_version": FORMAT_VERSION,
-                "deeptwist_version": __version__,
-                "base_model": base_model or type(model).__name__,
-                "weights_sha256": _sha256(weights),
-                "aliases": aliases,
-                "module_versions": _module_versions(model),
-                "layers": layers,
-            }
-            config.write_text(json.dumps(values, indent=1), encoding="utf-8")
+            values = encode(replace(config, weights_sha256=_sha256(weights)))
+            text.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return folder
 
 
@@ -113,13 +138,12 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
             is not the one that was decomposed, or is on the meta device.
     """
     folder = Path(path)
-    config = _read_config(folder / CONFIG)
+    config, layers = _read_config(folder / CONFIG)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise DeepTwistError(f"no {WEIGHTS} in {folder}")
-    if _sha256(weights) != config["weights_sha256"]:
+    if _sha256(weights) != config.weights_sha256:
         raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
-    layers = tuple(_planned(name, values) for name, values in config["layers"].items())
     base = model if isinstance(model, nn.Module) else model()
     if not isinstance(base, nn.Module):
         raise DeepTwistError(f"the factory gave a {type(base).__name__}, not a model")
@@ -144,7 +168,6 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
             f"a function stored on this {type(base).__name__} refers to the dense layer "
             f"{stored[0]!r} and would go on running it: load first, store it afterwards"
         )
-    state.update(_aliased(state, config["aliases"]))
     _load_strictly(small, state, config)
     return small.eval()
 
@@ -181,44 +204,26 @@ def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[_Config, tuple[CompressedLayer, ...]]:
+    """Read a configuration, and its layers as a plan's."""
     if not path.is_file():
         raise DeepTwistError(f"no {CONFIG} in {path.parent}: not a folder that deeptwist saved")
     if path.stat().st_size > _LARGEST_CONFIG:
         raise DeepTwistError(f"{path} is too large for a configuration: not read")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DeepTwistError(f"{path} is not JSON: {first_line(error)}") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
+    version = values.get("format_version") if isinstance(values, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise DeepTwistError(
             f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
         )
-    assert isinstance(config, dict)
-    kinds = {"layers": dict, "base_model": str, "weights_sha256": str}
-    for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind):
-            raise DeepTwistError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
-    kinds_by_name: dict[str, type] = {"aliases": str, "module_versions": int}
-    for key, of_each in kinds_by_name.items():
-        named = config.get(key)
-        if not isinstance(named, dict) or not all(type(x) is of_each for x in named.values()):
-            raise DeepTwistError(
-                f"{path} is damaged: {key!r} is missing or not {of_each.__name__}s"
-            )
-    return config
-
-
-def _planned(name: str, values: Any) -> CompressedLayer:
     try:
-        convolution = decode(ConvGeometry, values["convolution"])
-        decomposition = decode(Decomposition, values["decomposition"])
-        return CompressedLayer(name, "", convolution, decomposition)
+        config: _Config = decode(_Config, values)
+        return config, config.planned()
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise DeepTwistError(
-            f"{CONFIG} is damaged at layer {name!r}: {first_line(error)}"
-        ) from error
+        raise DeepTwistError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
@@ -226,31 +231,16 @@ def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
     return [torch.empty(part.kernel_shape, device=device) for part in parts]
 
 
-def _module_versions(model: nn.Module) -> dict[str, int]:
-    """Return the versions of the modules' states, but for 1: what a state dict has as metadata."""
-    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    versions = {name: values.get("version") for name, values in metadata.items()}
-    return {name: version for name, version in versions.items() if version not in (None, 1)}
-
-
-def _aliased(state: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors of a state's further names.
-
-    Raises:
-        DeepTwistError: if a further name has a tensor itself, or stands for none.
-    """
-    for alias, name in aliases.items():
-        if alias in state or name not in state:
+def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: _Config) -> None:
+    """Copy tensors into a model of exactly their names, shapes and kinds of types."""
+    for alias, name in config.aliases.items():
+        if alias in tensors or name not in tensors:
             raise DeepTwistError(
                 f"{CONFIG} is damaged: {alias!r} is to be {name!r}, and {WEIGHTS} does not agree"
             )
-    return {alias: state[name] for alias, name in aliases.items()}
-
-
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Copy a state into a model of exactly its names, shapes and kinds of types."""
+    state = OrderedDict(tensors | {alias: tensors[name] for alias, name in config.aliases.items()})
     expected = model.state_dict(keep_vars=True)
-    stranger = f"the saved model is another one ({config['base_model']!r})"
+    stranger = f"the saved model is another one ({config.base_model!r})"
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
         raise DeepTwistError(
@@ -270,12 +260,12 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], config: Mapping[s
                 )
             tensor.data = tensor.data.to(saved.dtype)
     # Copied, not assigned: what is tied stays tied, and no memory of the file's is held on to.
-    versioned, versions = OrderedDict(state), config["module_versions"]
-    versioned._metadata = {  # type: ignore[attr-defined]
-        name: {**values, "version": versions.get(name, 1)}
-        for name, values in model.state_dict()._metadata.items()  # type: ignore[attr-defined]
+    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    state._metadata = {  # type: ignore[attr-defined]
+        name: {**values, "version": config.module_versions.get(name, 1)}
+        for name, values in metadata.items()
     }
-    model.load_state_dict(versioned, strict=True)
+    model.load_state_dict(state, strict=True)
 
 
 def _sha256(path: Path) -> str:

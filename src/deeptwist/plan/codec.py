@@ -11,17 +11,19 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from deeptwist.decompositions import Decomposition, find_method
-from deeptwist.errors import DeepTwistError, unknown_name_error
+from deeptwist.errors import DeepTwistError, first_line, unknown_name_error
 
 
 def encode(value: object) -> Any:
-    """Return plain values, ready for JSON, of dataclasses, tuples and numbers in each other.
+    """Return plain values, ready for JSON, of dataclasses, tuples, dicts and numbers in each other.
 
     A decomposition's method, which is its class, is written as one field more.
     """
     if is_dataclass(value):
         kind = {"method": value.method} if isinstance(value, Decomposition) else {}
         return {**kind, **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, dict):
+        return {name: encode(entry) for name, entry in value.items()}
     return [*map(encode, value)] if isinstance(value, tuple) else value
 
 
@@ -43,7 +45,17 @@ def decode(kind: Any, value: Any) -> Any:
     if origin is tuple:
         kinds = [parts[0]] * len(value) if parts[-1] is ... else parts
         return tuple(map(decode, kinds, value))
+    if origin is dict:
+        return {name: _decode_entry(name, parts[1], entry) for name, entry in value.items()}
     return _decode_fields(kind, value) if is_dataclass(kind) else value
+
+
+def _decode_entry(name: str, kind: Any, value: Any) -> Any:
+    """Read an entry of a dict; what is wrong with it is said with its name."""
+    try:
+        return decode(kind, value)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise DeepTwistError(f"{name!r}: {first_line(error)}") from error
 
 
 def _decode_fields(kind: Any, values: Mapping[str, Any]) -> Any:
@@ -72,7 +84,7 @@ def _fits(kind: Any, value: object) -> bool:
     if origin is tuple:
         ends = parts[-1] is not ...
         return isinstance(value, list | tuple) and not (ends and len(parts) != len(value))
-    if is_dataclass(kind):
+    if origin is dict or is_dataclass(kind):
         return isinstance(value, dict)
     return type(value) in ((int, float) if kind is float else (kind,))
 
