@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
@@ -20,7 +20,6 @@ logger = logging.getLogger("deeptwist")
 Key = TypeVar("Key", bound=Hashable)
 
 _TF32 = 2.0**-10  # the precision that cuDNN computes fp32 in, unless told otherwise
-_ANY, _AT_LEAST_ONCE = range(2**31), range(1, 2**31)
 _STORED = (
     "if a function stored on the model (a wrapped forward, a lambda, a dispatch table) refers to "
     "the dense layer, store it after the model is decomposed; else exclude the layer"
@@ -41,15 +40,26 @@ def run_counted(
         All tensors of the output, and the number of calls by name.
     """
     counts: Counter[Key] = Counter()
+    outputs = _run_watched(model, inputs, modules, lambda name, _: counts.update([name]))
+    return outputs, counts
+
+
+def _run_watched(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    modules: Mapping[Key, nn.Module],
+    see: Callable[[Key, Any], None],
+) -> list[Tensor]:
+    """Run a model, and tell of every call of these modules its name and the first argument."""
     with ExitStack() as stack:
         stack.enter_context(preserving_state(model, inputs))
         for name, module in modules.items():
 
-            def count(*_: Any, name: Key = name) -> None:
-                counts[name] += 1
+            def hook(_: Any, args: tuple[Any], kwargs: dict[str, Any], name: Key = name) -> None:
+                see(name, next(iter((*args, *kwargs.values())), None))
 
-            stack.callback(module.register_forward_pre_hook(count).remove)
-        return output_tensors(model(*inputs)), counts
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        return output_tensors(model(*inputs))
 
 
 def check_runs(
@@ -72,10 +82,7 @@ def check_runs(
     """
     dense = {name: get_layer(model, name) for name in calls}
     _, counts = _run_factored(small, dense, inputs)
-    _check_counts(
-        counts,
-        {name: _AT_LEAST_ONCE if n is None else {n} if n else _ANY for name, n in calls.items()},
-    )
+    _check_counts(counts, {name: None if n is None else {n} - {0} for name, n in calls.items()})
 
 
 def check_equivalent(
@@ -111,12 +118,9 @@ def check_equivalent(
     if any(y.is_floating_point() and y.isnan().any() for y in (*expected, *outputs)):
         raise DeepTwistError("the outputs on the example input are NaN: nothing can be compared")
     is_met = worst is not None and worst <= limit
-    right: dict[str, Container[int]] = {}
-    for name, planned in calls.items():
-        # Where the outputs' number depends on numbers, so may the calls'.
-        numbers = {planned, dense_counts[name]} - {0}
-        right[name] = _ANY if not numbers else numbers if is_met else _AT_LEAST_ONCE
-    _check_counts(counts, right)
+    right = {name: {planned, dense_counts[name]} - {0} for name, planned in calls.items()}
+    # Where the outputs' number depends on numbers, so may the calls'.
+    _check_counts(counts, {name: n if is_met or not n else None for name, n in right.items()})
     # Equal to the last bit, outputs do not depend on the layers: a detector that detects nothing,
     # a head that is zero before it is trained.
     if is_met and worst != 0:
@@ -134,11 +138,7 @@ def check_equivalent(
 def _run_factored(
     small: nn.Module, dense: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], Mapping[str, int]]:
-    """Run a decomposed model; its outputs, and the number of calls of each factored layer.
-
-    Raises:
-        DeepTwistError: if a dense original runs, or the model cannot run.
-    """
+    """Run a decomposed model; its outputs, and the number of calls of each factored layer."""
     factored = {("factored", name): small.get_submodule(name) for name in dense}
     originals = {("dense", name): module for name, module in dense.items()}
     with explaining(
@@ -156,11 +156,12 @@ def _run_factored(
     return outputs, {name: counts["factored", name] for name in dense}
 
 
-def _check_counts(counts: Mapping[str, int], right: Mapping[str, Container[int]]) -> None:
-    """Check that every factored layer ran a right number of times."""
+def _check_counts(counts: Mapping[str, int], right: Mapping[str, set[int] | None]) -> None:
+    """Check that layers ran a right number of times: `None` is once at least, none are any."""
     for name, numbers in right.items():
-        if counts[name] not in numbers:
-            often = "once at least" if numbers is _AT_LEAST_ONCE else f"{numbers} times"
+        is_right = counts[name] > 0 if numbers is None else not numbers or counts[name] in numbers
+        if not is_right:
+            often = "once at least" if numbers is None else f"{numbers} times"
             raise DeepTwistError(
                 f"the factored layer {name!r} runs {counts[name]} times on the example input, "
                 f"not {often}: {_STORED}"
@@ -188,16 +189,7 @@ def _worst_layer(
 ) -> tuple[str, float]:
     """The layer whose factors give the most different output, on random inputs of its own shape."""
     seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(preserving_state(model, inputs))
-        for name, module in dense.items():
-
-            def see(_: Any, args: tuple[Any], kwargs: dict[str, Any], name: str = name) -> None:
-                seen[name] = [*args, *kwargs.values()][0]
-
-            handle = module.register_forward_pre_hook(see, with_kwargs=True)
-            stack.callback(handle.remove)
-        model(*inputs)
+    _run_watched(model, inputs, dense, seen.__setitem__)
     differences: dict[str, float] = {}
     with preserving_state(model), preserving_state(small):
         for name, module in dense.items():
