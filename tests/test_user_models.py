@@ -32,7 +32,7 @@ def whole_way(
     assert 0 < twist.output_difference < 1e-5
     assert sum(p.numel() for p in small.parameters()) == made.parameters < made.dense_parameters
     loaded = load(save(small, folder / "small"), make)
-    pairs = zip(*(run_counted(each, (x,), {})[0] for each in (small, loaded)), strict=True)
+    pairs = zip(*(run_counted(each, (x,))[0] for each in (small, loaded)), strict=True)
     assert all(torch.equal(y, y_loaded) for y, y_loaded in pairs)
     written = export_onnx(loaded, folder / "small.onnx", x, **export)
     assert written.worst_difference is not None

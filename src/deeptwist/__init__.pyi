@@ -11,7 +11,7 @@ from deeptwist.decompositions import SpatialSVD as SpatialSVD
 from deeptwist.decompositions import TiledSVD as TiledSVD
 from deeptwist.decompositions import Tucker as Tucker
 from deeptwist.errors import DeepTwistError as DeepTwistError
-from deeptwist.inspection.fuse import fuse as fuse
+from deeptwist.inspection.swap import fuse as fuse
 from deeptwist.measure.latency import Latency as Latency
 from deeptwist.plan.calibration import Calibration as Calibration
 from deeptwist.plan.calibration import calibrate as calibrate

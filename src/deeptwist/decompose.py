@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.in_projection import get_layer
 from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
 from deeptwist.inspection.run import FORWARD_ERRORS
 from deeptwist.inspection.swap import swap
-from deeptwist.inspection.weights import Kept, Weight, get_weight, weight_of
+from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, weight_of
 from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
 from deeptwist.plan.calibration import Calibration, default_inputs, to_device
 from deeptwist.plan.plan import Plan
@@ -143,7 +142,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Calibration | None =
         check_runs(model, small, {x.name: len(x.calls) for x in plan.compressed}, inputs)
     except DeepTwistError:
         try:
-            run_counted(model, inputs, {})
+            run_counted(model, inputs)
         except FORWARD_ERRORS:  # random numbers are no input for this network
             logger.warning("%s cannot run on random inputs: unchecked", type(model).__name__)
         else:

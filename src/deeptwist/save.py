@@ -22,8 +22,8 @@ from deeptwist.decompose import planned_weight, replace_layers
 from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import atomic_write
-from deeptwist.inspection.in_projection import get_layer
 from deeptwist.inspection.swap import stored_modules
+from deeptwist.inspection.weights import get_layer
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.plan.codec import decode, encode
 from deeptwist.plan.plan import Plan

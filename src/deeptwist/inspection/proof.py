@@ -3,21 +3,19 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.in_projection import get_layer
 from deeptwist.inspection.run import as_tuple, explaining, output_tensors, preserving_state
+from deeptwist.inspection.weights import get_layer
 
 logger = logging.getLogger("deeptwist")
-
-Key = TypeVar("Key", bound=Hashable)
 
 _TF32 = 2.0**-10  # the precision that cuDNN computes fp32 in, unless told otherwise
 _STORED = (
@@ -27,37 +25,32 @@ _STORED = (
 
 
 def run_counted(
-    model: nn.Module, inputs: tuple[Tensor, ...], modules: Mapping[Key, nn.Module]
-) -> tuple[list[Tensor], Counter[Key]]:
+    model: nn.Module, inputs: tuple[Tensor, ...], modules: Iterable[nn.Module] = ()
+) -> tuple[list[Tensor], Counter[nn.Module]]:
     """Run a model in evaluation mode and count how often each of these modules runs in it.
 
     Args:
         model: any network; left as it was.
         inputs: its positional inputs.
-        modules: by name, of this model or of another one.
+        modules: of this model or of another one.
 
     Returns:
-        All tensors of the output, and the number of calls by name.
+        All tensors of the output, and the number of calls by module.
     """
-    counts: Counter[Key] = Counter()
-    outputs = _run_watched(model, inputs, modules, lambda name, _: counts.update([name]))
-    return outputs, counts
+    counts: Counter[nn.Module] = Counter()
+    return _run_hooked(model, inputs, modules, lambda module, *_: counts.update([module])), counts
 
 
-def _run_watched(
+def _run_hooked(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    modules: Mapping[Key, nn.Module],
-    see: Callable[[Key, Any], None],
+    modules: Iterable[nn.Module],
+    hook: Callable[[nn.Module, tuple[Any], dict[str, Any]], None],
 ) -> list[Tensor]:
-    """Run a model, and tell of every call of these modules its name and the first argument."""
+    """Run a model, with a hook before each of these modules."""
     with ExitStack() as stack:
         stack.enter_context(preserving_state(model, inputs))
-        for name, module in modules.items():
-
-            def hook(_: Any, args: tuple[Any], kwargs: dict[str, Any], name: Key = name) -> None:
-                see(name, next(iter((*args, *kwargs.values())), None))
-
+        for module in modules:
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         return output_tensors(model(*inputs))
 
@@ -111,14 +104,14 @@ def check_equivalent(
     """
     dense = {name: get_layer(model, name) for name in calls}
     with explaining("the model cannot run on the example input"):
-        expected, dense_counts = run_counted(model, inputs, dense)
+        expected, dense_counts = run_counted(model, inputs, dense.values())
     outputs, counts = _run_factored(small, dense, inputs)
     limit = coarsest_eps([*model.parameters(), *expected]) ** 0.5
     worst = _worst_difference(expected, outputs)
     if any(y.is_floating_point() and y.isnan().any() for y in (*expected, *outputs)):
         raise DeepTwistError("the outputs on the example input are NaN: nothing can be compared")
     is_met = worst is not None and worst <= limit
-    right = {name: {planned, dense_counts[name]} - {0} for name, planned in calls.items()}
+    right = {name: {planned, dense_counts[dense[name]]} - {0} for name, planned in calls.items()}
     # Where the outputs' number depends on numbers, so may the calls'.
     _check_counts(counts, {name: n if is_met or not n else None for name, n in right.items()})
     # Equal to the last bit, outputs do not depend on the layers: a detector that detects nothing,
@@ -139,21 +132,20 @@ def _run_factored(
     small: nn.Module, dense: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], Mapping[str, int]]:
     """Run a decomposed model; its outputs, and the number of calls of each factored layer."""
-    factored = {("factored", name): small.get_submodule(name) for name in dense}
-    originals = {("dense", name): module for name, module in dense.items()}
+    factored = {name: small.get_submodule(name) for name in dense}
     with explaining(
         "the decomposed model cannot run",
         "exclude the layer that this names, if it is used in other ways than calling it, or give "
         "another example input",
     ):
-        outputs, counts = run_counted(small, inputs, {**factored, **originals})
-    for name in dense:
-        if counts["dense", name]:
+        outputs, counts = run_counted(small, inputs, [*factored.values(), *dense.values()])
+    for name, original in dense.items():
+        if counts[original]:
             raise DeepTwistError(
                 f"the decomposed {type(small).__name__} still runs the dense layer {name!r}: "
                 f"{_STORED}"
             )
-    return outputs, {name: counts["factored", name] for name in dense}
+    return outputs, {name: counts[module] for name, module in factored.items()}
 
 
 def _check_counts(counts: Mapping[str, int], right: Mapping[str, set[int] | None]) -> None:
@@ -188,14 +180,18 @@ def _worst_layer(
     inputs: tuple[Tensor, ...],
 ) -> tuple[str, float]:
     """The layer whose factors give the most different output, on random inputs of its own shape."""
-    seen: dict[str, Tensor] = {}
-    _run_watched(model, inputs, dense, seen.__setitem__)
+    seen: dict[nn.Module, Tensor] = {}
+
+    def see(module: nn.Module, args: tuple[Any], kwargs: dict[str, Any]) -> None:
+        seen[module] = [*args, *kwargs.values()][0]
+
+    _run_hooked(model, inputs, dense.values(), see)
     differences: dict[str, float] = {}
     with preserving_state(model), preserving_state(small):
         for name, module in dense.items():
             # Not the layer's own input: where that has all but vanished, it is rounding alone.
             # A linear layer whose weight is read, not called, has none.
-            x = torch.randn_like(seen.get(name, cast(Tensor, module.weight)))
+            x = torch.randn_like(seen.get(module, cast(Tensor, module.weight)))
             difference = relative_error(module(x), small.get_submodule(name)(x))
             differences[name] = math.inf if math.isnan(difference) else difference
     return max(differences.items(), key=lambda item: item[1], default=("", 0.0))

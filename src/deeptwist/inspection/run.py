@@ -2,9 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,8 @@ def preserving_state(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Itera
     gpus = {x.device for x in (*inputs, *model.parameters()) if x.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(gpus)))
-        stack.enter_context(_uncompiled())
+        # Compiled functions run as they were written: hooks then see every call.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
         try:
@@ -118,10 +118,3 @@ def preserving_state(model: nn.Module, inputs: tuple[Tensor, ...] = ()) -> Itera
             for dictionary, entries in dictionaries:
                 dictionary.clear()
                 dictionary.update(entries)
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    """Have compiled functions run as they were written: hooks then see every call."""
-    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
-        return nullcontext()
-    return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))

@@ -4,9 +4,7 @@ It is run on tiny inputs while torch's functions are recorded: where it pads its
 calls the function once on its own weight and bias, it is that layer behind a padding.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,19 +58,26 @@ def has_compiled_forward(module: nn.Module) -> bool:
     return getattr(method, "__func__", method) is type(module).forward
 
 
-@dataclass(frozen=True)
-class TracedForward:
-    """A forward that pads its input and calls the layer's function.
+class TracedForward(NamedTuple):
+    """A forward that pads its input and calls the layer's function."""
 
-    Attributes:
-        weight: what it gives the function as its weight.
-        margins: of the padding, as `F.pad` takes them; none where it does not pad.
-        mode: of the padding.
-    """
+    weight: Tensor  # what it gives the function as its weight
+    margins: tuple[int, ...]  # of the padding, as `F.pad` takes them; none where it does not pad
+    mode: str  # of the padding
+    is_all: bool  # whether it calls nothing else
 
-    weight: Tensor
-    margins: tuple[int, ...]
-    mode: str
+
+class _Call(NamedTuple):
+    """One call of a function of torch."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """Return the arguments by name."""
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
 class _Recorder(TorchFunctionMode):
@@ -80,7 +85,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[_Call] = []
 
     def __torch_function__(
         self,
@@ -91,7 +96,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not is_metadata(func):
-            self.calls.append((func, args, kwargs or {}, result))
+            self.calls.append(_Call(func, args, kwargs or {}, result))
         return result
 
 
@@ -108,14 +113,14 @@ def trace_padding(
     Raises:
         DeepTwistError: if the forward computes anything else, or pads in a way of its own.
     """
+    margins, mode = [], "constant"
     sizes = range(1 + max(geometry.stride, default=0))  # all that the stride tells apart
-    forwards = [
-        trace_forward(module, geometry, extra, computes_weight=computes_weight) for extra in sizes
-    ]
-    traced = [forward for forward in forwards if forward is not None]
-    if len(traced) < len(forwards):
-        raise other_forward_error(module)
-    margins, mode = [forward.margins for forward in traced], traced[0].mode
+    for extra in sizes:
+        forward = trace_forward(module, geometry, extra, computes_weight=computes_weight)
+        if forward is None:
+            raise other_forward_error(module)
+        margins.append(forward.margins)
+        mode = forward.mode
     if not any(any(margin) for margin in margins):
         return None
     if len(set(margins)) == 1:
@@ -148,51 +153,41 @@ def trace_forward(
             weight = module.weight
             with _Recorder() as recorder:
                 y = type(module).forward(module, x)
-            forward = _only_call(module, x, y, recorder.calls, computes_weight=computes_weight)
-            is_own = forward is not None and (computes_weight or forward.weight is weight)
+            forward = _only_call(module, geometry, x, y, recorder.calls)
     except Exception:  # a forward of any class, on an input that it may not be made for
         return None
     finally:
         module.training = was_training
-    return forward if is_own else None
+    is_own = forward is not None and forward.is_all and forward.weight is weight
+    return forward if computes_weight or is_own else None
 
 
 def _only_call(
-    module: nn.Module, x: Tensor, y: Any, calls: list[Any], *, computes_weight: bool
+    module: nn.Module, geometry: ConvGeometry, x: Tensor, y: Any, calls: list[_Call]
 ) -> TracedForward | None:
-    """Return the one call of the layer's function; `None` where it is not all there is."""
-    name = "linear" if isinstance(module, nn.Linear) else f"conv{x.dim() - 2}d"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        name = f"conv_transpose{x.dim() - 2}d"
-    layer_calls = [call for call in calls if getattr(call[0], "__name__", "") == name]
-    pads = [call for call in calls if call[0] in (functional.pad, torch._C._nn.pad)]
+    """Return the one call of the layer's function, behind one padding at most."""
+    kind = "conv_transpose" if geometry.transposed else "conv"
+    name = f"{kind}{geometry.dims}d" if geometry.dims else "linear"
+    layer_calls = [call for call in calls if getattr(call.func, "__name__", "") == name]
+    pads = [call for call in calls if call.func in (functional.pad, torch._C._nn.pad)]
     if len(layer_calls) != 1 or len(pads) > 1:
         return None
-    if len(calls) > 1 + len(pads) and not computes_weight:
-        return None
-    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
-    values, result = _arguments(names, layer_calls[0])
+    options = ("stride", "padding", "dilation", "groups")
+    values = layer_calls[0].named("input", "weight", "bias", *options)
     margins, mode, padded = (), "constant", x
-    if pads:
-        options, padded = _arguments(["input", "pad", "mode", "value"], pads[0])
-        margins, mode = tuple(options["pad"]), options.get("mode", "constant")
-        if options["input"] is not x or options.get("value"):
+    for pad in pads:
+        given, padded = pad.named("input", "pad", "mode", "value"), pad.result
+        margins, mode = tuple(given["pad"]), given.get("mode", "constant")
+        if given["input"] is not x or given.get("value"):
             return None
-    if values["input"] is not padded or result is not y:
+    if values["input"] is not padded or layer_calls[0].result is not y:
         return None
-    same_options = all(
-        key not in values or values[key] == getattr(module, key, None)
-        for key in ("stride", "padding", "dilation", "groups")
-    )
-    if values.get("bias") is not getattr(module, "bias", None) or not same_options:
+    own = {key: getattr(module, key, None) for key in ("bias", *options)}
+    if values.get("bias") is not own["bias"] or any(
+        values.get(k, own[k]) != own[k] for k in options
+    ):
         return None
-    return TracedForward(values["weight"], margins, mode)
-
-
-def _arguments(names: Sequence[str], call: Any) -> tuple[dict[str, Any], Any]:
-    """Return a recorded call's arguments by name, and its result."""
-    _, args, kwargs, result = call
-    return {**dict(zip(names, args, strict=False)), **kwargs}, result
+    return TracedForward(values["weight"], margins, mode, len(calls) == 1 + len(pads))
 
 
 def _input_size(geometry: ConvGeometry, extra: int) -> list[int]:

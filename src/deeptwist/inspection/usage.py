@@ -1,9 +1,9 @@
 """What a model is made of: its layers, how an example uses them, and which are safe to touch."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.in_projection import named_layers
 from deeptwist.inspection.run import FORWARD_ERRORS, explaining, preserving_state
 from deeptwist.inspection.tracing import has_compiled_forward, is_metadata
-from deeptwist.inspection.weights import Kept, Weight, weight_of
+from deeptwist.inspection.weights import Kept, Weight, named_layers, weight_of
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 
@@ -78,15 +77,11 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
     for module, weight in weights.items():
         for parameter in weight.parameters:
             holders.setdefault(parameter, []).append(module)
-    usage = _trace_usage(model, inputs, weights, holders)
+    usage, macs = _trace_usage(model, inputs, weights, holders)
     order = [*usage.calls, *(module for module in weights if module not in usage.calls)]
     call_order = {module: number for number, module in enumerate(order)}
-    factored = {
-        part
-        for module in model.modules()
-        if isinstance(module, FactoredLayer)
-        for part in module.modules()
-    }
+    holding = [module for module in model.modules() if isinstance(module, FactoredLayer)]
+    factored = {part for module in holding for part in module.modules()}
 
     def inspect_layer(module: nn.Module, weight: Weight | Kept) -> Layer:
         reason = _reason(weight)
@@ -95,7 +90,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
         sharing = [x for p in weight.parameters for x in holders[p] if x is not module]
         if sharing and not reason:
             reason = f"shares its weight with {names[sharing[0]][0]!r}"
-        reason = reason or usage.unsupported_uses.get(module)
+        reason = reason or usage.unsupported.get(module)
         if not usage.calls.get(module):
             reason = reason or "is not called on the example input"
         weight_numel = sum(p.numel() for p in weight.parameters if holders[p][0] is module)
@@ -113,7 +108,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
         )
 
     layers = tuple(inspect_layer(module, weight) for module, weight in weights.items())
-    return Inspection(layers, usage.macs)
+    return Inspection(layers, macs)
 
 
 def _find_weights(
@@ -146,97 +141,81 @@ def _reason(weight: Weight | Kept) -> str | None:
     return None
 
 
-@dataclass
-class _Usage:
-    """What an example input does with a model's layers.
-
-    Attributes:
-        calls: by layer, in order of first use: every use, `F.linear` on its weight included.
-        unsupported_uses: by layer, a use that no factored layer serves.
-        macs: multiply-accumulates of the whole network, of all its examples together; `None`
-            where torch could not count them.
-    """
-
-    calls: dict[nn.Module, list[LayerCall]] = field(default_factory=dict)
-    unsupported_uses: dict[nn.Module, str] = field(default_factory=dict)
-    macs: int | None = None
-
-
 def _trace_usage(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     weights: Mapping[nn.Module, Weight | Kept],
     holders: Mapping[Tensor, list[nn.Module]],
-) -> _Usage:
-    """Run a model once, in evaluation mode, and leave it as it was.
+) -> tuple["_Usage", int | None]:
+    """Run a model once; what it does with its layers, and all its MACs, where they can be counted.
 
     Raises:
         DeepTwistError: if the model cannot run on the inputs.
     """
-    watched = {module: x.geometry for module, x in weights.items() if x.geometry}
-    paddings = {
-        module: weight.padding
-        for module, weight in weights.items()
-        if isinstance(weight, Weight) and weight.padding is not None
-    }
-    owners = {id(p): modules[0] for p, modules in holders.items() if modules[0] in watched}
+    counter = FlopCounterMode(display=False)
     try:
-        counter = FlopCounterMode(display=False)
-        usage = _run(model, inputs, _UsageTracer(watched, paddings, owners), [counter])
-        usage.macs = int(counter.get_total_flops()) // 2
+        usage = _run(model, inputs, _Usage(weights, holders), counter)
+        return usage, int(counter.get_total_flops()) // 2
     except FORWARD_ERRORS:
         # Either the model or the counter failed.
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         with explaining(f"{type(model).__name__} cannot run on the example input {shapes}"):
-            usage = _run(model, inputs, _UsageTracer(watched, paddings, owners), [])
-    return usage
+            return _run(model, inputs, _Usage(weights, holders), nullcontext()), None
 
 
 def _run(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    tracer: "_UsageTracer",
-    modes: Sequence[FlopCounterMode],
-) -> _Usage:
+    usage: "_Usage",
+    counter: AbstractContextManager[object],
+) -> "_Usage":
+    """Run a model while its layers are followed."""
     with ExitStack() as stack:
         stack.enter_context(preserving_state(model, inputs))
-        for module in tracer.geometries:
-            handles = (
-                module.register_forward_pre_hook(tracer.enter, with_kwargs=True, prepend=True),
-                module.register_forward_hook(tracer.leave, always_call=True),
-            )
-            for handle in handles:
-                stack.callback(handle.remove)
+        for module in usage.geometries:
+            enter = module.register_forward_pre_hook(usage.enter, with_kwargs=True, prepend=True)
+            leave = module.register_forward_hook(usage.leave, always_call=True)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
         # The counter knows not every fused attention, the processor's for one.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for counter in modes:
-            stack.enter_context(counter)
-        stack.enter_context(tracer)
+        stack.enter_context(counter)
+        stack.enter_context(usage)
         model(*inputs)
-    return tracer.usage
+    return usage
 
 
-class _UsageTracer(TorchFunctionMode):
-    """Follows layers' calls by hooks, and reads of their weights through torch's functions."""
+class _Usage(TorchFunctionMode):
+    """Follows layers' calls by hooks, and reads of their weights through torch's functions.
+
+    Attributes:
+        calls: by layer, in order of first use: every use, `F.linear` on its weight included.
+        unsupported: by layer, a use that no factored layer serves.
+    """
 
     def __init__(
         self,
-        geometries: Mapping[nn.Module, ConvGeometry],
-        paddings: Mapping[nn.Module, nn.Module],
-        owners: Mapping[int, nn.Module],  # by the id of a weight's parameter
+        weights: Mapping[nn.Module, Weight | Kept],
+        holders: Mapping[Tensor, list[nn.Module]],
     ):
         super().__init__()
-        self.geometries = geometries
-        self.usage = _Usage()
-        self._paddings = paddings
-        self._owners = owners
+        self.calls: dict[nn.Module, list[LayerCall]] = {}
+        self.unsupported: dict[nn.Module, str] = {}
+        self.geometries = {m: weight.geometry for m, weight in weights.items() if weight.geometry}
+        self._paddings = {
+            m: weight.padding
+            for m, weight in weights.items()
+            if isinstance(weight, Weight) and weight.padding is not None
+        }
+        # By the id of a weight's parameter.
+        self._owners = {id(p): m[0] for p, m in holders.items() if m[0] in self.geometries}
         self._running: list[nn.Module] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append(module)
         arguments = [*args, *kwargs.values()]
         if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
-            self.usage.unsupported_uses[module] = "is called with more than its input"
+            self.unsupported[module] = "is called with more than its input"
             return
         x, dims = arguments[0], self.geometries[module].dims
         if dims == 0:
@@ -251,7 +230,7 @@ class _UsageTracer(TorchFunctionMode):
         self._running.pop()
 
     def _add_call(self, module: nn.Module, count: int, size: tuple[int, ...] = ()) -> None:
-        self.usage.calls.setdefault(module, []).append(LayerCall(count, size))
+        self.calls.setdefault(module, []).append(LayerCall(count, size))
 
     def __torch_function__(
         self,
@@ -283,10 +262,8 @@ class _UsageTracer(TorchFunctionMode):
             if role != "in_proj_weight" or given["query"] is given["key"] is given["value"]:
                 self._add_call(module, given[_PROJECTED.get(role, "query")].shape[:-1].numel())
                 return
-            self.usage.unsupported_uses[module] = (
-                "projects keys or values of other inputs than queries"
-            )
-        self.usage.unsupported_uses.setdefault(
+            self.unsupported[module] = "projects keys or values of other inputs than queries"
+        self.unsupported.setdefault(
             module, f"has a weight that its owner reads ({name.strip('_')})"
         )
 

@@ -5,6 +5,7 @@ attributes; a subclass with a forward of its own is traced. There is one small c
 in which a weight is kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.in_projection import get_layer, has_in_projection
 from deeptwist.inspection.run import eval_mode
 from deeptwist.inspection.tracing import (
     class_name,
@@ -44,6 +44,54 @@ _NORM_PARAMETRIZATIONS = {
 }
 
 
+class InProjection(nn.Linear):
+    """The projection of queries, keys and values in one, which torch's attention holds itself.
+
+    It has the attention's own parameter; `swap` puts its factors into the copy as a submodule of
+    this name.
+    """
+
+    NAME = "in_proj"
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        outputs, inputs = attention.in_proj_weight.shape
+        super().__init__(inputs, outputs, bias=False, device="meta")
+        self.weight = attention.in_proj_weight
+        self.train(attention.training)
+
+
+def has_in_projection(module: nn.Module) -> bool:
+    """Whether a module is torch's attention, its forward its own, with one weight for all three."""
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and computing_class(module) is nn.MultiheadAttention
+        and module._parameters.get("in_proj_weight") is not None
+    )
+
+
+def get_layer(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that a layer's name in a plan stands for.
+
+    Raises:
+        AttributeError: if there is none.
+    """
+    owner, _, last = name.rpartition(".")
+    if last == InProjection.NAME and has_in_projection(model.get_submodule(owner)):
+        return InProjection(cast(nn.MultiheadAttention, model.get_submodule(owner)))
+    return model.get_submodule(name)
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules of a model, as `named_modules` with duplicates, and these projections."""
+    projections: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield name, module
+        if has_in_projection(module):
+            if module not in projections:
+                projections[module] = InProjection(cast(nn.MultiheadAttention, module))
+            yield f"{name}.{InProjection.NAME}".lstrip("."), projections[module]
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """The weight of a torch layer: the parameter itself.
@@ -59,11 +107,6 @@ class Weight:
     geometry: ConvGeometry
     padding: nn.Module | None = None
     is_computed: ClassVar[bool] = False
-
-    @staticmethod
-    def holds(module: nn.Module) -> bool:
-        """Whether a module keeps its weight in this way; the first of `_KINDS` counts."""
-        return isinstance(module, SUPPORTED_MODULES)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -103,12 +146,6 @@ class Weight:
 class TransposedWeight(Weight):
     """The weight (i, o) of transformers' Conv1D, a linear layer."""
 
-    @staticmethod
-    def holds(module: nn.Module) -> bool:
-        """Whether it is such a layer, its weight the parameter itself."""
-        is_kind = class_name(computing_class(module)) == _TRANSPOSED_LINEAR
-        return is_kind and not parametrize.is_parametrized(module) and _norm_hook(module) is None
-
     def read(self) -> Tensor:
         """Return the transposed parameter (o, i), a view."""
         return super().read().mT
@@ -122,11 +159,6 @@ class HookedWeight(Weight):
     """The weight that weight norm or spectral norm of torch.nn.utils computes in a hook."""
 
     is_computed = True
-
-    @staticmethod
-    def holds(module: nn.Module) -> bool:
-        """Whether a layer has such a hook."""
-        return isinstance(module, SUPPORTED_MODULES) and _norm_hook(module) is not None
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -152,11 +184,6 @@ class StandardizedWeight(Weight):
 
     is_computed = True
 
-    @staticmethod
-    def holds(module: nn.Module) -> bool:
-        """Whether the class is known to do so."""
-        return class_name(computing_class(module)) in _STANDARDIZED
-
     def read(self) -> Tensor:
         """Return the weight that the forward gives to the convolution."""
         forward = trace_forward(self.module, self.geometry, computes_weight=True)
@@ -168,11 +195,6 @@ class ParametrizedWeight(Weight):
     """The weight that torch's parametrizations compute: weight norm, spectral norm."""
 
     is_computed = True
-
-    @staticmethod
-    def holds(module: nn.Module) -> bool:
-        """Whether a layer has any."""
-        return isinstance(module, SUPPORTED_MODULES) and parametrize.is_parametrized(module)
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -186,7 +208,19 @@ class ParametrizedWeight(Weight):
         self.module.weight = weight
 
 
-_KINDS = TransposedWeight, HookedWeight, StandardizedWeight, ParametrizedWeight, Weight
+def _kind_of(module: nn.Module) -> type[Weight] | None:
+    """Return how a module keeps its weight; `None` where it is no layer."""
+    is_layer, name = isinstance(module, SUPPORTED_MODULES), class_name(computing_class(module))
+    is_normed, is_parametrized = _norm_hook(module) is not None, parametrize.is_parametrized(module)
+    if name == _TRANSPOSED_LINEAR and not is_normed and not is_parametrized:
+        return TransposedWeight
+    if is_layer and is_normed:
+        return HookedWeight
+    if name in _STANDARDIZED:
+        return StandardizedWeight
+    if is_layer:
+        return ParametrizedWeight if is_parametrized else Weight
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +241,7 @@ class Kept:
 
 def weight_of(module: nn.Module) -> Weight | Kept:
     """Return the weight that a module computes with, or why it must be kept as it is."""
-    kind = next((kind for kind in _KINDS if kind.holds(module)), None)
+    kind = _kind_of(module)
     if kind is None:
         reason = f"is {describe_class(computing_class(module))}, not a convolution"
         return Kept(reason, None, _own_matrices(module))
@@ -256,11 +290,7 @@ def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _geometry(module: nn.Module, kind: type[Weight]) -> ConvGeometry:
-    """Return a layer's geometry.
-
-    Raises:
-        DeepTwistError: if its attributes, which may be set by hand, are not those of one.
-    """
+    """Return a layer's geometry, from attributes that may have been set by hand."""
     try:
         if kind is TransposedWeight:
             inputs, outputs = cast(Tensor, module.weight).shape
@@ -300,11 +330,7 @@ def _check_parametrization(module: nn.Module) -> None:
 
 
 def _padding(module: nn.Module, kind: type[Weight], geometry: ConvGeometry) -> nn.Module | None:
-    """Return the padding of a forward of the module's own, if it has one.
-
-    Raises:
-        DeepTwistError: if the forward computes more than the layer behind a padding.
-    """
+    """Return the padding of a forward of the module's own, if it has one."""
     if computing_class(module) in SUPPORTED_MODULES or kind is TransposedWeight:
         return None
     # Numbers besides the weight and the bias may come into play later, as an adapter's.
