@@ -17,7 +17,8 @@ from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
 from deeptwist.inspection.run import FORWARD_ERRORS
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, weight_of
-from deeptwist.layers.geometry import ConvGeometry, compute_dtype, weight_to_kernel
+from deeptwist.layers.geometry import compute_dtype, weight_to_kernel
+from deeptwist.measure.random_layers import random_kernels
 from deeptwist.plan.calibration import Calibration, default_inputs, to_device
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -160,23 +161,15 @@ def dry_run(
     Raises:
         DeepTwistError: if the model cannot be copied, or cannot run with factored layers.
     """
-
-    def random_kernel(part: ConvGeometry, device: torch.device) -> Tensor:
-        kernel = torch.empty(part.kernel_shape, device=device)
-        if not kernel.is_meta:
-            generator = torch.Generator(device).manual_seed(0)
-            kernel.normal_(0, math.prod(part.kernel_shape[2:]) ** -0.5, generator=generator)
-        return kernel
-
     kernels = {}
-    for layer in plan.compressed:
-        device = planned_weight(model, layer).parameters[0].device
-        parts = layer.decomposition.parts(layer.convolution)
-        kernels[layer.name] = [random_kernel(part, device) for part in parts]
+    with torch.random.fork_rng(devices=[]):  # the numbers are the same every time
+        torch.default_generator.manual_seed(0)
+        for layer in plan.compressed:
+            reference = planned_weight(model, layer).parameters[0]
+            kernels[layer.name] = random_kernels(layer.convolution, layer.decomposition, reference)
     small = replace_layers(model, plan, kernels)
-    check_runs(
-        model, small, dict.fromkeys(kernels), example_inputs(model, plan.inputs, example_input)
-    )
+    inputs = example_inputs(model, plan.inputs, example_input)
+    check_runs(model, small, dict.fromkeys(kernels), inputs)
 
 
 def keep_frozen(model: nn.Module, plan: Plan) -> Plan:

@@ -91,9 +91,8 @@ def _referenced(root: object, skipped: frozenset[int]) -> Iterator[object]:
 def _is_copyable(value: object) -> bool:
     """Whether `copy.deepcopy` can take an object: locks, generators and open files it cannot."""
     kind = type(value)
-    if isinstance(value, nn.Module | FunctionType | dict | list | tuple | set | frozenset):
-        return True
-    if hasattr(kind, "__deepcopy__") or kind in copy._deepcopy_dispatch:  # type: ignore[attr-defined]
+    known = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+    if isinstance(value, nn.Module) or hasattr(kind, "__deepcopy__") or kind in known:
         return True
     try:
         value.__reduce_ex__(4)

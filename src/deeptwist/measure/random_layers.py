@@ -30,15 +30,22 @@ def random_dense(convolution: ConvGeometry, reference: Tensor) -> nn.Module:
     return _for_inference(convolution.make_module(kernel, bias), convolution)
 
 
+def random_kernels(
+    convolution: ConvGeometry, decomposition: Decomposition, reference: Tensor
+) -> list[Tensor]:
+    """Return random kernels of a factored layer, in the reference's type and place."""
+    # Scaled so that a whole network of such layers neither overflows nor vanishes.
+    return [
+        (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
+        for part in decomposition.parts(convolution)
+    ]
+
+
 def random_factored(
     convolution: ConvGeometry, decomposition: Decomposition, reference: Tensor
 ) -> FactoredLayer:
     """Return the factored layer with random weights, ready to be timed."""
-    # Scaled so that a whole network of such layers neither overflows nor vanishes.
-    kernels = [
-        (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
-        for part in decomposition.parts(convolution)
-    ]
+    kernels = random_kernels(convolution, decomposition, reference)
     bias = reference.new_zeros(convolution.out_channels)
     return _for_inference(decomposition.make_layer(convolution, kernels, bias), convolution)
 
