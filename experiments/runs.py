@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from deeptwist.app.cli.app import app
+from deeptwist.app.cli.commands import app
 from deeptwist.app.data import ImageData, load_data
 from deeptwist.app.training.metrics import Values, read_run
 from deeptwist.app.training.recipe import DataRecipe, Recipe

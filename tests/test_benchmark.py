@@ -16,8 +16,8 @@ from tests.memory import peak_memory
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan
+from deeptwist.app.cli.console import layer_rows
 from deeptwist.app.cli.options import BenchmarkOptions
-from deeptwist.app.cli.tables import layer_rows
 from deeptwist.app.models import build_model
 from deeptwist.measure.compare import Comparison, time_models, time_settings
 from deeptwist.measure.runtimes import Run, Runtime, Setting, make_runner

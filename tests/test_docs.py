@@ -16,7 +16,7 @@ from tests.cases import EVERY_LAYER
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.app.cli.app import app
+from deeptwist.app.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,7 +10,7 @@ from tests.test_cli import refused, run
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.app.cli.sweep import RATIOS, SweepPoint, find_knee, sweep
+from deeptwist.app.cli.sweep import RATIOS, find_knee, sweep
 
 NETWORK = "tests.test_compress:network"
 
@@ -23,12 +23,12 @@ def test_error_and_savings_rise_with_the_ratio() -> None:
             model, dt.SpatialSVD(), ratio=ratio, example_input=x, layers=EVERY_LAYER
         )
     )
-    assert [point.ratio for point in points] == [*RATIOS]
-    for values in zip(*((p.error, p.weights, p.macs) for p in points), strict=True):
+    assert [point["ratio"] for point in points] == [*RATIOS]
+    for values in zip(*((p["error"], p["weights"], p["macs"]) for p in points), strict=True):
         assert [*values] == sorted(values)
     plan = dt.plan(model, dt.SpatialSVD(), ratio=4, example_input=x, layers=EVERY_LAYER)
     errors = torch.tensor([layer.relative_error for layer in plan.compressed])
-    assert points[4].error == pytest.approx(float(errors.square().mean().sqrt()))
+    assert points[4]["error"] == pytest.approx(float(errors.square().mean().sqrt()))
 
 
 @pytest.mark.parametrize("corner", [1, 3, 6])
@@ -36,14 +36,14 @@ def test_error_and_savings_rise_with_the_ratio() -> None:
 def test_the_knee_is_where_two_straight_lines_meet(corner: int, has_accuracy: bool) -> None:
     losses = [0.01 * step + 0.1 * max(0, step - corner) for step in range(8)]
     points = [
-        SweepPoint(2.0**step, loss, 2, 2, 0.9 - loss if has_accuracy else None)
+        {"ratio": 2.0**step, "error": loss, "accuracy": 0.9 - loss if has_accuracy else None}
         for step, loss in enumerate(losses)
     ]
     assert find_knee(points, 0.9 if has_accuracy else None) == corner
 
 
 def test_a_loss_that_does_not_rise_has_its_knee_at_the_end() -> None:
-    points = [SweepPoint(ratio, 0.0, ratio, ratio) for ratio in RATIOS]
+    points = [{"ratio": ratio, "error": 0.0} for ratio in RATIOS]
     assert find_knee(points) == len(RATIOS) - 1
 
 

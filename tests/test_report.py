@@ -15,9 +15,7 @@ import yaml
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.app.cli.sweep import SweepPoint
-from deeptwist.app.report import write_report
-from deeptwist.app.report.page import write_sweep
+from deeptwist.app.report import write_report, write_sweep
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.errors import DeepTwistError
 
@@ -575,8 +573,12 @@ def test_settings_of_other_modes_are_left_out(make: Make, page: Callable[..., Pa
 @pytest.mark.parametrize("dense", [None, 0.9])
 def test_a_sweep_has_a_page(tmp_path: Path, dense: float | None) -> None:
     accuracies = [None] * 3 if dense is None else [0.88, 0.8, 0.4]
-    points = [SweepPoint(n + 1.5, n / 8, n + 1, n + 1.25, a) for n, a in enumerate(accuracies)]
-    write_sweep(points, 1, tmp_path / "a.html", title=HOSTILE, dense_accuracy=dense)
+    points = [
+        {"ratio": n + 1.5, "error": n / 8, "weights": n + 1, "macs": n + 1.25, "accuracy": a}
+        for n, a in enumerate(accuracies)
+    ]
+    sweep = {"points": points, "knee": 2.5, "dense_accuracy": dense}
+    write_sweep(sweep, tmp_path / "a.html", title=HOSTILE)
     html = Page((tmp_path / "a.html").read_text())
     assert html.texts["h1"] == [HOSTILE]
     titles = ["Predicted error", "What is saved", "Accuracy without training"]

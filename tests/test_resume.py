@@ -148,7 +148,7 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["deeptwist.app.training.run", "deeptwist.app.cli.app", "sklearn.datasets"]
+    ["deeptwist.app.training.run", "deeptwist.app.cli.commands", "sklearn.datasets"]
 )
 
 

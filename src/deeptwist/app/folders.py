@@ -1,10 +1,20 @@
-"""Whether a folder may be worked in: what another job or run left there is never mixed into."""
+"""Folders to work in: what another job or run left there is never mixed into."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from deeptwist.errors import DeepTwistError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the failure to write a file or a folder into one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_folder(

@@ -16,7 +16,7 @@ def main(words: Sequence[str] | None = None) -> None:
         words: what was written after ``deeptwist``; the process's own arguments if not given.
     """
     try:
-        from deeptwist.app.cli.app import app
+        from deeptwist.app.cli.commands import app
     except ModuleNotFoundError as error:
         sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
     if {"--version", "--verbose"} <= set(sys.argv[1:] if words is None else words):

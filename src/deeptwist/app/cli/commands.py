@@ -3,15 +3,26 @@
 Heavy imports wait inside the commands, so that help answers at once.
 """
 
-import json
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from deeptwist.app.cli.console import is_main_process, progress_bar, writing
+from deeptwist._version import __version__
+from deeptwist.app.cli.console import (
+    is_main_process,
+    layer_rows,
+    plan_counts,
+    print_benchmark,
+    print_compressed,
+    print_exported,
+    print_result,
+    print_summary,
+    print_sweep,
+    progress_bar,
+)
 from deeptwist.app.cli.options import (
     NO_CALIBRATION,
     NO_SWEEP,
@@ -19,7 +30,6 @@ from deeptwist.app.cli.options import (
     BenchmarkOptions,
     CalibrationOptions,
     CompressOptions,
-    Model,
     NetworkOptions,
     PlanOptions,
     SweepOptions,
@@ -27,25 +37,28 @@ from deeptwist.app.cli.options import (
     check_size,
     make_job,
     make_small_job,
+    values_of_recipe,
 )
-from deeptwist.app.cli.tables import (
-    describe_accuracy,
-    layer_rows,
-    plan_counts,
-    print_compressed,
-    print_exported,
-    print_layers,
-    print_networks,
-    print_summaries,
-    print_sweep,
-)
+from deeptwist.app.folders import writing
 from deeptwist.app.training.recipe import CompressionRecipe, DataRecipe, Recipe
 from deeptwist.errors import DeepTwistError
 
-_WEIGHTS, _NETWORK = WeightOptions(), NetworkOptions()
 _BENCHMARK, _COMPRESS = BenchmarkOptions(), CompressOptions()
+app = App(
+    name="deeptwist",
+    version=__version__,
+    help_format="markdown",
+    default_parameter=Parameter(negative=(), show_env_var=False),
+    help="""Make a trained CNN smaller and faster by learning its low-rank approximation.
+
+`deeptwist demo` shows all of it in two minutes.""",
+)
 
 
+app.config = (values_of_recipe,)
+
+
+@app.command
 def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> None:
     """Train a small network on embedded data, compress it, time both, write a report.
 
@@ -65,6 +78,7 @@ def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> N
     print(NEXT_STEPS)
 
 
+@app.command
 def compress(
     network: Annotated[str, Parameter(help="A network as elsewhere, or a recipe (.yaml).")],
     *,
@@ -98,16 +112,15 @@ def compress(
     from deeptwist.app.cli.compress import run_compress
 
     result = run_compress(recipe, options, out, resume=resume)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print_compressed(f"{recipe.model} on {recipe.data.source}", result)
+    print_result(
+        result, as_json, partial(print_compressed, f"{recipe.model} on {recipe.data.source}")
+    )
 
 
+@app.command
 def plan(
-    model: Model,
+    network: NetworkOptions,
     *,
-    network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
     calibration: CalibrationOptions = NO_CALIBRATION,
     out: Path | None = None,
@@ -129,9 +142,17 @@ def plan(
     from deeptwist.files import write_text
 
     if sweep.sweep:
-        _sweep(model, network, options or CompressionRecipe(), calibration, sweep, as_json)
+        from deeptwist.app.cli.sweep import sweep_network
+        from deeptwist.app.report import write_sweep
+
+        recipe = options or CompressionRecipe()
+        result = sweep_network(network, recipe, calibration, sweep)
+        title = f"{network.model}, {recipe.label}"
+        if sweep.page is not None:
+            write_sweep(result, sweep.page, title=f"deeptwist plan --sweep {title}")
+        print_result(result, as_json, partial(print_sweep, title))
         return
-    job = make_job(model, network, options, calibration)
+    job = make_job(network, options, calibration)
     planned = job.make_plan(job.calibration, None)
     if out is not None:
         with writing(out):
@@ -139,30 +160,7 @@ def plan(
     print(planned.to_json() if as_json else planned)
 
 
-def _sweep(
-    model: str,
-    network: NetworkOptions,
-    recipe: CompressionRecipe,
-    calibration: CalibrationOptions,
-    options: SweepOptions,
-    as_json: bool,
-) -> None:
-    """Plan at many ratios, print what is lost and saved, and draw it where asked."""
-    from deeptwist.app.cli.sweep import find_knee, sweep_network
-    from deeptwist.app.report.page import write_sweep
-
-    points, dense_accuracy = sweep_network(model, network, recipe, calibration, options)
-    knee, title = find_knee(points, dense_accuracy), f"{model}, {recipe.label}"
-    if options.page is not None:
-        heading = f"deeptwist plan --sweep {title}"
-        write_sweep(points, knee, options.page, title=heading, dense_accuracy=dense_accuracy)
-    if as_json:
-        values = {"dense_accuracy": dense_accuracy, "knee": points[knee].ratio}
-        print(json.dumps({**values, "points": [asdict(point) for point in points]}))
-    else:
-        print_sweep(title, points, knee, dense_accuracy)
-
-
+@app.command
 def train(
     network: Annotated[str, Parameter(help="A recipe (.yaml), or a network as elsewhere.")],
     *,
@@ -200,17 +198,15 @@ def train(
     run = build_run(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
         summary = train(run, out, resume=resume, on_step=advance)
-    if as_json and is_main_process():
-        print(json.dumps(summary))
-    elif is_main_process():
-        print_summaries(f"{recipe.model} on {data.name}", [summary])
+    if is_main_process():
+        print_result(summary, as_json, partial(print_summary, f"{recipe.model} on {data.name}"))
 
 
+@app.command
 def decompose(
-    model: Model,
+    network: NetworkOptions,
     *,
     out: Path,
-    network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
     calibration: CalibrationOptions = NO_CALIBRATION,
     recalibrate: bool = False,
@@ -230,26 +226,25 @@ def decompose(
     """
     from deeptwist.save import WEIGHTS, save
 
-    job = make_job(model, network, options, calibration, recalibrate=recalibrate)
+    job = make_job(network, options, calibration, recalibrate=recalibrate)
     job.choose_plan()
     planned = job.plan
-    size = (save(job.decompose(), out, base_model=model) / WEIGHTS).stat().st_size
-    if as_json:
-        print(json.dumps({"out": str(out), **plan_counts(planned), "bytes": size}))
-        return
-    print(
+    size = (save(job.decompose(), out, base_model=network.model) / WEIGHTS).stat().st_size
+    values = {"out": str(out), **plan_counts(planned), "bytes": size}
+    text = (
         f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
         f"({planned.compression_ratio:.2f}×), {planned.dense_macs:,} → {planned.macs:,} MACs, "
         f"{len(planned.compressed)} layers compressed, {len(planned.kept)} kept"
     )
+    print_result(values, as_json, lambda _: print(text))
 
 
+@app.command
 def evaluate(
-    model: Model,
+    network: WeightOptions,
     *,
     data: Annotated[DataRecipe | None, Parameter(name="*")] = None,
     small: Path | None = None,
-    network: WeightOptions = _WEIGHTS,
     as_json: AsJson = False,
 ) -> None:
     """Measure accuracy and loss on the test images: of a dense network or of a saved small one.
@@ -272,23 +267,21 @@ def evaluate(
         raise DeepTwistError("give either --weights of the dense network or --small of a small one")
     dataset = load_data(data)
     count = len(dataset.test.labels)
-    built = network.build(model, num_classes=len(dataset.classes), in_channels=dataset.shape[0])
+    built = network.build(dataset)
     if small is not None:
         built = load(small, model=built)
     with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:
         result = evaluate(built, dataset.test, dataset, on_batch=advance)
-    if as_json:
-        print(json.dumps({"data": dataset.name, "images": count, **asdict(result)}))
-    else:
-        accuracy = describe_accuracy(result.accuracy, result.loss)
-        print(f"{accuracy} on {count:,} images of {dataset.name}")
+    values = {"data": dataset.name, "images": count, **asdict(result)}
+    text = "accuracy {accuracy:.2%}, loss {loss:.4f} on {images:,} images of {data}"
+    print_result(values, as_json, lambda values: print(text.format(**values)))
 
 
+@app.command
 def benchmark(
-    model: Model,
+    network: NetworkOptions,
     *,
     small: Path | None = None,
-    network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
     settings: BenchmarkOptions = _BENCHMARK,
     as_json: AsJson = False,
@@ -307,37 +300,33 @@ def benchmark(
     from deeptwist.plan.latency import time_plan
 
     combinations, rounds, layers = settings.settings(), settings.rounds, []
-    job = make_small_job(model, network, options, small)
-    plan, first = job.plan, combinations[0]
+    job = make_small_job(network, options, small)
     if settings.layers:
-        reference, eager = next(job.model.parameters()), replace(first, runtime="eager")
-        with progress_bar("layers", len(plan.compressed)) as advance:
-            times = time_plan(plan, reference, eager, rounds=rounds, on_layer=advance)
-        layers = layer_rows(plan, times)
-    timed = job.time(partial(network.example_input, model), combinations, rounds)
-    if as_json:
-        networks = [
-            {"setting": {f.name: row.pop(f.name) for f in fields(first)}, "reason": None, **row}
-            for row in timed["settings"]
-        ]
-        values = {**plan_counts(plan), "networks": networks, "layers": layers}
-        print(json.dumps({"machine": timed["machine"], **values}))
-        return
-    print_layers(layers)
-    print_networks(model, timed["settings"], plan.dense_macs / max(1, plan.macs))
-    print(f"\n{timed['machine']}")
+        reference, eager = next(job.model.parameters()), replace(combinations[0], runtime="eager")
+        with progress_bar("layers", len(job.plan.compressed)) as advance:
+            times = time_plan(job.plan, reference, eager, rounds=rounds, on_layer=advance)
+        layers = layer_rows(job.plan, times)
+    timed = job.time(network.example_input, combinations, rounds)
+    names = [field.name for field in fields(combinations[0])]
+    networks = [
+        {"setting": {name: row.pop(name) for name in names}, "reason": None, **row}
+        for row in timed["settings"]
+    ]
+    values = {**plan_counts(job.plan), "networks": networks, "layers": layers}
+    result = {"machine": timed["machine"], **values}
+    print_result(result, as_json, partial(print_benchmark, network.model))
 
 
+@app.command
 def export(
-    model: Model,
+    network: NetworkOptions,
     *,
     out: Path,
     small: Path | None = None,
     format: Literal["onnx", "program", "state-dict"] = "onnx",
     batch: int | None = None,
-    dynamic_size: Annotated[bool, Parameter(negative=())] = False,
+    dynamic_size: bool = False,
     opset: int | None = None,
-    network: NetworkOptions = _NETWORK,
     options: PlanOptions = None,
     as_json: AsJson = False,
 ) -> None:
@@ -366,22 +355,18 @@ def export(
         raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
     if small is not None and network.weights is not None:
         raise DeepTwistError("the network in --small has weights: leave out --weights")
-    decomposed = make_small_job(model, network, options, small).small
-    example = network.example_input(model, batch or 2).to(next(decomposed.parameters()).dtype)
-    if format == "onnx":
-        written = export_onnx(
-            decomposed, out, example, batch=batch, dynamic_size=dynamic_size, opset=opset
-        )
-    elif format == "program":
-        written = export_program(decomposed, out, example, batch=batch, dynamic_size=dynamic_size)
-    else:
+    decomposed = make_small_job(network, options, small).small
+    example = network.example_input(batch or 2).to(next(decomposed.parameters()).dtype)
+    if format == "state-dict":
         written = export_state_dict(decomposed, out)
-    if as_json:
-        print(json.dumps({**asdict(written), "path": str(out), "format": format}))
-        return
-    print_exported(out, format, written)
+    else:
+        write = export_program if format == "program" else partial(export_onnx, opset=opset)
+        written = write(decomposed, out, example, batch=batch, dynamic_size=dynamic_size)
+    result = {**asdict(written), "path": str(out), "format": format}
+    print_result(result, as_json, print_exported)
 
 
+@app.command
 def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist") -> None:
     """Turn finished runs into one page that opens offline.
 

@@ -16,19 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.app.cli.console import progress_bar, writing
+from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import CompressOptions, check_size, given_sizes
-from deeptwist.app.cli.tables import (
-    describe_accuracy,
-    describe_export,
-    describe_int8,
-    describe_plan,
-    describe_search,
-    describe_times,
-    describe_training,
-)
 from deeptwist.app.data import load_data
-from deeptwist.app.folders import check_folder
+from deeptwist.app.folders import check_folder, writing
 from deeptwist.app.report import write_report
 from deeptwist.app.training.evaluation import (
     Evaluation,
@@ -58,6 +49,19 @@ _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves s
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
 _INT8_IMAGES = 512  # training images that activations' ranges are taken from
 
+# What a step came to, in a line.
+_EVALUATED = "accuracy {accuracy:.2%}, loss {loss:.4f}".format
+_TRAINED = "accuracy {untrained:.2%} untrained, {accuracy:.2%} at the end".format
+_EXPORTED = (
+    "{dense:,} → {small:,} bytes; outputs differ from PyTorch's by {difference:.0e} at most"
+).format
+_QUANTIZED = "accuracy {dense[accuracy]:.2%} dense, {small[accuracy]:.2%} small".format
+
+Goal = Callable[[float], float]  # the dense network's accuracy → the least of the small one
+Results = dict[str, Values]  # of the steps, by name
+# A name; what is done, to announce it; does it, giving plain values; these by name → a line.
+Step = tuple[str, str, Callable[[], Values], Callable[..., str]]
+
 
 def run_compress(
     recipe: Recipe, options: CompressOptions, folder: Path, *, resume: bool
@@ -80,61 +84,88 @@ def run_compress(
     job = ImageJob(recipe, folder, has_goal=goal is not None)
     counts = (len(split.labels) for split in (job.data.train, job.data.test))
     record.end("{:,} images to train on, {:,} test images".format(*counts))
-    _compress(job, record, goal)
-    _deploy(job, record, options)
-    record.run("report", REPORT, partial(_report, job), lambda path: path)
+    for step in _steps(job, record.results, options, goal):
+        record.run(*step)
     reached = {} if goal is None else {"goal": goal(record.results["dense"]["accuracy"])}
     return record.to_dict() | reached
 
 
-def _compress(job: "ImageJob", record: "Record", goal: Callable[[float], float] | None) -> None:
-    """Do the steps from the dense network to the small one."""
-    recipe, ratio = job.recipe, None
+def _steps(
+    job: "ImageJob", results: Results, options: CompressOptions, goal: Goal | None
+) -> Iterator[Step]:
+    """Yield the steps after the loading, in their order, each when those before it are done."""
+    recipe, steps, settings = job.recipe, job.steps, options.settings()
     what = f"the dense {recipe.model} on {len(job.data.test.labels):,} images of {job.data.name}"
-    dense = record.run("dense", what, job.evaluate_dense, describe_accuracy)
+    yield "dense", what, job.evaluate_dense, _EVALUATED
+    dense = results["dense"]
     if recipe.calibration_images:
         what = f"{recipe.calibration_images:,} training images"
-        record.run("calibrate", what, job.steps.calibrate, lambda layers: f"{layers} layers")
+        yield "calibrate", what, steps.calibrate, "{layers} layers".format
     if goal is not None:
         max_loss = dense["accuracy"] - goal(dense["accuracy"])
         what = (
             f"the largest ratio that costs at most {100 * max_loss:.2f} points on "
             f"{len(job.search_images.labels):,} other images"
         )
-        search = partial(job.search, max_loss)
-        ratio = record.run("search", what, search, describe_search)["ratio"]
-    choose_plan = partial(job.steps.choose_plan, ratio)
-    record.run("plan", recipe.compression.label, choose_plan, describe_plan)
+        yield "search", what, partial(job.search, max_loss), _describe_search
+    ratio = None if goal is None else results["search"]["ratio"]
+    plan = partial(steps.choose_plan, ratio)
+    yield "plan", recipe.compression.label, plan, _describe_plan
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
-    record.run("train", what, partial(job.train, dense), describe_training)
-    what = f"what is in {job.folder / SMALL}"
-    record.run("verify", what, job.verify, describe_accuracy)
-
-
-def _deploy(job: "ImageJob", record: "Record", options: CompressOptions) -> None:
-    """Do the steps with what the small network is used as: files, their times, int8."""
-    settings, rounds = options.settings(), options.rounds
+    yield "train", what, partial(job.train, dense), _TRAINED
+    yield "verify", f"what is in {job.folder / SMALL}", job.verify, _EVALUATED
     if "onnxruntime" in options.runtime:
-        export = partial(job.steps.export, job.example_input(2))
-        record.run("export", "both networks to ONNX, verified", export, describe_export)
-    measure = partial(job.steps.time, job.example_input, settings, rounds)
-    record.run("time", "both networks, in turn", measure, describe_times)
+        export = partial(steps.export, job.example_input(2))
+        yield "export", "both networks to ONNX, verified", export, _EXPORTED
+    measure = partial(steps.time, job.example_input, settings, options.rounds)
+    yield "time", "both networks, in turn", measure, _describe_times
     if options.int8:
         setting = next(setting for setting in settings if setting.runtime == "onnxruntime")
         quantize = partial(
-            job.steps.int8,
+            steps.int8,
             job.evaluate,
             partial(job.training_inputs, _INT8_IMAGES),
             job.example_input(setting.batch),
             threads=setting.threads,
-            rounds=rounds,
+            rounds=options.rounds,
         )
         what = "both networks by onnxruntime, calibrated on training images"
-        record.run("int8", what, quantize, describe_int8)
+        yield "int8", what, quantize, _QUANTIZED
+    yield "report", REPORT, partial(_report, job), "{path}".format
 
 
-def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float] | None:
+def _describe_search(
+    least: float, kept: bool, ratio: float, tried: list[tuple[float, float]]
+) -> str:
+    shown = ", ".join(f"{ratio:g}×: {accuracy:.2%}" for ratio, accuracy in sorted(tried))
+    short = "" if kept else ", which costs more untrained"
+    return f"{ratio:g}×{short} (at least {least:.2%}; {shown})"
+
+
+def _describe_plan(
+    layers: int,
+    dense_parameters: int,
+    parameters: int,
+    dense_macs: int,
+    macs: int,
+    promise: str | None = None,
+) -> str:
+    return (
+        f"{layers} layers, {dense_parameters / parameters:.2f}× fewer weights, "
+        f"{dense_macs / max(1, macs):.2f}× fewer MACs" + (f", {promise}" if promise else "")
+    )
+
+
+def _describe_times(machine: str, settings: list[Values]) -> str:
+    speedups = [
+        f"{row['runtime']} {row['times']['speedup']:.2f}×" if row["times"] else row["reason"]
+        for row in settings
+    ]
+    return f"{', '.join(speedups)}, on {machine}"
+
+
+def _check(recipe: Recipe, options: CompressOptions) -> Goal | None:
     """Check what was asked for; return dense accuracy → least accuracy, if there is a goal."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DeepTwistError("compress is one process: train in several by 'deeptwist train'")
@@ -144,15 +175,10 @@ def _check(recipe: Recipe, options: CompressOptions) -> Callable[[float], float]
         raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
-    compression = recipe.compression
-    given = given_sizes(compression)
     if options.goal is None:
-        if not given and not compression.overrides:
-            raise DeepTwistError(
-                "say how small: --ratio 4, --macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
-            )
-        check_size(compression)
+        check_size(recipe.compression, or_goal=True)
         return None
+    given = given_sizes(recipe.compression)
     if given:
         raise DeepTwistError(f"a --goal finds the ratio: leave out {', '.join(given)}")
     match = re.fullmatch(r"accuracy>=(dense-)?(0?\.\d+)", options.goal.replace(" ", ""))
@@ -317,25 +343,16 @@ class Record:
 
     def run(
         self, name: str, what: str, work: Callable[[], Values], describe: Callable[..., str]
-    ) -> Values:
-        """Do a step, or read what it came to.
-
-        Args:
-            name: of the step.
-            what: it does, for the line that announces it.
-            work: does it; its result is plain values.
-            describe: the result's values by name → the line that tells it.
-        """
+    ) -> None:
+        """Do a step, unless its result is there already; see `Step`."""
         self.begin(name, what)
-        if name in self.results:
-            self.end(describe(**self.results[name]), "done already")
-            return self.results[name]
-        self.results[name] = work()
-        self.seconds[name] = time.perf_counter() - self._started
-        with writing(self._path):
-            write_text(self._path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
-        self.end(describe(**self.results[name]))
-        return self.results[name]
+        is_done = name in self.results
+        if not is_done:
+            self.results[name] = work()
+            self.seconds[name] = time.perf_counter() - self._started
+            with writing(self._path):
+                write_text(self._path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
+        self.end(describe(**self.results[name]), "done already" if is_done else None)
 
     def begin(self, name: str, what: str) -> None:
         """Announce a step: what it is called and does."""

@@ -1,24 +1,37 @@
-"""Tables on standard output, progress on standard error, files that cannot be written."""
+"""What is shown: results on standard output, as tables or as JSON; progress on standard error."""
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deeptwist.errors import DeepTwistError
+if TYPE_CHECKING:
+    from deeptwist.measure.compare import Comparison
+    from deeptwist.plan.plan import Plan
 
 # A pipe has no width to fit: a table there keeps its lines whole.
 _WIDE = None if sys.stdout.isatty() else 200
+Values = dict[str, Any]  # as JSON holds them
 
 
 def is_main_process() -> bool:
     """Return whether this is the only process, or the first of those that ``torchrun`` started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def print_result(values: Values, as_json: bool, show: Callable[[Values], None]) -> None:
+    """Print what a command came to: for a script as JSON, or as `show` does for a person."""
+    if as_json:
+        print(json.dumps(values))
+    else:
+        show(values)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -46,10 +59,164 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the failure to write a file into one line that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
+# --- plans and their times
+
+
+def plan_counts(plan: "Plan") -> dict[str, int]:
+    """Return what a network costs by a plan, before and after, as plain values."""
+    parameters = {"parameters_before": plan.dense_parameters, "parameters": plan.parameters}
+    return {**parameters, "macs_before": plan.dense_macs, "macs": plan.macs}
+
+
+def layer_rows(plan: "Plan", times: "Mapping[str, Comparison]") -> list[Values]:
+    """Return what each layer that was timed by itself promises and keeps, as plain values.
+
+    Returns:
+        A row a layer: its name, `macs_ratio` (dense ÷ factored: the speed-up that the count
+        promises), its times and `efficiency`, the share of the promise that is kept.
+    """
+    from deeptwist.plan.latency import most_expensive_call
+
+    rows = []
+    for layer in plan.compressed:
+        if layer.name in times:
+            size, measured = most_expensive_call(layer).size, times[layer.name]
+            ratio = layer.convolution.macs(size) / layer.decomposition.macs(layer.convolution, size)
+            values = {"macs_ratio": ratio, "efficiency": measured.speedup / ratio}
+            rows.append({"name": layer.name, "times": asdict(measured), **values})
+    return rows
+
+
+def print_benchmark(name: str, result: Values) -> None:
+    """Print the layers that were timed, the whole network in every setting, and the machine."""
+
+    def row(label: str, times: Values, promise: float, middle: str) -> list[str]:
+        medians, speedup = _medians(times), times["speedup"]
+        verdict = "" if speedup > 1 else "not worth it"
+        return [label, *medians, middle, f"{speedup:.2f}×", f"{speedup / promise:.2f}", verdict]
+
+    layers, networks, machine = (result[key] for key in ("layers", "networks", "machine"))
+    if layers:
+        header = ["layer", "dense ms", "factored ms", "MAC ratio", "speed-up", "efficiency", ""]
+        ratios = [layer["macs_ratio"] for layer in layers]
+        rows = [
+            row(layer["name"], layer["times"], ratio, f"{ratio:.2f}")
+            for layer, ratio in zip(layers, ratios, strict=True)
+        ]
+        print_table("each layer by itself", header, rows)
+        print()
+    ratio, rows = result["macs_before"] / max(1, result["macs"]), []
+    for network in networks:
+        label = "{runtime}, {dtype}, {threads} threads, batch {batch}".format(**network["setting"])
+        if network["times"] is None:
+            rows.append([label, "", "", "", "", "", network["reason"]])
+            continue
+        quartiles = "{lower:.2f} – {upper:.2f}".format(**network["times"]["decomposed"])
+        rows.append(row(label, network["times"], ratio, quartiles))
+    header = ["setting", "dense ms", "decomposed ms", "quartiles", "speed-up", "efficiency", ""]
+    print_table(f"{name}, {ratio:.2f}× fewer MACs", header, rows)
+    print(f"\n{machine}")
+
+
+def print_sweep(title: str, result: Values) -> None:
+    """Print a row for each ratio, and which of them is the knee."""
+    header = ["ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""]
+    rows = [
+        [
+            f"{point['ratio']:g}×",
+            f"{point['error']:.3f}",
+            f"{point['weights']:.2f}×",
+            f"{point['macs']:.2f}×",
+            _percent(point["accuracy"]),
+            "knee" * (point["ratio"] == result["knee"]),
+        ]
+        for point in result["points"]
+    ]
+    if result["dense_accuracy"] is not None:
+        rows.insert(0, ["dense", "", "", "", _percent(result["dense_accuracy"]), ""])
+    print_table(title, header, rows)
+
+
+def print_exported(result: Values) -> None:
+    """Print what was written, and how exact it is."""
+    version = "" if result["opset"] is None else f" (opset {result['opset']})"
+    print(f"{result['path']}: {result['format']}{version}, {result['bytes']:,} bytes")
+    if result["worst_difference"] is not None:
+        batches = ", ".join(map(str, result["batches"]))
+        sizes = ", ".join("×".join(map(str, size)) for size in result["sizes"])
+        print(
+            f"outputs differ from PyTorch's by {result['worst_difference']:.1e} at most, "
+            f"at batches {batches}" + (f" and sizes {sizes}" if sizes else "")
+        )
+
+
+# --- runs and jobs
+
+
+def print_summary(title: str, run: Values) -> None:
+    """Print a row for a run, then one for each network derived from it."""
+    header = ["run", "accuracy", "untrained", "parameters", "MACs", "file", "latency", "speed-up"]
+    times, latency = run["latency"], ["", ""]
+    if times is not None:
+        latency = [f"{times['decomposed']['median']:.2f} ms", f"{times['speedup']:.2f}×"]
+    row = [
+        run["name"],
+        _percent(run["accuracy"]),
+        _percent(run["accuracy_untrained"]),
+        f"{run['parameters']:,}",
+        f"{run['macs']:,}",
+        f"{run['bytes'] / 1024:,.0f} kB",
+        *latency,
+    ]
+    derived = [
+        [f"{run['name']}, {variant['name']}", _percent(variant["accuracy"]), *[""] * 6]
+        for variant in run["variants"]
+    ]
+    print_table(title, header, [row, *derived])
+
+
+def print_compressed(title: str, result: Values) -> None:
+    """Print what `deeptwist compress` came to: its files, and a table of before and after."""
+    from deeptwist.compress import count_row, size_rows
+
+    results = result["results"]
+    print(f"small network: {results['verify']['path']}\nreport: {results['report']['path']}\n")
+    dense, small = results["dense"], results["verify"]
+    rows = [_accuracy_row("accuracy", dense, small), *size_rows(results["plan"])]
+    for row in results["time"]["settings"]:
+        label = f"ms, {row['runtime']}, batch {row['batch']}"
+        rows.append(
+            _time_row(label, row["times"]) if row["times"] else [label, "", "", row["reason"]]
+        )
+    if "export" in results:
+        export = results["export"]
+        rows.append(count_row("bytes, ONNX", export["dense"], export["small"]))
+    if "int8" in results:
+        int8 = results["int8"]
+        rows += [
+            _accuracy_row("int8: accuracy", int8["dense"], int8["small"]),
+            _time_row(f"int8: ms, onnxruntime, batch {int8['batch']}", int8["times"]),
+            count_row("int8: bytes, ONNX", int8["dense"]["bytes"], int8["small"]["bytes"]),
+        ]
+    if "goal" in result:
+        is_kept = small["accuracy"] >= result["goal"]
+        rows.append(["goal", "", _percent(result["goal"]), "met" if is_kept else "not met"])
+    print_table(title, ["", "dense", "small", ""], rows)
+
+
+def _accuracy_row(label: str, dense: Values, small: Values) -> list[str]:
+    before, after = dense["accuracy"], small["accuracy"]
+    change = f"{100 * (after - before):+.2f} points".replace("-", "−")
+    return [label, _percent(before), _percent(after), change]
+
+
+def _time_row(label: str, times: Values) -> list[str]:
+    return [label, *_medians(times), f"{times['speedup']:.2f}× as fast"]
+
+
+def _medians(times: Values) -> list[str]:
+    return [f"{times[side]['median']:.2f}" for side in ("dense", "decomposed")]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"

@@ -9,6 +9,7 @@ from deeptwist.app.cli.compress import run_compress
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.data import load_digits
+from deeptwist.app.folders import writing
 from deeptwist.app.training.metrics import DENSE_WEIGHTS
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import build_run, train
@@ -75,10 +76,8 @@ def _clear(out: Path) -> None:
     folders = [out / name for name in (_DENSE, _SMALL) if (out / name).exists()]
     if folders and not (out / _MARK).is_file():
         raise DeepTwistError(f"{out} is not an earlier demo's: choose another --out or remove it")
-    try:
+    with writing(out):
         for folder in folders:
             shutil.rmtree(folder)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / _MARK, "dense/ and small/ are the demo's: the next one replaces them.\n")
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {out}: {error.strerror}") from error

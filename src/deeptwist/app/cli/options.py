@@ -1,15 +1,16 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what fills them in or is made of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from cyclopts import Parameter
+from cyclopts import App, ArgumentCollection, Parameter
+from cyclopts.config import Dict
 
 from deeptwist.app.cli.console import progress_bar
-from deeptwist.app.training.recipe import CompressionRecipe
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.app.training.recipe import CompressionRecipe, read_values
+from deeptwist.errors import DeepTwistError, check_int, check_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from deeptwist.plan.calibration import Calibration
     from deeptwist.plan.plan import Plan
 
-Model = Annotated[
-    str,
-    Parameter(
-        help="resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory."
-    ),
-]
+# Where a trained network is at hand, a few gentle epochs of its factors cost least.
+COMPRESS_DEFAULTS: dict[str, Any] = {
+    "mode": "finetune",
+    "optimizer": {"lr": 0.02},
+    "calibration_images": 1024,
+}
 _SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
@@ -36,36 +37,40 @@ PlanOptions = Annotated[CompressionRecipe | None, Parameter(name="*")]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions:
-    """The network's weights.
+    """A network and its weights.
 
     Attributes:
+        model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory.
         weights: A checkpoint (.safetensors, or .pt/.pth/.th, read without unpickling code).
         num_classes: Outputs of the network; the data set's where there is one.
     """
 
+    model: str = field(kw_only=False)
     weights: Path | None = None
     num_classes: int | None = None
 
-    def build(
-        self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
-    ) -> "nn.Module":
+    def build(self, data: "ImageData | None" = None) -> "nn.Module":
         """Return the network with its weights; options win over what the data set says."""
         from deeptwist.app.models import build_model, load_weights
 
-        if in_channels == 3:
-            in_channels = None  # what every network takes by itself
-        network = build_model(
-            model, num_classes=self.num_classes or num_classes, in_channels=in_channels
-        )
+        classes = self.num_classes or (None if data is None else len(data.classes))
+        channels = self._channels if data is None else data.shape[0]
+        if channels == 3:
+            channels = None  # what every network takes by itself
+        network = build_model(self.model, num_classes=classes, in_channels=channels)
         if self.weights is not None:
             load_weights(network, self.weights)
         return network.eval()
+
+    @property
+    def _channels(self) -> int | None:
+        return None
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(WeightOptions):
-    """The network's weights and input.
+    """A network, its weights and its input.
 
     Attributes:
         input: Input size without the batch, such as 3x224x224.
@@ -75,33 +80,38 @@ class NetworkOptions(WeightOptions):
     input: str | None = None
     image_size: int | None = None
 
-    def build(
-        self, model: str, *, num_classes: int | None = None, in_channels: int | None = None
-    ) -> "nn.Module":
-        """Return the network with its weights; options win over what the data set says."""
-        if self.input is not None and in_channels is None and not model.startswith("torchvision/"):
-            in_channels = _parse_size(self.input)[0]
-        return super().build(model, num_classes=num_classes, in_channels=in_channels)
+    @property
+    def _channels(self) -> int | None:
+        is_set = self.input is not None and not self.model.startswith("torchvision/")
+        return _parse_size(self.input or "")[0] if is_set else None
 
-    def size(self, model: str) -> tuple[int, ...]:
+    @property
+    def size(self) -> tuple[int, ...]:
         """Return the network's input size without the batch."""
         if self.image_size is not None:
             if self.input is not None:
                 raise DeepTwistError("--input and --image-size say the same: leave one of them out")
             check_int("image_size", self.image_size)
             return 3, self.image_size, self.image_size
-        return _parse_size(self.input or ("3x224x224" if "/" in model else "3x32x32"))
+        return _parse_size(self.input or ("3x224x224" if "/" in self.model else "3x32x32"))
 
-    def example_input(self, model: str, batch: int = 2) -> "Tensor":
+    def example_input(self, batch: int = 2) -> "Tensor":
         """Return standard normal numbers of the network's input size."""
         import torch
 
-        shape = self.size(model)
+        shape = self.size
         try:
             return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
         except (RuntimeError, TypeError) as error:  # more than memory, or an integer, holds
             size = "×".join(map(str, (batch, *shape)))
             raise DeepTwistError(f"no memory for an input of {size} numbers") from error
+
+    def load_images(self, source: str) -> "ImageData":
+        """Load a data set, folders of images at the network's input size."""
+        from deeptwist.app.data import load_data
+
+        size = None if source in ("digits", "cifar10") else self.size[-1]
+        return load_data(source, image_size=size)
 
 
 @Parameter(name="*")
@@ -138,7 +148,7 @@ class SweepOptions:
         page: Draw the sweep on this HTML page.
     """
 
-    sweep: Annotated[bool, Parameter(negative=())] = False
+    sweep: bool = False
     data: str | None = None
     test_images: int = 1000
     page: Path | None = None
@@ -152,28 +162,49 @@ class SweepOptions:
 NO_SWEEP = SweepOptions()
 
 
+def values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Let the recipe, or the network, that a command names fill in what is not written."""
+    if commands not in (("train",), ("compress",)):
+        return
+    data, source = arguments["--data"], arguments["--data.source"]
+    source.tokens += data.tokens  # the name of a section alone is its source
+    data.tokens.clear()
+    recipe = next((a.tokens[0].value for a in arguments if a.index == 0 and a.tokens), None)
+    if recipe is None:
+        return  # cyclopts says that it is missing
+    is_file = recipe.endswith((".yaml", ".yml"))
+    values: dict[str, Any] = read_values(recipe) if is_file else {"model": recipe}
+    if not is_file and commands == ("compress",):
+        values |= COMPRESS_DEFAULTS
+    Dict(values, source=recipe, use_commands_as_keys=False)(app, commands, arguments)
+
+
 def given_sizes(compression: CompressionRecipe) -> list[str]:
     """Return the options that say how small, of those that are given."""
     return [name for name in _SIZES if getattr(compression, name) is not None]
 
 
-def check_size(compression: CompressionRecipe) -> None:
+def check_size(compression: CompressionRecipe, *, or_goal: bool = False) -> None:
     """Check, before any work, that something says how small the network shall be.
+
+    Args:
+        compression: what was asked for.
+        or_goal: whether a goal would say it too.
 
     Raises:
         DeepTwistError: if nothing does, or a number that does compresses nothing.
     """
-    from deeptwist.errors import check_ratio
-
     if not given_sizes(compression) and not compression.overrides:
-        raise DeepTwistError("say how small: --ratio 4, --weight-budget 4, --macs 3 or --latency 2")
+        others = "--weight-budget 4, --macs 3 or --latency 2"
+        if or_goal:
+            others = "--macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
+        raise DeepTwistError(f"say how small: --ratio 4, {others}")
     for factor in (compression.ratio, compression.weight_budget, compression.macs):
         if factor is not None:
             check_ratio(factor)
 
 
 def make_job(
-    model: str,
     network: NetworkOptions,
     options: CompressionRecipe | None,
     calibration: CalibrationOptions = NO_CALIBRATION,
@@ -184,7 +215,6 @@ def make_job(
     """Return the job on a network without training, calibrated where images are given.
 
     Args:
-        model: the network's name.
         network: see `NetworkOptions`.
         options: of a plan.
         calibration: images to choose ranks and factors on.
@@ -195,22 +225,15 @@ def make_job(
         DeepTwistError: if there is no such network, nothing says how small it shall be, or there
             are no images to recalibrate on.
     """
-    from deeptwist.app.data import load_data
     from deeptwist.app.training.evaluation import test_inputs, training_inputs
     from deeptwist.compress import Job
     from deeptwist.decompose import recalibrate_batch_norm
 
-    recipe = options or CompressionRecipe()
-    if data is not None:
-        classes, channels = len(data.classes), data.shape[0]
-        dense = network.build(model, num_classes=classes, in_channels=channels)
-        example = test_inputs(data, dense, 2)
-    else:
-        dense, example = network.build(model), network.example_input(model)
-        check_size(recipe)
-        if calibration.calibrate is not None:
-            size = None if calibration.calibrate in ("digits", "cifar10") else example.shape[-1]
-            data = load_data(calibration.calibrate, image_size=size)
+    recipe, dense = options or CompressionRecipe(), network.build(data)
+    example = network.example_input() if data is None else test_inputs(data, dense, 2)
+    check_size(recipe)
+    if data is None and calibration.calibrate is not None:
+        data = network.load_images(calibration.calibrate)
     if recalibrate and data is None:
         raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
     count = calibration.calibration_images
@@ -230,12 +253,11 @@ def make_job(
 
 
 def make_small_job(
-    model: str, network: NetworkOptions, options: CompressionRecipe | None, small: Path | None
+    network: NetworkOptions, options: CompressionRecipe | None, small: Path | None
 ) -> "Job":
     """Return the job on a network whose small one is there: as saved, or as planned here.
 
     Args:
-        model: the network's name.
         network: see `NetworkOptions`.
         options: of a plan.
         small: a folder with the decomposed network.
@@ -249,7 +271,7 @@ def make_small_job(
     from deeptwist.save import load
 
     if small is None:
-        job = make_job(model, network, options)
+        job = make_job(network, options)
         job.choose_plan()
         job.decompose()
         return job
@@ -257,8 +279,8 @@ def make_small_job(
         raise DeepTwistError(
             "the network in --small is decomposed already: leave out the options of a plan"
         )
-    dense, decomposed = network.build(model), load(small, model=network.build(model))
-    plan = plan_from_model(decomposed, dense, network.example_input(model))
+    dense, decomposed = network.build(), load(small, model=network.build())
+    plan = plan_from_model(decomposed, dense, network.example_input())
     job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
     job.plan, job.small = plan, decomposed
     return job

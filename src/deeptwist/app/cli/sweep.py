@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import (
@@ -12,65 +13,50 @@ from deeptwist.app.cli.options import (
     given_sizes,
     make_job,
 )
-from deeptwist.app.data import load_data
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.recipe import CompressionRecipe
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan
 
 RATIOS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """A network planned at one ratio.
-
-    Attributes:
-        ratio: asked for.
-        error: the root mean square of the relative errors of all layers that some plan of the
-            sweep compresses.
-        weights: dense ÷ decomposed parameters of the whole network.
-        macs: dense ÷ decomposed MACs of the layers.
-        accuracy: of the network decomposed so, without training; `None` where it is not measured.
-    """
-
-    ratio: float
-    error: float
-    weights: float
-    macs: float
-    accuracy: float | None = None
+Point = dict[str, Any]  # see `sweep`
 
 
 def sweep(
     make_plan: Callable[[float], Plan],
     ratios: Iterable[float] = RATIOS,
     accuracy: Callable[[Plan], float] | None = None,
-) -> list[SweepPoint]:
-    """Return a network's points at several ratios.
+) -> list[Point]:
+    """Return what a network comes to at several ratios.
 
     Args:
         make_plan: a ratio → the plan.
         ratios: see `make_plan`.
         accuracy: a plan → the accuracy of the network that it makes.
+
+    Returns:
+        A row a ratio: `ratio`, as asked for; `error`, the root mean square of the relative errors
+        of all layers that some plan of the sweep compresses; `weights` and `macs`, dense ÷
+        decomposed, of the whole network and of the layers; `accuracy` of the network decomposed
+        so, without training, or `None`.
     """
     plans = {ratio: make_plan(ratio) for ratio in ratios}
     names = {layer.name for plan in plans.values() for layer in plan.compressed}
     points = []
     for ratio, plan in plans.items():
         squares = sum((layer.relative_error or 0.0) ** 2 for layer in plan.compressed)
-        points.append(
-            SweepPoint(
-                ratio=ratio,
-                error=math.sqrt(squares / max(1, len(names))),
-                weights=plan.compression_ratio,
-                macs=plan.dense_macs / max(1, plan.macs),
-                accuracy=None if accuracy is None else accuracy(plan),
-            )
-        )
+        point = {
+            "ratio": ratio,
+            "error": math.sqrt(squares / max(1, len(names))),
+            "weights": plan.compression_ratio,
+            "macs": plan.dense_macs / max(1, plan.macs),
+            "accuracy": None if accuracy is None else accuracy(plan),
+        }
+        points.append(point)
     return points
 
 
-def find_knee(points: Sequence[SweepPoint], dense_accuracy: float | None = None) -> int:
+def find_knee(points: Sequence[Point], dense_accuracy: float | None = None) -> int:
     """Return the index of the last point before the loss runs away.
 
     It lies farthest below the straight line from the first to the last point, over the logarithm
@@ -80,11 +66,11 @@ def find_knee(points: Sequence[SweepPoint], dense_accuracy: float | None = None)
         points: of rising ratios; their loss is that of accuracy, or else the predicted error.
         dense_accuracy: of the dense network, where the points have accuracies.
     """
-    x = [math.log(point.ratio) for point in points]
+    x = [math.log(point["ratio"]) for point in points]
     if dense_accuracy is None:
-        losses = [point.error for point in points]
+        losses = [point["error"] for point in points]
     else:
-        losses = [dense_accuracy - (point.accuracy or 0.0) for point in points]
+        losses = [dense_accuracy - (point["accuracy"] or 0.0) for point in points]
     width, height = x[-1] - x[0], losses[-1] - losses[0]
     if width <= 0 or height <= 0:
         return len(points) - 1
@@ -93,13 +79,16 @@ def find_knee(points: Sequence[SweepPoint], dense_accuracy: float | None = None)
 
 
 def sweep_network(
-    model: str,
     network: NetworkOptions,
     recipe: CompressionRecipe,
     calibration: CalibrationOptions,
     options: SweepOptions,
-) -> tuple[list[SweepPoint], float | None]:
-    """Plan a network at many ratios; return the points and, where there are images, its accuracy.
+) -> dict[str, Any]:
+    """Plan a network at many ratios.
+
+    Returns:
+        `points`, see `sweep`; `knee`, the ratio of the point that `find_knee` finds; and
+        `dense_accuracy` where there are images, or `None`.
 
     Raises:
         DeepTwistError: if the recipe says how small.
@@ -107,17 +96,12 @@ def sweep_network(
     given = given_sizes(recipe)
     if given:
         raise DeepTwistError(f"a sweep chooses the ratios: leave out {', '.join(given)}")
-    data, accuracy, dense_accuracy = None, None, None
-    if options.data is not None:
-        size = None if options.data in ("digits", "cifar10") else network.size(model)[-1]
-        data = load_data(options.data, image_size=size)
+    accuracy, dense_accuracy = None, None
+    data = None if options.data is None else network.load_images(options.data)
     recipe = replace(recipe, ratio=RATIOS[0])
-    job = make_job(model, network, recipe, calibration, data, recalibrate=data is not None)
+    job = make_job(network, recipe, calibration, data, recalibrate=data is not None)
     if data is not None:
-        test, images = (
-            data.test.subsample(min(options.test_images, len(data.test.labels))),
-            data,
-        )
+        images, test = data, data.test.subsample(min(options.test_images, len(data.test.labels)))
 
         def accuracy(plan: Plan) -> float:
             small = job.make_small(plan) if plan.compressed else job.model
@@ -130,4 +114,6 @@ def sweep_network(
             advance()
             return job.make_plan(job.calibration, ratio)
 
-        return sweep(make_plan, accuracy=accuracy), dense_accuracy
+        points = sweep(make_plan, accuracy=accuracy)
+    knee = points[find_knee(points, dense_accuracy)]["ratio"]
+    return {"dense_accuracy": dense_accuracy, "knee": knee, "points": points}

@@ -1,8 +1,294 @@
-"""Finished runs as one page that opens offline. Reads records only, never trains."""
+"""Finished runs as one page that opens offline. Reads records only, never trains.
 
-from deeptwist.errors import require_extra
+Tables and charts are made first, the template only lays them out.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deeptwist.app.folders import writing
+from deeptwist.app.report.records import (
+    MACS,
+    PARAMETERS,
+    Cost,
+    Network,
+    Record,
+    dense_networks,
+    read_record,
+)
+from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.files import write_text
+from deeptwist.plan.plan import Plan
+from deeptwist.plan.table import layer_row
 
 with require_extra():
-    from deeptwist.app.report.page import write_report
+    from jinja2 import Environment, PackageLoader
 
-__all__ = ["write_report"]
+    from deeptwist.app.report import charts
+    from deeptwist.app.report.charts import Curve, distinct_plans
+
+
+_NONE, _NBSP = "–", "\N{NO-BREAK SPACE}"
+Cell = str | tuple[str, str, str]  # a text; or it, a smaller line below it, and a tooltip
+_WORDS = {"ms": ("faster", "slower"), "MB": ("smaller", "larger")}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header, each as long as it; the first cell of a row is its heading."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: Sequence[str] = ()  # the columns that are set on the left
+    title: str = ""  # what stands there where the table is folded
+
+
+def write_report(folders: Sequence[Path], path: Path, *, title: str) -> Path:
+    """Write finished runs as one HTML file that needs nothing else, not even a network.
+
+    Args:
+        folders: of runs or jobs; those of several networks or data sets get a part each.
+        path: the file to write; an old one is replaced.
+        title: of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        DeepTwistError: if there is no run, one cannot be read, or the file cannot be written.
+    """
+    if not folders:
+        raise DeepTwistError("there is no run to report on")
+    groups: dict[str, list[Record]] = {}
+    for record in map(read_record, folders):
+        groups.setdefault(record.title, []).append(record)
+    sections: list[dict[str, Any]] = []
+    for name, records in groups.items():
+        training = [*charts.training_charts(records), *charts.distortion_charts(records)]
+        lead, table = _summary(records), _results_table(records)
+        plans = [_layer_table(run.plan, records) for run, _ in distinct_plans(records) if run.plan]
+        sections += [
+            {"heading": name, "lead": lead, "table": table, "charts": charts.gain_charts(records)},
+            {"heading": "While training", "charts": training},
+            {"heading": "Layers", "charts": charts.layer_charts(records), "folded": plans},
+        ]
+    ordered = [record for records in groups.values() for record in records]
+    commands = [record.command for record in ordered]
+    sections.append({"heading": "Settings", **_settings(ordered), "commands": commands})
+    _write_page(path, title, sections)
+    return path
+
+
+def _write_page(path: Path, title: str, sections: Sequence[dict[str, Any]]) -> None:
+    """Lay sections out by the template, without those that hold nothing, and write the page."""
+    environment = Environment(
+        loader=PackageLoader("deeptwist.app", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [
+        section for section in sections if any(section[key] for key in {*section} - {"heading"})
+    ]
+    page = environment.get_template("page.html.j2").render(title=title, sections=shown)
+    with writing(path):
+        # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
+        write_text(path, page.encode(errors="replace").decode())
+
+
+# --- results
+
+
+def _summary(records: Sequence[Record]) -> str:
+    """Return one sentence: the best compressed network beside the dense one."""
+    accuracies = [record.dense[0].accuracy for record in records if not record.small]
+    ends = [record.small[0] for record in records if record.small]
+    if not ends:
+        return f"The dense network has {_percent(max(accuracies))}; none is compressed yet."
+    best = max(ends, key=lambda network: (network.accuracy, _ratio(network)))
+    sizes = " and ".join(
+        f"{_times(best.costs[column], column, 1)} {column}" for column in (PARAMETERS, MACS)
+    )
+    dense = _percent(max(accuracies, default=best.start or 0))
+    accuracy = f"{best.name} ({best.kind}): {_percent(best.accuracy)}"
+    return f"{accuracy} at {sizes}; the dense network has {dense}."
+
+
+def _ratio(network: Network) -> float:
+    cost = network.costs[PARAMETERS]
+    return cost.ratio or 0 if isinstance(cost, Cost) else 0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}{_NBSP}%"
+
+
+def _results_table(records: Sequence[Record]) -> Table:
+    """Return one row for each network, and a column for each thing that was measured."""
+    networks = [*dense_networks(records), *(n for record in records for n in record.small)]
+    columns = list(dict.fromkeys(column for network in networks for column in network.costs))
+    untrained = ["untrained, %"] * any(network.untrained is not None for network in networks)
+    rows = [
+        (
+            (network.name, network.kind if network.kind != network.name else "", ""),
+            (f"{100 * network.accuracy:.2f}", _change(network), ""),
+            *(_share(network.untrained) for _ in untrained),
+            *(_cost(network.costs.get(column), column) for column in columns),
+        )
+        for network in networks
+    ]
+    caption = (
+        "On the test images, of what would be deployed. Small: against the dense network that the "
+        "run started from, of the same precision, and timed in turn. Milliseconds are medians for "
+        "a batch; in the plots, lines through markers are their quartiles, and the accuracy axis "
+        "does not begin at zero."
+    )
+    return Table(caption, ["network", "accuracy, %", *untrained, *columns], rows)
+
+
+def _change(network: Network) -> str:
+    if network.start is None:
+        return ""
+    points = f"{100 * (network.accuracy - network.start):+.2f}"
+    return f"{'0.00' if float(points) == 0 else points.replace('-', '−')}{_NBSP}points"
+
+
+def _share(share: float | None) -> str:
+    return _NONE if share is None else f"{100 * share:.2f}"
+
+
+def _cost(cost: Cost | str | None, column: str) -> Cell:
+    if not isinstance(cost, Cost):
+        return (_NONE, cost or "", "")
+    if cost.quartiles:
+        tooltip = "quartiles {} to {}".format(*map(_milliseconds, cost.quartiles))
+        return (_milliseconds(cost.value), _times(cost, column), tooltip)
+    number = f"{cost.value:,.0f}" if column in (PARAMETERS, MACS) else f"{cost.value:.2f}"
+    return (number, _times(cost, column), "")
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _times(cost: Cost | str, column: str, digits: int = 2) -> str:
+    """Return how many times less than the dense network's a cost is: ``"4.15× fewer"``."""
+    if not isinstance(cost, Cost) or not cost.ratio:
+        return ""
+    less, more = _WORDS.get(column[:2], ("fewer", "more"))
+    ratio, word = (cost.ratio, less) if cost.ratio >= 1 else (1 / cost.ratio, more)
+    return f"{ratio:.{digits}f}×{_NBSP}{word}"
+
+
+# --- layers, settings
+
+
+def _layer_table(plan: Plan, records: Sequence[Record]) -> Table:
+    """Return every layer of a plan, named for the runs that have it."""
+    header = ["layer", "no.", "shape", "lowered", "decomposition", "rank"]
+    rows: list[list[Cell]] = []
+    for number, layer in enumerate(plan.layers, start=1):
+        macs = (plan.layer_macs(layer, factored=factored) for factored in (False, True))
+        name, *cells = layer_row(layer, *macs)
+        aliases = f"also {', '.join(layer.aliases)}" if layer.aliases else ""
+        rows.append([(name, aliases, ""), str(number), *cells])
+    total = ("all", f"with {plan.other_parameters:,} other parameters", "")
+    weights = f"{plan.dense_parameters:,} → {plan.parameters:,}"
+    rows.append([total, *[""] * 5, weights, f"{plan.dense_macs:,} → {plan.macs:,}", ""])
+    users = ", ".join(record.name for record in records if record.plan == plan)
+    return Table(
+        "Weights without biases; MACs for one image; the relative error is that before training.",
+        [*header, "weights", "MACs", "relative error"],
+        rows,
+        words=("decomposition", "relative error"),
+        title=f"{users}: {len(plan.compressed)} of {len(plan.layers)} layers decomposed",
+    )
+
+
+def _settings(records: Sequence[Record]) -> dict[str, Any]:
+    """Return what all runs have in common, and a table of what they differ in."""
+    keys = dict.fromkeys(key for record in records for key in record.settings)
+    values = {key: [record.settings.get(key, _NONE) for record in records] for key in keys}
+    differing = [key for key in keys if len({*values[key]}) > 1]
+    rows = [
+        [record.name, *(values[key][number] for key in differing)]
+        for number, record in enumerate(records)
+    ]
+    table = Table("What the runs differ in.", ["run", *differing], rows, words=differing)
+    shared = [(key, values[key][0]) for key in keys if key not in differing]
+    return {"terms": shared, "table": table if differing else None}
+
+
+# --- a sweep over ratios
+
+
+def write_sweep(sweep: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Write a sweep over ratios as one HTML file that needs nothing else.
+
+    Args:
+        sweep: what `deeptwist.app.cli.sweep.sweep_network` returns: plain values.
+        path: the file to write; an old one is replaced.
+        title: of the page.
+
+    Raises:
+        DeepTwistError: if the file cannot be written.
+    """
+    points, knee, dense = sweep["points"], sweep["knee"], sweep["dense_accuracy"]
+    rows = [
+        (
+            (f"{point['ratio']:g}×", "knee" * (point["ratio"] == knee), ""),
+            f"{point['error']:.3f}",
+            f"{point['weights']:.2f}×",
+            f"{point['macs']:.2f}×",
+            _share(point["accuracy"]),
+        )
+        for point in points
+    ]
+    header = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained, %"
+    table = Table("The whole network, planned at each ratio.", header, rows)
+
+    def curves(**heights: Iterable[float | None]) -> list[Curve]:
+        looks = [{"color": charts.COLORS[number], "marker": "os"[number]} for number in (0, 1)]
+        return [
+            Curve(name, zip((point["ratio"] for point in points), values, strict=True), look)
+            for (name, values), look in zip(heights.items(), looks, strict=False)
+        ]
+
+    errors, weights, macs, accuracies = (
+        [point[key] for point in points] for key in ("error", "weights", "macs", "accuracy")
+    )
+    small, level = (
+        [None if share is None else 100 * share for share in shares]
+        for shares in (accuracies, [dense] * len(points))
+    )
+    note = " Dotted: the knee; from there on each step costs more than the one before it."
+    drawings = (
+        (
+            "Predicted error",
+            "The root mean square, over the layers, of the relative error of each: of its outputs "
+            f"on the calibration images, or of its weights where there are none.{note}",
+            curves(error=errors),
+            "relative error",
+        ),
+        (
+            "What is saved",
+            "Of the whole network, layers that stay dense included.",
+            curves(weights=weights, MACs=macs),
+            "times fewer",
+        ),
+        (
+            "Accuracy without training",
+            f"Decomposed, batch norm's statistics taken anew, nothing trained.{note}",
+            curves(decomposed=small, dense=level),
+            "test accuracy, %",
+        ),
+    )
+    drawn = [
+        chart
+        for title_of_chart, caption, lines, y in drawings
+        for chart in charts.draw(title_of_chart, caption, lines, x="ratio asked", y=y, marks=[knee])
+    ]
+    _write_page(path, title, [{"table": table, "charts": drawn}])
