@@ -23,6 +23,7 @@ LIBRARY = [
     "measure",
     "plan",
     "decompose",
+    "distill",
     "twist",
     "save",
     "export",

@@ -10,6 +10,7 @@ from deeptwist.decompositions import Decomposition as Decomposition
 from deeptwist.decompositions import SpatialSVD as SpatialSVD
 from deeptwist.decompositions import TiledSVD as TiledSVD
 from deeptwist.decompositions import Tucker as Tucker
+from deeptwist.distill import distill as distill
 from deeptwist.errors import DeepTwistError as DeepTwistError
 from deeptwist.inspection.swap import fuse as fuse
 from deeptwist.measure.latency import Latency as Latency

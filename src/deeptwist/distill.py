@@ -1,0 +1,273 @@
+"""Recover a decomposed network without labels: the dense network is the teacher.
+
+The small network learns to give the outputs of the dense one (Hinton et al., 2015), and those of
+the blocks that its factored layers stand in, as reconstruction after quantisation does block by
+block (BRECQ, Li et al., 2021); here all blocks at once, each on what the blocks before it make of
+the input.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from deeptwist.decompose import recalibrate_batch_norm
+from deeptwist.decompositions import FactoredLayer
+from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.inspection.run import as_tuple, eval_mode, output_tensors
+from deeptwist.plan.calibration import default_inputs
+
+Inputs = tuple[Tensor, ...]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_RISE = 0.3  # of the budget: the rate rises, from a 25th, and falls to nothing in the rest
+_NORM_BATCHES = 16  # that batch norm's statistics are taken anew on in the end
+
+
+def distill(
+    small: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = 600,
+    minutes: float | None = None,
+    lr: float = 4e-3,
+    block_weight: float = 10.0,
+    held_out: int = 2,
+    loss: Loss | None = None,
+    inputs: Callable[[Any], Inputs] | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """Return a copy of a decomposed network that is nearer to the dense one; never farther from it.
+
+    AdamW without weight decay, one cycle of the rate. Modules stay in evaluation mode, but for
+    batch norm, which sees the batches' own statistics, and takes them anew in the end. The same
+    batches and number of steps give the same network.
+
+    Args:
+        small: what `deeptwist.decompose` made of `dense`; left as it is.
+        dense: the teacher; left as it is.
+        batches: of inputs, with labels or without, which are not read. They are gone through again
+            and again, augmented by whoever gives them.
+        steps: of the optimizer, one a batch; `None` for no limit beside `minutes`.
+        minutes: by the clock, at most.
+        lr: the highest learning rate.
+        block_weight: of the blocks' loss beside the outputs'.
+        held_out: the first so many batches are not learned from (by a loader that does not shuffle):
+            on them it is decided whether the
+            result is better than the start.
+        loss: of an output against the dense network's, both (examples, …) → a scalar; without it
+            the Kullback-Leibler divergence for logits (examples, classes), and ‖x − y‖² / ‖y‖²
+            for every other shape.
+        inputs: a batch → the networks' positional inputs, see `deeptwist.calibrate`.
+        on_step: called after every step.
+
+    Raises:
+        DeepTwistError: if there is no factored layer, no budget, or no batch beyond those held
+            out; or if nothing that the networks put out can be compared.
+    """
+    _check_budget(steps, minutes)
+    check_int("held_out", held_out)
+    read, device = inputs or default_inputs, next(small.parameters()).device
+    stream = (tuple(x.to(device) for x in read(batch)) for batch in _repeated(batches, held_out))
+    judges = [*islice(stream, held_out)]
+    student = copy.deepcopy(small).eval()
+    names = block_names(student)
+    for module in student.modules():
+        module.train(isinstance(module, _BatchNorm))
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr, weight_decay=0.0
+    )
+    seen: list[Inputs] = []
+    spent = _spending(steps, minutes)
+    with (
+        _recording(dense, names) as taught,
+        _recording(student, names) as learned,
+        eval_mode(dense),
+    ):
+        for share in spent:
+            x = next(stream)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * one_cycle(share)
+            with torch.no_grad():
+                target = output_tensors(dense(*x))
+            losses = [*_losses(output_tensors(student(*x)), target, loss)]
+            losses += [
+                block_weight * squared_error(learned[name], taught[name])
+                for name in names
+                if _is_comparable(learned.get(name), taught.get(name))
+            ]
+            if not any(value.requires_grad for value in losses):
+                raise DeepTwistError(
+                    f"nothing that {type(dense).__name__} puts out can be learned: it gives no "
+                    "numbers that are comparable, or none that depend on the weights"
+                )
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            seen = [*seen, x][-_NORM_BATCHES:]
+            on_step()
+    student = recalibrate_batch_norm(student, seen, inputs=as_tuple)
+    start, end = (divergence_from(dense, model, judges, loss) for model in (small, student))
+    result = student if end < start else copy.deepcopy(small)
+    for module, source in zip(result.modules(), small.modules(), strict=True):
+        module.training = source.training
+    return result
+
+
+def block_names(small: nn.Module) -> list[str]:
+    """Return the modules whose outputs are compared: those that the factored layers are part of.
+
+    Where that is a plain sequence of layers, or the whole network, it is the layer itself.
+
+    Raises:
+        DeepTwistError: if there is no factored layer.
+    """
+    names = [name for name, module in small.named_modules() if isinstance(module, FactoredLayer)]
+    if not names:
+        raise DeepTwistError(f"{type(small).__name__} has no factored layer: decompose it first")
+    parents = {name: name.rpartition(".")[0] for name in names}
+    is_block = {
+        name: bool(parent) and type(small.get_submodule(parent)) is not nn.Sequential
+        for name, parent in parents.items()
+    }
+    return [*dict.fromkeys(parents[name] if is_block[name] else name for name in names)]
+
+
+def squared_error(
+    x: Tensor,  # (examples, …)
+    y: Tensor,  # (examples, …), the dense network's
+) -> Tensor:  # ()
+    """Return ‖x − y‖² / ‖y‖²."""
+    x, y = x.float(), y.float()
+    return (x - y).square().sum() / y.square().sum().clamp_min(torch.finfo(y.dtype).tiny)
+
+
+def kullback_leibler(
+    x: Tensor,  # (examples, classes)
+    y: Tensor,  # (examples, classes), the dense network's
+) -> Tensor:  # ()
+    """Return the divergence of two sets of logits, the mean over the examples, in nats."""
+    x, y = x.float().log_softmax(1), y.float().log_softmax(1)
+    return functional.kl_div(x, y, log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def divergence_from(
+    dense: nn.Module, model: nn.Module, batches: Iterable[Inputs], loss: Loss | None = None
+) -> float:
+    """Return the mean loss of a network's outputs, as it is deployed, against the dense one's.
+
+    Args:
+        dense: the teacher.
+        model: any network with the same outputs.
+        batches: positional inputs.
+        loss: see `distill`.
+    """
+    names = block_names(model)
+    values: list[float] = []
+    with (
+        _recording(dense, names) as taught,
+        _recording(model, names) as learned,
+        eval_mode(dense),
+        eval_mode(model),
+    ):
+        for x in batches:
+            losses = [*_losses(output_tensors(model(*x)), output_tensors(dense(*x)), loss)]
+            # Where outputs are sorted, filtered or integers, the blocks' tell.
+            losses = losses or [
+                squared_error(learned[name], taught[name])
+                for name in names
+                if _is_comparable(learned.get(name), taught.get(name))
+            ]
+            values.append(sum(map(float, losses)))
+    return math.fsum(values) / max(1, len(values))
+
+
+def one_cycle(share: float) -> float:
+    """Return the learning rate, as a share of the highest, when so much of a budget is spent."""
+    if share < _RISE:
+        return 0.04 + 0.96 * (1 - math.cos(math.pi * share / _RISE)) / 2
+    return (1 + math.cos(math.pi * (share - _RISE) / (1 - _RISE))) / 2
+
+
+def _check_budget(steps: int | None, minutes: float | None) -> None:
+    if steps is not None:
+        check_int("steps", steps)
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise DeepTwistError(f"minutes={minutes} is no time to learn in: give a positive number")
+    if steps is None and minutes is None:
+        raise DeepTwistError("there is no budget to learn in: give steps or minutes")
+
+
+def _spending(steps: int | None, minutes: float | None) -> Iterator[float]:
+    """Yield the share of the budget that is spent, before each step, until all of it is."""
+    begun, done = time.monotonic(), 0
+    while True:
+        by_steps = 0.0 if steps is None else done / steps
+        by_clock = 0.0 if minutes is None else (time.monotonic() - begun) / (60 * minutes)
+        share = max(by_steps, by_clock)
+        if share >= 1:
+            return
+        yield share
+        done += 1
+
+
+def _repeated(batches: Iterable[Any], held_out: int) -> Iterator[Any]:
+    """Yield the batches again and again, those held out once; an iterator's own are kept."""
+    if isinstance(batches, Iterator):
+        batches = [*batches]
+    begin = 0
+    while True:
+        count = 0
+        for count, batch in enumerate(batches, 1):
+            if count > begin:
+                yield batch
+        if count <= held_out:
+            raise DeepTwistError(
+                f"{count} batches leave none to learn from: {held_out} are held out, to tell "
+                "whether the result is better (held_out=)"
+            )
+        begin = held_out
+
+
+def _losses(outputs: list[Tensor], targets: list[Tensor], loss: Loss | None) -> Iterator[Tensor]:
+    if len(outputs) != len(targets):
+        return
+    for x, y in zip(outputs, targets, strict=True):
+        if _is_comparable(x, y):
+            is_logits = y.dim() == 2 and y.shape[1] > 1
+            yield (loss or (kullback_leibler if is_logits else squared_error))(x, y)
+
+
+def _is_comparable(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return False
+    return x.shape == y.shape and y.is_floating_point() and y.numel() > 0
+
+
+@contextmanager
+def _recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Hold what the named modules put out last, the first tensor of it, by name."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            outputs.update((name, tensor) for tensor in output_tensors(output)[:1])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
