@@ -276,6 +276,7 @@ def test_weights_that_are_not_there_end_the_job_in_one_line(tmp_path: Path) -> N
 
 def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path) -> None:
     words = ["--weights", weights, "--ratio", 3, "--epochs", 0, "--runtime", "eager", *FAST]
+    words += ["--distill-steps", 0]
     done = run(*WORDS, *words, "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
@@ -286,11 +287,44 @@ def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path
     assert not [*tmp_path.glob("*.onnx")]
 
 
+def test_distilled_in_one_s_own_loop(trained: nn.Module) -> None:
+    """Harder pressed than a decomposition bears, so that there is something to recover."""
+    options = {"ratio": 8, "layers": every_layer(include="re:3|6")}
+    start = dt.compress(trained, loader(), accuracy, **options)
+    done = dt.compress(trained, [*loader()], accuracy, distill_steps=60, **options)
+    taken = dt.compress(trained, loader(), accuracy, distill_steps=60, **options)
+    assert done.plan == start.plan
+    assert done.after > start.after + 0.02
+    assert taken.after > start.after + 0.02  # of an iterator, whose first batches are taken
+
+
+def test_the_job_distils_where_nothing_is_trained(weights: Path, tmp_path: Path) -> None:
+    words = ["--weights", weights, "--ratio", 8, "--epochs", 0, "--runtime", "eager", *FAST]
+    plain = run(*WORDS, *words, "--distill-steps", 0, "--out", tmp_path / "plain", "--json")
+    words += ["--distill-steps", 60, "--distill-images", 512, "--out", tmp_path / "small"]
+    done = run(*WORDS, *words, "--json")
+    assert done.returncode == 0, done.stderr
+    before, after = (json.loads(out.stdout)["results"] for out in (plain, done))
+    assert after["distill"] == {"steps": 60, "images": 512}
+    assert after["verify"]["accuracy"] == after["train"]["accuracy"]
+    assert after["verify"]["accuracy"] > before["verify"]["accuracy"]
+    assert after["plan"]["parameters"] == before["plan"]["parameters"]
+    again = run(*WORDS, *words, "--json", "--resume")
+    assert json.loads(again.stdout)["results"] == after
+
+
+def test_what_deeptwist_trains_is_not_distilled(weights: Path, tmp_path: Path) -> None:
+    words = ["--weights", weights, "--ratio", 3, "--mode", "deeptwist", "--distill-steps", 5]
+    message = refused(*WORDS, *words, "--out", tmp_path / "small")
+    assert "mode deeptwist begins from the dense network" in message
+
+
 def test_a_network_as_it_is_built_can_be_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without weights, by a built-in name: the classes and channels are the data's."""
     words = ["compress", "resnet20", "--data", "digits", "--macs", 3, "--epochs", 0, *FAST]
+    words += ["--distill-steps", 0]
     done = run(*words, "--runtime", "eager", "--out", tmp_path, "--json")
     assert "the dense network guesses" in caplog.text
     assert done.returncode == 0, done.stderr

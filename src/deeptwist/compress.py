@@ -5,11 +5,11 @@ it makes and returns what it came to in plain values: who wants to show the step
 results, or skip those that are done calls them one by one, as the command line does.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.decompositions import Decomposition, SpatialSVD
+from deeptwist.distill import distill
 from deeptwist.errors import DeepTwistError
 from deeptwist.export import export_onnx, quantize_onnx
 from deeptwist.files import write_text
@@ -28,9 +29,10 @@ from deeptwist.measure.timing import time_interleaved
 from deeptwist.plan.calibration import Calibration, Inputs, calibrate, default_inputs
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
-from deeptwist.save import load
+from deeptwist.save import load, save
 
 CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
+DISTILLED = "distilled"
 RATIOS = (1.2, 16.0)  # that a goal is searched between
 BISECTIONS = 6  # to a factor of 1.04
 BUDGETS = ("ratio", "weights", "macs", "latency")  # arguments of `plan` that say how small
@@ -74,6 +76,7 @@ def compress(
     eval_fn: Callable[[nn.Module], float],
     *,
     goal: float | None = None,
+    distill_steps: int = 0,
     train_fn: Callable[[nn.Module], object] | None = None,
     calibration_batches: int = 8,
     inputs: Callable[[Any], Inputs] | None = None,
@@ -86,6 +89,8 @@ def compress(
         train_loader: batches to calibrate on, and to take batch norm's statistics from.
         eval_fn: a network → its score, the higher the better.
         goal: the least score, instead of a ratio: the largest ratio that keeps it is searched.
+        distill_steps: in which the decomposed network learns from the dense one, on the loader's
+            batches without their labels, see `deeptwist.distill`; 0 for none.
         train_fn: trains the decomposed network in place, in your own loop; none for no training.
         calibration_batches: that many of the loader's.
         inputs: a batch → the network's positional inputs, see `deeptwist.calibrate`.
@@ -97,7 +102,8 @@ def compress(
     """
     options = {"decomposition": SpatialSVD(), **options}
     _check_budget(options, goal)
-    batches = [*map(inputs or default_inputs, islice(train_loader, calibration_batches))]
+    read = inputs or default_inputs
+    batches = [*map(read, islice(train_loader, calibration_batches))]
     if not batches:
         raise DeepTwistError("there is nothing to calibrate on: train_loader gives no batch")
     device = next(model.parameters()).device
@@ -117,10 +123,15 @@ def compress(
             raise DeepTwistError(f"no ratio from {RATIOS[0]} on keeps the score at {goal}")
         ratio = search["ratio"]
     job.choose_plan(ratio)
-    small = job.decompose()
+    job.decompose()
+    if distill_steps:
+        if isinstance(train_loader, Iterator):  # some of its batches are taken
+            job.distill(chain(batches, map(read, train_loader)), as_tuple, steps=distill_steps)
+        else:
+            job.distill(train_loader, read, steps=distill_steps)
     if train_fn is not None:
-        train_fn(small)
-    return Compressed(small, job.plan, before, eval_fn(small))
+        train_fn(job.small)
+    return Compressed(job.small, job.plan, before, eval_fn(job.small))
 
 
 @dataclass(eq=False)
@@ -214,6 +225,36 @@ class Job:
         """Decompose as planned: the small network is there, to be trained in place or as it is."""
         self.small = self.make_small(self.plan)
         return self.small
+
+    def distill(
+        self,
+        batches: Iterable[Any],
+        inputs: Callable[[Any], Inputs],
+        *,
+        steps: int,
+        minutes: float | None = None,
+    ) -> Values:
+        """Have the small network learn from the dense one; see `deeptwist.distill`."""
+        done = 0
+
+        def on_step() -> None:
+            nonlocal done
+            done += 1
+            advance()
+
+        with self.progress("distill", steps) as advance:
+            self.small = distill(
+                self.small,
+                self.model,
+                batches,
+                steps=steps,
+                minutes=minutes,
+                inputs=inputs,
+                on_step=on_step,
+            )
+        if self.folder is not None:
+            save(self.small, self.folder / DISTILLED)
+        return {"steps": done}
 
     def export(self, example_input: Tensor) -> Values:
         """Write both networks as verified ONNX files of a free batch."""

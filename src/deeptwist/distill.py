@@ -61,9 +61,8 @@ def distill(
         minutes: by the clock, at most.
         lr: the highest learning rate.
         block_weight: of the blocks' loss beside the outputs'.
-        held_out: the first so many batches are not learned from (by a loader that does not shuffle):
-            on them it is decided whether the
-            result is better than the start.
+        held_out: the first so many batches are not learned from, unless the loader shuffles: on
+            them it is decided whether the result is better than the start.
         loss: of an output against the dense network's, both (examples, …) → a scalar; without it
             the Kullback-Leibler divergence for logits (examples, classes), and ‖x − y‖² / ‖y‖²
             for every other shape.

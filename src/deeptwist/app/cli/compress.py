@@ -1,13 +1,10 @@
 """The whole job on a trained network: its steps shown, kept in one folder, skipped when done."""
 
 import copy
-import json
 import logging
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,11 @@ from torch import Tensor, nn
 
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import CompressOptions, check_size, given_sizes
+from deeptwist.app.cli.record import Record
 from deeptwist.app.data import load_data
-from deeptwist.app.folders import check_folder, writing
 from deeptwist.app.report import write_report
 from deeptwist.app.training.evaluation import (
+    AugmentedInputs,
     Evaluation,
     batch_size_for,
     evaluate,
@@ -29,29 +27,33 @@ from deeptwist.app.training.evaluation import (
     test_inputs,
     training_inputs,
 )
-from deeptwist.app.training.metrics import RECIPE
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
-from deeptwist.compress import SMALL, Job, Values
+from deeptwist.compress import DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose
-from deeptwist.errors import DeepTwistError, first_line, require_extra
-from deeptwist.files import write_text
+from deeptwist.distill import distill
+from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.inspection.run import as_tuple
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.plan import Plan
-from deeptwist.save import WEIGHTS
+from deeptwist.save import WEIGHTS, load
 
 logger = logging.getLogger("deeptwist")
 
-RECORD, REPORT = "compress.json", "report.html"
+REPORT = "report.html"
 _SANITY_IMAGES = 256  # test images that tell whether the dense network is what it should be
 _SEARCH_IMAGES = 1000  # at most, that a ratio is searched on
 _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves statistics that fit
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
+_DISTILL_STEPS = 1500  # where nothing is trained
+_SEARCH_SHARE = 10  # of these steps and minutes, for each ratio that is tried
+_HELD_OUT = 2  # batches that tell whether the distilled network is better
 _INT8_IMAGES = 512  # training images that activations' ranges are taken from
 
 # What a step came to, in a line.
 _EVALUATED = "accuracy {accuracy:.2%}, loss {loss:.4f}".format
 _TRAINED = "accuracy {untrained:.2%} untrained, {accuracy:.2%} at the end".format
+_LEARNED = "{steps:,} steps on {images:,} images, without their labels".format
 _EXPORTED = (
     "{dense:,} → {small:,} bytes; outputs differ from PyTorch's by {difference:.0e} at most"
 ).format
@@ -77,11 +79,19 @@ def run_compress(
         with require_extra("onnx"):
             import onnxruntime  # noqa: F401 (said before the work, not after it)
             import onnxscript  # noqa: F401
-    optional = (recipe.calibration_images > 0, goal is not None, has_onnx, options.int8)
+    if options.distill_steps is None:
+        options = replace(options, distill_steps=0 if recipe.schedule.epochs else _DISTILL_STEPS)
+    optional = (
+        recipe.calibration_images > 0,
+        goal is not None,
+        options.distill_steps != 0,
+        has_onnx,
+        options.int8,
+    )
     asked = {**recipe.to_dict(), "options": asdict(options)}
     record = Record(folder, asked, total=7 + sum(optional), resume=resume)
     record.begin("load", f"{recipe.model}, and the images of {recipe.data.source}")
-    job = ImageJob(recipe, folder, has_goal=goal is not None)
+    job = ImageJob(recipe, options, folder, has_goal=goal is not None)
     counts = (len(split.labels) for split in (job.data.train, job.data.test))
     record.end("{:,} images to train on, {:,} test images".format(*counts))
     for step in _steps(job, record.results, options, goal):
@@ -111,6 +121,8 @@ def _steps(
     ratio = None if goal is None else results["search"]["ratio"]
     plan = partial(steps.choose_plan, ratio)
     yield "plan", recipe.compression.label, plan, _describe_plan
+    if options.distill_steps:
+        yield "distill", f"the dense {recipe.model}, without labels", job.distill, _LEARNED
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
     yield "train", what, partial(job.train, dense), _TRAINED
@@ -175,6 +187,10 @@ def _check(recipe: Recipe, options: CompressOptions) -> Goal | None:
         raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
+    if options.distill_steps and recipe.mode != "finetune":
+        raise DeepTwistError(
+            f"mode {recipe.mode} begins from the dense network: distill with --mode finetune"
+        )
     if options.goal is None:
         check_size(recipe.compression, or_goal=True)
         return None
@@ -196,6 +212,7 @@ class ImageJob:
 
     Attributes:
         recipe: the network, the data, what is compressed and how it is trained.
+        options: what else was asked for.
         folder: of the job.
         data: the images, without those held out or searched on; the test images tell results.
         search_images: those that a goal's ratio is searched on; no result is told on them.
@@ -203,7 +220,7 @@ class ImageJob:
         steps: those of every job.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, *, has_goal: bool):
+    def __init__(self, recipe: Recipe, options: CompressOptions, folder: Path, *, has_goal: bool):
         """Load the images; with a goal, every second test image is there to search on."""
         data = load_data(recipe.data)
         self.search_images = data.test
@@ -212,13 +229,14 @@ class ImageJob:
             self.search_images = data.test.subset(rows[::2]).subsample(_SEARCH_IMAGES)
             data = replace(data, test=data.test.subset(rows[1::2]))
         self._run = build_run(replace(recipe, mode="dense"), data, name="dense")
-        self.recipe, self.folder, self.data = recipe, folder, self._run.data
+        self.recipe, self.options, self.folder = recipe, options, folder
+        self.data = self._run.data
         self.model = self._run.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.steps = Job(
             self.model,
             self._make_plan,
             partial(self.training_inputs, recipe.calibration_images),
-            lambda network: self._choose_batch_norm(network)[0],
+            self._recover,
             folder,
             progress_bar,
         )
@@ -259,11 +277,23 @@ class ImageJob:
         # Against the dense network on the same images: the others may be easier or harder.
         return self.steps.search(accuracy, accuracy(self.model) - max_loss)
 
+    def distill(self) -> Values:
+        """Decompose, learn from the dense network, and keep what came out."""
+        steps, inputs = self.options.distill_steps, self._inputs_to_distill()
+        assert steps
+        calibration = self.steps.calibration
+        self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
+        minutes = self.options.distill_minutes
+        values = self.steps.distill(inputs, as_tuple, steps=steps, minutes=minutes)
+        return {**values, "images": inputs.count}
+
     def train(self, dense: Values) -> Values:
         """Decompose and train as the recipe says, and write the run's folder."""
         recipe, is_trained = self.recipe, self.recipe.schedule.epochs > 0
         calibration, plan, small = self.steps.calibration, self.steps.plan, None
-        if not is_trained and not recipe.batch_norm_batches:
+        if self.options.distill_steps:
+            small = load(self.folder / DISTILLED, model=self.model)
+        elif not is_trained and not recipe.batch_norm_batches:
             small = decompose(self.model, plan, calibration=calibration)
             recipe = replace(recipe, batch_norm_batches=self._choose_batch_norm(small)[1])
         run = replace(
@@ -286,6 +316,25 @@ class ImageJob:
         size = (path / WEIGHTS).stat().st_size
         return {**self.evaluate(self.steps.small), "path": str(path), "bytes": size}
 
+    def _inputs_to_distill(self) -> AugmentedInputs:
+        """Return the images that the small network learns on, from the first round on."""
+        count, seed = self.options.distill_images, self.recipe.seed
+        return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=_HELD_OUT)
+
+    def _recover(self, small: nn.Module) -> nn.Module:
+        """Return a network that a ratio is judged by: a little of what the one chosen will get."""
+        steps = self.options.distill_steps
+        if not steps:
+            return self._choose_batch_norm(small)[0]
+        return distill(
+            small,
+            self.model,
+            self._inputs_to_distill(),
+            steps=-(-steps // _SEARCH_SHARE),
+            minutes=self.options.distill_minutes / _SEARCH_SHARE,
+            held_out=_HELD_OUT,
+        )
+
     def _make_plan(self, calibration: Calibration | None, ratio: float | None) -> Plan:
         compression = self.recipe.compression
         if ratio is not None:
@@ -306,80 +355,6 @@ class ImageJob:
         seen = self.data.train.subsample(_NORM_IMAGES)
         before, after = (evaluate(net, seen, self.data).accuracy for net in (small, anew))
         return (anew, count) if after > before else (small, 0)
-
-
-class Record:
-    """The steps of a job in a folder: each is announced, timed, recorded, and done once.
-
-    Attributes:
-        results: of every step that is done, by its name.
-        seconds: that each took.
-    """
-
-    def __init__(self, folder: Path, asked: Mapping[str, Any], total: int, *, resume: bool):
-        """Begin a job, or go on with one.
-
-        Args:
-            folder: of the job; the record is one JSON file in it.
-            asked: what was asked for, in plain values: only the same job is gone on with.
-            total: number of steps.
-            resume: whether the folder may hold some of them already.
-
-        Raises:
-            DeepTwistError: if it holds a job and `resume` is not given, or another job or run.
-        """
-        self._path, self._asked, self._total = folder / RECORD, json.loads(json.dumps(asked)), total
-        self._number, self._started = 0, 0.0
-        self.results: dict[str, Values] = {}
-        self.seconds: dict[str, float] = {}
-        known = self._read()
-        check_folder(folder, "job", known, self._asked, resume=resume)
-        if known is None and (folder / RECIPE).exists():
-            raise DeepTwistError(
-                f"{folder} holds a run of 'deeptwist train': choose another folder"
-            )
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def run(
-        self, name: str, what: str, work: Callable[[], Values], describe: Callable[..., str]
-    ) -> None:
-        """Do a step, unless its result is there already; see `Step`."""
-        self.begin(name, what)
-        is_done = name in self.results
-        if not is_done:
-            self.results[name] = work()
-            self.seconds[name] = time.perf_counter() - self._started
-            with writing(self._path):
-                write_text(self._path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
-        self.end(describe(**self.results[name]), "done already" if is_done else None)
-
-    def begin(self, name: str, what: str) -> None:
-        """Announce a step: what it is called and does."""
-        self._number += 1
-        print(f"[{self._number}/{self._total}] {name}: {what}", file=sys.stderr, flush=True)
-        self._started = time.perf_counter()
-
-    def end(self, result: str, took: str | None = None) -> None:
-        """Tell what the step came to, and its time unless that is told otherwise."""
-        took = took or f"{time.perf_counter() - self._started:.1f} s"
-        print(f"      {result} ({took})", file=sys.stderr, flush=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the job and its results as plain values."""
-        return {"job": self._asked, "results": self.results, "seconds": self.seconds}
-
-    def _read(self) -> dict[str, Any] | None:
-        """Read the results that are there; return what was asked for, `None` for no record."""
-        try:
-            values = json.loads(self._path.read_text(encoding="utf-8"))
-            self.results, self.seconds = values["results"], values["seconds"]
-            known: dict[str, Any] = values["job"]
-            return known
-        except FileNotFoundError:
-            return None
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            raise DeepTwistError(f"{self._path} is damaged: {first_line(error)}") from error
 
 
 def _report(job: ImageJob) -> Values:

@@ -330,11 +330,19 @@ class CompressOptions(BenchmarkOptions):
     Attributes:
         goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
             keeps it without training is searched.
+        distill_steps: Steps in which the decomposed network learns from the dense one, without
+            labels; as many as --distill-minutes allows, 1,500 at most, where nothing is trained
+            (--epochs 0), and none where something is.
+        distill_minutes: Minutes of it, at most.
+        distill_images: Training images that it learns on, augmented as in training.
         int8: Quantise both networks by onnxruntime too.
         runtime: What runs the networks; ONNX files are written where onnxruntime is among them.
     """
 
     goal: str | None = None
+    distill_steps: int | None = None
+    distill_minutes: float = 10.0
+    distill_images: int = 2048
     int8: bool = False
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
     layers: Annotated[bool, Parameter(show=False)] = False

@@ -1,8 +1,8 @@
 """Accuracy and loss on a split, and what deployed networks are prepared and measured on."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deeptwist.app.data import ImageData, Split, batches, normalize
+from deeptwist.app.data import ImageData, Split, batches, normalize, train_batches
 from deeptwist.decompose import recalibrate_batch_norm as recalibrate
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection.run import FORWARD_ERRORS, eval_mode
@@ -60,6 +60,47 @@ def training_inputs(data: ImageData, model: nn.Module, count: int) -> Iterator[T
     shuffle, size = torch.Generator().manual_seed(0), min(count, 128)
     chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
     return (preprocess(images, model, data) for images, _ in chosen)
+
+
+class AugmentedInputs(Iterable[Tensor]):
+    """Training images without labels, augmented anew whenever they are gone through.
+
+    The first batches are always the same, not augmented, and none of the others' images: what a
+    result is judged on. All is drawn from the seed.
+    """
+
+    def __init__(self, data: ImageData, model: nn.Module, count: int, *, seed: int, held_out: int):
+        """Choose the images, evenly spaced over the training split.
+
+        Args:
+            data: whose training split is read.
+            model: see `preprocess`.
+            count: images to learn on, those held out aside.
+            seed: of the order and the augmentation.
+            held_out: batches.
+        """
+        chosen = data.train.subsample(count + held_out * self.BATCH)
+        order = torch.randperm(len(chosen.labels), generator=torch.Generator().manual_seed(seed))
+        self._judges = chosen.subset(order[: held_out * self.BATCH])
+        self._data = replace(data, train=chosen.subset(order[held_out * self.BATCH :]))
+        self._model, self._seed, self._round = model, seed, 0
+
+    BATCH = 64  # images
+
+    @property
+    def count(self) -> int:
+        """Images to learn on."""
+        return len(self._data.train.labels)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the batches of the next round."""
+        data, per_round = self._data, self.count // self.BATCH
+        steps = range(self._round * per_round, (self._round + 1) * per_round)
+        self._round += 1
+        for images, _ in batches(self._judges, self.BATCH, generator=None):
+            yield preprocess(images, self._model, data)
+        for images, _ in train_batches(data, self.BATCH, seed=self._seed, steps=steps):
+            yield preprocess(images, self._model, data)
 
 
 def test_inputs(data: ImageData, model: nn.Module, count: int) -> Tensor:
