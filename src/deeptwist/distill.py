@@ -70,8 +70,8 @@ def distill(
         on_step: called after every step.
 
     Raises:
-        DeepTwistError: if there is no factored layer, no budget, or no batch beyond those held
-            out; or if nothing that the networks put out can be compared.
+        DeepTwistError: if there is no factored layer, no budget, no parameter to learn, or no
+            batch beyond those held out; or if nothing that the networks put out can be compared.
     """
     _check_budget(steps, minutes)
     check_int("held_out", held_out)
@@ -82,9 +82,10 @@ def distill(
     names = block_names(student)
     for module in student.modules():
         module.train(isinstance(module, _BatchNorm))
-    optimizer = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad], lr, weight_decay=0.0
-    )
+    learning = [p for p in student.parameters() if p.requires_grad]
+    if not learning:
+        raise DeepTwistError(f"nothing in {type(small).__name__} is to be learned: all is frozen")
+    optimizer = torch.optim.AdamW(learning, lr, weight_decay=0.0)
     seen: list[Inputs] = []
     spent = _spending(steps, minutes)
     with (
