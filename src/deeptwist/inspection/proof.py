@@ -231,8 +231,8 @@ def example_inputs(
         dtype: torch.dtype = getattr(torch, name)
         if dtype.is_floating_point and len(types) == 1:
             (dtype,) = types
-        x = torch.zeros(shape, dtype=dtype)
+        x = torch.zeros(shape)
         if dtype.is_floating_point or dtype.is_complex:
-            x = torch.randn(shape, generator=generator, device="cpu").to(dtype)
-        inputs.append(x.to(device))
+            x = torch.randn(shape, generator=generator, device="cpu")
+        inputs.append(x.to(device, dtype))
     return tuple(inputs)

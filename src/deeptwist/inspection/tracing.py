@@ -4,6 +4,7 @@ It is run on tiny inputs while torch's functions are recorded: where it pads its
 calls the function once on its own weight and bias, it is that layer behind a padding.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +24,6 @@ _METADATA = {
     *("__len__", "itemsize", "nelement", "ndimension", "get_device", "is_sparse", "is_quantized"),
     *("is_mps", "is_xpu", "is_cpu", "is_nested", "names", "is_leaf", "data_ptr"),
 }
-
-
-def is_metadata(func: Any) -> bool:
-    """Whether a function of torch only asks a tensor for its shape, type or place."""
-    name = getattr(func, "__name__", "")
-    owner = getattr(func, "__self__", None)
-    return (getattr(owner, "__name__", "") if name == "__get__" else name) in _METADATA
 
 
 def class_name(kind: type) -> str:
@@ -67,7 +61,7 @@ class TracedForward(NamedTuple):
     is_all: bool  # whether it calls nothing else
 
 
-class _Call(NamedTuple):
+class FunctionCall(NamedTuple):
     """One call of a function of torch."""
 
     func: Any
@@ -76,28 +70,29 @@ class _Call(NamedTuple):
     result: Any
 
     def named(self, *names: str) -> dict[str, Any]:
-        """Return the arguments by name."""
+        """Return the arguments by name, given the names in their order."""
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
-class _Recorder(TorchFunctionMode):
-    """Records the functions of torch that are called, but for questions about shapes and types."""
+class FunctionWatch(TorchFunctionMode):
+    """Tells of the functions of torch that are called, but not of questions about shape or type."""
 
-    def __init__(self) -> None:
+    def __init__(self, see: Callable[[FunctionCall], None]):
         super().__init__()
-        self.calls: list[_Call] = []
+        self._see = see
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not is_metadata(func):
-            self.calls.append(_Call(func, args, kwargs or {}, result))
+        if not _is_metadata(func):
+            self._see(FunctionCall(func, args, kwargs or {}, result))
         return result
+
+
+def _is_metadata(func: Any) -> bool:
+    """Whether a function of torch only asks a tensor for its shape, type or place."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None)
+    return (getattr(owner, "__name__", "") if name == "__get__" else name) in _METADATA
 
 
 def trace_padding(
@@ -147,13 +142,14 @@ def trace_forward(
     x = reference.new_zeros(1, geometry.in_channels, *_input_size(geometry, extra))
     was_training = module.training
     module.training = False
+    calls: list[FunctionCall] = []
     try:
         # A parametrized weight is computed before, once, and is itself in every use.
         with torch.no_grad(), parametrize.cached():
             weight = module.weight
-            with _Recorder() as recorder:
+            with FunctionWatch(calls.append):
                 y = type(module).forward(module, x)
-            forward = _only_call(module, geometry, x, y, recorder.calls)
+            forward = _only_call(module, geometry, x, y, calls)
     except Exception:  # a forward of any class, on an input that it may not be made for
         return None
     finally:
@@ -163,7 +159,7 @@ def trace_forward(
 
 
 def _only_call(
-    module: nn.Module, geometry: ConvGeometry, x: Tensor, y: Any, calls: list[_Call]
+    module: nn.Module, geometry: ConvGeometry, x: Tensor, y: Any, calls: list[FunctionCall]
 ) -> TracedForward | None:
     """Return the one call of the layer's function, behind one padding at most."""
     kind = "conv_transpose" if geometry.transposed else "conv"

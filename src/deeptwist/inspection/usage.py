@@ -1,9 +1,10 @@
 """What a model is made of: its layers, how an example uses them, and which are safe to touch."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,13 +13,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.run import FORWARD_ERRORS, explaining, preserving_state
-from deeptwist.inspection.tracing import has_compiled_forward, is_metadata
+from deeptwist.inspection.tracing import FunctionCall, FunctionWatch, has_compiled_forward
 from deeptwist.inspection.weights import Kept, Weight, named_layers, weight_of
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
@@ -77,7 +77,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
     for module, weight in weights.items():
         for parameter in weight.parameters:
             holders.setdefault(parameter, []).append(module)
-    usage, macs = _trace_usage(model, inputs, weights, holders)
+    usage, macs = _trace_usage(model, inputs, lambda: _Usage(weights, holders))
     order = [*usage.calls, *(module for module in weights if module not in usage.calls)]
     call_order = {module: number for number, module in enumerate(order)}
     holding = [module for module in model.modules() if isinstance(module, FactoredLayer)]
@@ -142,10 +142,7 @@ def _reason(weight: Weight | Kept) -> str | None:
 
 
 def _trace_usage(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    weights: Mapping[nn.Module, Weight | Kept],
-    holders: Mapping[Tensor, list[nn.Module]],
+    model: nn.Module, inputs: tuple[Tensor, ...], usage: Callable[[], "_Usage"]
 ) -> tuple["_Usage", int | None]:
     """Run a model once; what it does with its layers, and all its MACs, where they can be counted.
 
@@ -154,38 +151,15 @@ def _trace_usage(
     """
     counter = FlopCounterMode(display=False)
     try:
-        usage = _run(model, inputs, _Usage(weights, holders), counter)
-        return usage, int(counter.get_total_flops()) // 2
+        return usage().follow(model, inputs, counter), int(counter.get_total_flops()) // 2
     except FORWARD_ERRORS:
         # Either the model or the counter failed.
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         with explaining(f"{type(model).__name__} cannot run on the example input {shapes}"):
-            return _run(model, inputs, _Usage(weights, holders), nullcontext()), None
+            return usage().follow(model, inputs, nullcontext()), None
 
 
-def _run(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    usage: "_Usage",
-    counter: AbstractContextManager[object],
-) -> "_Usage":
-    """Run a model while its layers are followed."""
-    with ExitStack() as stack:
-        stack.enter_context(preserving_state(model, inputs))
-        for module in usage.geometries:
-            enter = module.register_forward_pre_hook(usage.enter, with_kwargs=True, prepend=True)
-            leave = module.register_forward_hook(usage.leave, always_call=True)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
-        # The counter knows not every fused attention, the processor's for one.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(counter)
-        stack.enter_context(usage)
-        model(*inputs)
-    return usage
-
-
-class _Usage(TorchFunctionMode):
+class _Usage:
     """Follows layers' calls by hooks, and reads of their weights through torch's functions.
 
     Attributes:
@@ -198,66 +172,72 @@ class _Usage(TorchFunctionMode):
         weights: Mapping[nn.Module, Weight | Kept],
         holders: Mapping[Tensor, list[nn.Module]],
     ):
-        super().__init__()
         self.calls: dict[nn.Module, list[LayerCall]] = {}
         self.unsupported: dict[nn.Module, str] = {}
-        self.geometries = {m: weight.geometry for m, weight in weights.items() if weight.geometry}
-        self._paddings = {
-            m: weight.padding
-            for m, weight in weights.items()
-            if isinstance(weight, Weight) and weight.padding is not None
-        }
+        self._layers = {m: (x.geometry.dims, x.padding) for m, x in weights.items() if x.geometry}
         # By the id of a weight's parameter.
-        self._owners = {id(p): m[0] for p, m in holders.items() if m[0] in self.geometries}
+        self._owners = {id(p): m[0] for p, m in holders.items() if m[0] in self._layers}
         self._running: list[nn.Module] = []
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running.append(module)
-        arguments = [*args, *kwargs.values()]
-        if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
-            self.unsupported[module] = "is called with more than its input"
-            return
-        x, dims = arguments[0], self.geometries[module].dims
-        if dims == 0:
-            self._add_call(module, x.shape[:-1].numel())
-            return
-        size = x.shape[-dims:]
-        if module in self._paddings:
-            size = self._paddings[module](torch.empty(1, *size, device="meta")).shape[-dims:]
-        self._add_call(module, x.shape[0] if x.dim() == dims + 2 else 1, tuple(size))
+    def follow(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        counter: AbstractContextManager[object],
+    ) -> "_Usage":
+        """Run a model, and return this."""
+        with ExitStack() as stack:
+            stack.enter_context(preserving_state(model, inputs))
+            for module in self._layers:
+                enter = module.register_forward_pre_hook(
+                    self._enter, with_kwargs=True, prepend=True
+                )
+                leave = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+            # The counter knows not every fused attention, the processor's for one.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(counter)
+            stack.enter_context(FunctionWatch(self._see))
+            model(*inputs)
+        return self
 
-    def leave(self, module: nn.Module, args: object, output: object) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append(module)
+        arguments, (dims, padding) = [*args, *kwargs.values()], self._layers[module]
+        if len(arguments) != 1 or not isinstance(x := arguments[0], Tensor):
+            self.unsupported[module] = "is called with more than its input"
+        elif dims == 0:
+            self._add_call(module, x.shape[:-1].numel())
+        else:
+            size = x.shape[-dims:]
+            if padding is not None:
+                size = padding(torch.empty(1, *size, device="meta")).shape[-dims:]
+            self._add_call(module, x.shape[0] if x.dim() == dims + 2 else 1, tuple(size))
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self._running.pop()
 
     def _add_call(self, module: nn.Module, count: int, size: tuple[int, ...] = ()) -> None:
         self.calls.setdefault(module, []).append(LayerCall(count, size))
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not is_metadata(func):
-            for argument in _flat([*args, *kwargs.values()]):
-                module = self._owners.get(id(argument))
-                if module is not None and module not in self._running:
-                    self._read(module, func, args, kwargs)
-        return func(*args, **kwargs)
+    def _see(self, call: FunctionCall) -> None:
+        given = [*call.args, *call.kwargs.values()]
+        # Those in lists and tuples too, as `torch.cat` is given them.
+        for argument in chain(*(x if isinstance(x, list | tuple) else [x] for x in given)):
+            module = self._owners.get(id(argument))
+            if module is not None and module not in self._running:
+                self._read(module, call)
 
-    def _read(
-        self, module: nn.Module, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _read(self, module: nn.Module, call: FunctionCall) -> None:
         """Note that a function is given a layer's weight by another module."""
-        values = {**dict(zip(["input", "weight", "bias"], args, strict=False)), **kwargs}
+        func, values = call.func, call.named("input", "weight", "bias")
         name, is_linear = getattr(func, "__name__", str(func)), isinstance(module, nn.Linear)
         if name == "linear" and is_linear and id(values["weight"]) in self._owners:
             self._add_call(module, values["input"].shape[:-1].numel())
             return
         if func is functional.multi_head_attention_forward and is_linear:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            given = inspect.signature(func).bind(*call.args, **call.kwargs).arguments
             role = next(key for key, value in given.items() if value is module.weight)
             if role != "in_proj_weight" or given["query"] is given["key"] is given["value"]:
                 self._add_call(module, given[_PROJECTED.get(role, "query")].shape[:-1].numel())
@@ -269,11 +249,3 @@ class _Usage(TorchFunctionMode):
 
 
 _PROJECTED = {"k_proj_weight": "key", "v_proj_weight": "value"}  # the others: the query
-
-
-def _flat(values: Iterable[Any]) -> list[Any]:
-    """The arguments, and those in lists and tuples of them, as `torch.cat` is given."""
-    flat: list[Any] = []
-    for value in values:
-        flat += value if isinstance(value, list | tuple) else [value]
-    return flat

@@ -34,9 +34,9 @@ _STANDARDIZED = {
     "transformers.models.bit.modeling_bit.WeightStandardizedConv2d",
 }
 _TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
-_NORM_HOOKS = {  # hooks of torch.nn.utils, and the name of the parameter that they normalise
-    "torch.nn.utils.weight_norm.WeightNorm": "weight_v",
-    "torch.nn.utils.spectral_norm.SpectralNorm": "weight_orig",
+_NORM_HOOKS = {
+    "torch.nn.utils.weight_norm.WeightNorm",
+    "torch.nn.utils.spectral_norm.SpectralNorm",
 }
 _NORM_PARAMETRIZATIONS = {
     "torch.nn.utils.parametrizations._WeightNorm",
@@ -171,11 +171,12 @@ class HookedWeight(Weight):
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Set the normalised parameter, and weight norm's gains."""
-        hook = _norm_hook(self.module)
-        getattr(self.module, _NORM_HOOKS[class_name(type(hook))]).copy_(weight)
         if hasattr(self.module, "weight_g"):
-            gains = torch.norm_except_dim(weight, 2, hook.dim)
+            gains = torch.norm_except_dim(weight, 2, _norm_hook(self.module).dim)
             cast(Tensor, self.module.weight_g).copy_(gains)
+            cast(Tensor, self.module.weight_v).copy_(weight)
+        else:
+            cast(Tensor, self.module.weight_orig).copy_(weight)
         self.module.weight = self.read()
 
 
@@ -237,6 +238,7 @@ class Kept:
     reason: str
     geometry: ConvGeometry | None
     parameters: list[nn.Parameter]
+    padding: ClassVar[None] = None
 
 
 def weight_of(module: nn.Module) -> Weight | Kept:
@@ -278,14 +280,12 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
     """A module's own parameters that are a matrix at least, as an embedding's."""
-    matrices = [
-        parameter
-        for name, parameter in module.named_parameters(recurse=False)
-        if sum(side > 1 for side in parameter.shape) > 1
-        and not (name == "in_proj_weight" and has_in_projection(module))
-    ]
+    own = dict(module.named_parameters(recurse=False))
+    if has_in_projection(module):
+        del own["in_proj_weight"]
+    matrices = [p for p in own.values() if sum(side > 1 for side in p.shape) > 1]
     if parametrize.is_parametrized(module):
-        matrices += [*module.get_submodule("parametrizations").parameters()]
+        matrices += module.get_submodule("parametrizations").parameters()
     return matrices
 
 
@@ -293,8 +293,7 @@ def _geometry(module: nn.Module, kind: type[Weight]) -> ConvGeometry:
     """Return a layer's geometry, from attributes that may have been set by hand."""
     try:
         if kind is TransposedWeight:
-            inputs, outputs = cast(Tensor, module.weight).shape
-            return ConvGeometry(inputs, outputs)
+            return ConvGeometry(*cast(Tensor, module.weight).shape)
         geometry = ConvGeometry.from_module(module)
         _check_attributes(module, geometry)
     except (AttributeError, TypeError, DeepTwistError) as error:
