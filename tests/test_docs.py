@@ -73,7 +73,7 @@ def names_of_a_page(page: str, folder: Path) -> dict[str, Any]:
         "factory": network,
         "plan": plan,
         "total_steps": 10,
-        "batches": [x, x],
+        "batches": [x, x, x],
         "evaluate": lambda model: float(sum(p.numel() for p in model.parameters()) > 0),
         "fine_tune": lambda model: model.train(),
     } | {"docs/integrations.md": loops, "docs/export.md": exports}.get(page, lambda folder: {})(
