@@ -42,6 +42,7 @@ from deeptwist.app.cli.options import (
 from deeptwist.app.folders import writing
 from deeptwist.app.training.recipe import CompressionRecipe, DataRecipe, Recipe
 from deeptwist.errors import DeepTwistError
+from deeptwist.files import write_text
 
 _BENCHMARK, _COMPRESS = BenchmarkOptions(), CompressOptions()
 app = App(
@@ -139,8 +140,6 @@ def plan(
     Args:
         out: Write the plan as JSON to this file.
     """
-    from deeptwist.files import write_text
-
     if sweep.sweep:
         from deeptwist.app.cli.sweep import sweep_network
         from deeptwist.app.report import write_sweep
@@ -198,8 +197,7 @@ def train(
     run = build_run(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
         summary = train(run, out, resume=resume, on_step=advance)
-    if is_main_process():
-        print_result(summary, as_json, partial(print_summary, f"{recipe.model} on {data.name}"))
+    print_result(summary, as_json, partial(print_summary, f"{recipe.model} on {data.name}"))
 
 
 @app.command

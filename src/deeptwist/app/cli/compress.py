@@ -144,7 +144,7 @@ def _steps(
         )
         what = "both networks by onnxruntime, calibrated on training images"
         yield "int8", what, quantize, _QUANTIZED
-    yield "report", REPORT, partial(_report, job), "{path}".format
+    yield "report", REPORT, job.report, "{path}".format
 
 
 def _describe_search(
@@ -155,18 +155,11 @@ def _describe_search(
     return f"{ratio:g}×{short} (at least {least:.2%}; {shown})"
 
 
-def _describe_plan(
-    layers: int,
-    dense_parameters: int,
-    parameters: int,
-    dense_macs: int,
-    macs: int,
-    promise: str | None = None,
-) -> str:
-    return (
-        f"{layers} layers, {dense_parameters / parameters:.2f}× fewer weights, "
-        f"{dense_macs / max(1, macs):.2f}× fewer MACs" + (f", {promise}" if promise else "")
-    )
+def _describe_plan(layers: int, promise: str | None = None, **sizes: int) -> str:
+    weights = sizes["dense_parameters"] / sizes["parameters"]
+    macs = sizes["dense_macs"] / max(1, sizes["macs"])
+    text = f"{layers} layers, {weights:.2f}× fewer weights, {macs:.2f}× fewer MACs"
+    return text + (f", {promise}" if promise else "")
 
 
 def _describe_times(machine: str, settings: list[Values]) -> str:
@@ -316,6 +309,11 @@ class ImageJob:
         size = (path / WEIGHTS).stat().st_size
         return {**self.evaluate(self.steps.small), "path": str(path), "bytes": size}
 
+    def report(self) -> Values:
+        """Write the page of the job."""
+        title = f"deeptwist compress {self.recipe.model.rpartition(':')[2]}"  # without its module
+        return {"path": str(write_report([self.folder], self.folder / REPORT, title=title))}
+
     def _inputs_to_distill(self) -> AugmentedInputs:
         """Return the images that the small network learns on, from the first round on."""
         count, seed = self.options.distill_images, self.recipe.seed
@@ -355,8 +353,3 @@ class ImageJob:
         seen = self.data.train.subsample(_NORM_IMAGES)
         before, after = (evaluate(net, seen, self.data).accuracy for net in (small, anew))
         return (anew, count) if after > before else (small, 0)
-
-
-def _report(job: ImageJob) -> Values:
-    title = f"deeptwist compress {job.recipe.model.rpartition(':')[2]}"  # without its module
-    return {"path": str(write_report([job.folder], job.folder / REPORT, title=title))}

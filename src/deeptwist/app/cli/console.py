@@ -27,10 +27,13 @@ def is_main_process() -> bool:
 
 
 def print_result(values: Values, as_json: bool, show: Callable[[Values], None]) -> None:
-    """Print what a command came to: for a script as JSON, or as `show` does for a person."""
-    if as_json:
+    """Print what a command came to: for a script as JSON, or as `show` does for a person.
+
+    Of several processes the first one alone prints.
+    """
+    if as_json and is_main_process():
         print(json.dumps(values))
-    else:
+    elif is_main_process():
         show(values)
 
 

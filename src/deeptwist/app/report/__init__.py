@@ -67,12 +67,11 @@ def write_report(folders: Sequence[Path], path: Path, *, title: str) -> Path:
         groups.setdefault(record.title, []).append(record)
     sections: list[dict[str, Any]] = []
     for name, records in groups.items():
-        training = [*charts.training_charts(records), *charts.distortion_charts(records)]
         lead, table = _summary(records), _results_table(records)
         plans = [_layer_table(run.plan, records) for run, _ in distinct_plans(records) if run.plan]
         sections += [
             {"heading": name, "lead": lead, "table": table, "charts": charts.gain_charts(records)},
-            {"heading": "While training", "charts": training},
+            {"heading": "While training", "charts": charts.training_charts(records)},
             {"heading": "Layers", "charts": charts.layer_charts(records), "folded": plans},
         ]
     ordered = [record for records in groups.values() for record in records]

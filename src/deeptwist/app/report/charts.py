@@ -39,6 +39,10 @@ _RC = {
     **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), INK),
 }
 _MARKED = {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.6, "clip_on": False}
+_AFTER = {"linestyle": ":", "markerfacecolor": "none"}  # a distortion; out of the legend
+Values = dict[str, Any]
+Lines = list[tuple[float, Values]]  # of `metrics`, by epoch
+Height = Callable[[Values], float | None]
 Points = Iterable[tuple[float, float | None]]
 Scale = Literal["linear", "log", "symlog"]
 
@@ -48,7 +52,7 @@ class Curve(NamedTuple):
 
     label: str  # in the legend; empty for none there
     points: Points
-    look: dict[str, Any]  # options of `Axes.plot`
+    look: Values  # options of `Axes.plot`
 
 
 class Chart(NamedTuple):
@@ -194,102 +198,97 @@ def _place(network: Network, column: str, unit: float) -> list[tuple[float, floa
     return [(cost.value / unit, 100 * network.accuracy)] if isinstance(cost, Cost) else []
 
 
-def training_charts(records: Sequence[Record]) -> list[Chart]:
-    """Return loss and accuracy over epochs."""
-    return [
-        *_over_epochs(
-            records,
-            "Test accuracy while training",
-            "After each epoch, with the weights as training left them.",
-            _lines(records, _epochs, lambda epoch: 100 * epoch["test"]["accuracy"]),
-            y="test accuracy, %",
-        ),
-        *_over_epochs(
-            records,
-            "Training loss",
-            "The mean over each epoch's images, augmented.",
-            _lines(records, _epochs, lambda epoch: epoch["train_loss"]),
-            y="cross-entropy",
-            scale="log",
-        ),
-    ]
-
-
-def distortion_charts(records: Sequence[Record]) -> list[Chart]:
-    """Return what distortions changed."""
-    over = partial(_over_epochs, records)
-    lines = partial(_lines, records, _distortions)
-
-    def around(split: str, name: str, unit: int = 1) -> list[Curve]:
-        before, after = (
-            lambda line, moment=moment: unit * line[split][moment][name] if line[split] else None
-            for moment in (0, 1)
-        )
-        return [*lines(before), *lines(after, linestyle=":", markerfacecolor="none")]
-
-    return [
-        *over(
-            "Training loss around distortions",
-            "On some images, not augmented: just before each one and, dotted, just after it.",
-            around("train", "loss"),
-            y="cross-entropy",
-            scale="log",
-        ),
-        *over(
-            "Test accuracy around distortions",
-            "On some test images: just before each one and, dotted, just after it.",
-            around("test", "accuracy", 100),
-            y="test accuracy, %",
-        ),
-        *over(
-            "What a distortion costs: ΔL/L",
-            "The share by which the loss rises at each; logarithmic beyond ±1.",
-            lines(lambda line: line["loss_increase"]),
-            y="ΔL/L",
-            scale="symlog",
-        ),
-        *over(
-            "How far a distortion moves the weights: Δw",
-            "‖W − W′‖ ÷ N, over all N compressed weights.",
-            lines(lambda line: line["weight_shift"]),
-            y="Δw",
-            scale="log",
-        ),
-    ]
-
-
-def _over_epochs(
-    records: Sequence[Record], title: str, caption: str, curves: list[Curve], **axes: Any
-) -> list[Chart]:
-    marks = {epoch for record in records for epoch in record.milestones}
-    caption += " Upright dots: the learning rate drops." * bool(marks)
-    axes |= {"x": "epoch", "marks": sorted(marks), "salt": records[0].title}
-    return draw(title, caption, curves, **axes)
-
-
-def _lines(
-    records: Sequence[Record],
-    lines_of: Callable[[Record], list[tuple[float, dict[str, Any]]]],
-    value: Callable[[dict[str, Any]], float | None],
-    **changes: Any,
-) -> list[Curve]:
-    """Return a value over epochs, a curve for each run; out of the legend if its look changes."""
-    label = "" if changes else "{}"
-    return [
-        Curve(label.format(run.name), [(x, value(e)) for x, e in lines_of(run)], look | changes)
-        for run, look in _looks(records)
-    ]
-
-
-def _epochs(run: Record) -> list[tuple[float, dict[str, Any]]]:
+def _epochs(run: Record) -> Lines:
     return [(epoch["epoch"], epoch) for epoch in run.epochs]
 
 
-def _distortions(run: Record) -> list[tuple[float, dict[str, Any]]]:
+def _distortions(run: Record) -> Lines:
     """Return a run's distortions by epoch, and no more than an axis can show."""
     steps = run.epochs[-1]["step"] / run.epochs[-1]["epoch"] if run.epochs else math.inf
     every = math.ceil(len(run.distortions) / _MAX_POINTS) or 1
     return [(line["step"] / steps, line) for line in run.distortions[::-1][::every][::-1]]
+
+
+def _around(split: str, name: str, unit: int = 1) -> tuple[Height, Height]:
+    """Return what reads a measurement just before a distortion, and just after it."""
+
+    def read(line: Values, moment: int) -> float | None:
+        return unit * line[split][moment][name] if line[split] else None
+
+    return partial(read, moment=0), partial(read, moment=1)
+
+
+_TRAINING: tuple[tuple[str, str, Callable[[Record], Lines], tuple[Height, ...], str, Scale], ...]
+_TRAINING = (  # title, caption, lines of a run, heights (the second dotted), what goes up, scale
+    (
+        "Test accuracy while training",
+        "After each epoch, with the weights as training left them.",
+        _epochs,
+        (lambda epoch: 100 * epoch["test"]["accuracy"],),
+        "test accuracy, %",
+        "linear",
+    ),
+    (
+        "Training loss",
+        "The mean over each epoch's images, augmented.",
+        _epochs,
+        (lambda epoch: epoch["train_loss"],),
+        "cross-entropy",
+        "log",
+    ),
+    (
+        "Training loss around distortions",
+        "On some images, not augmented: just before each one and, dotted, just after it.",
+        _distortions,
+        _around("train", "loss"),
+        "cross-entropy",
+        "log",
+    ),
+    (
+        "Test accuracy around distortions",
+        "On some test images: just before each one and, dotted, just after it.",
+        _distortions,
+        _around("test", "accuracy", 100),
+        "test accuracy, %",
+        "linear",
+    ),
+    (
+        "What a distortion costs: ΔL/L",
+        "The share by which the loss rises at each; logarithmic beyond ±1.",
+        _distortions,
+        (lambda line: line["loss_increase"],),
+        "ΔL/L",
+        "symlog",
+    ),
+    (
+        "How far a distortion moves the weights: Δw",
+        "‖W − W′‖ ÷ N, over all N compressed weights.",
+        _distortions,
+        (lambda line: line["weight_shift"],),
+        "Δw",
+        "log",
+    ),
+)
+
+
+def training_charts(records: Sequence[Record]) -> list[Chart]:
+    """Return loss and accuracy over epochs, then what distortions changed."""
+    marks = sorted({epoch for record in records for epoch in record.milestones})
+    drops = " Upright dots: the learning rate drops." * bool(marks)
+    over = partial(draw, x="epoch", marks=marks, salt=records[0].title)
+    charts = []
+    for title, caption, lines_of, heights, y, scale in _TRAINING:
+        curves = [
+            Curve(
+                "" if change else run.name,
+                [(x, height(v)) for x, v in lines_of(run)],
+                look | change,
+            )
+            for height, change in zip(heights, ({}, _AFTER), strict=False)
+            for run, look in _looks(records)
+        ]
+        charts += over(title, caption + drops, curves, y=y, scale=scale)
+    return charts
 
 
 def distinct_plans(records: Sequence[Record]) -> list[tuple[Record, dict[str, Any]]]:
