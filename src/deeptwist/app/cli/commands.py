@@ -49,14 +49,12 @@ app = App(
     name="deeptwist",
     version=__version__,
     help_format="markdown",
+    config=values_of_recipe,
     default_parameter=Parameter(negative=(), show_env_var=False),
     help="""Make a trained CNN smaller and faster by learning its low-rank approximation.
 
 `deeptwist demo` shows all of it in two minutes.""",
 )
-
-
-app.config = (values_of_recipe,)
 
 
 @app.command

@@ -40,7 +40,16 @@ class Record:
         self._number, self._started = 0, 0.0
         self.results: dict[str, Values] = {}
         self.seconds: dict[str, float] = {}
-        known = self._read()
+        known = None
+        try:
+            values = json.loads(self._path.read_text(encoding="utf-8"))
+            known, self.results, self.seconds = (
+                values[key] for key in ("job", "results", "seconds")
+            )
+        except FileNotFoundError:
+            pass
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise DeepTwistError(f"{self._path} is damaged: {first_line(error)}") from error
         check_folder(folder, "job", known, self._asked, resume=resume)
         if known is None and (folder / RECIPE).exists():
             raise DeepTwistError(
@@ -76,15 +85,3 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the job and its results as plain values."""
         return {"job": self._asked, "results": self.results, "seconds": self.seconds}
-
-    def _read(self) -> dict[str, Any] | None:
-        """Read the results that are there; return what was asked for, `None` for no record."""
-        try:
-            values = json.loads(self._path.read_text(encoding="utf-8"))
-            self.results, self.seconds = values["results"], values["seconds"]
-            known: dict[str, Any] = values["job"]
-            return known
-        except FileNotFoundError:
-            return None
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            raise DeepTwistError(f"{self._path} is damaged: {first_line(error)}") from error
