@@ -21,11 +21,10 @@ from deeptwist.app.models import build_model
 from deeptwist.app.training.devices import Fabric
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.loop import Trainer
-from deeptwist.app.training.metrics import Values
 from deeptwist.app.training.recipe import make_recipe
+from deeptwist.compress import Values
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio
-from deeptwist.twist.distortion import DeepTwist
 
 MODEL, BATCH, INTERVAL, IMAGES = "resnet32", 128, 200, 100
 TILES = {"decomposition": "tiled_svd", "tile": [64, 64], "ratio": 4, "skip_first_conv": True}
@@ -131,16 +130,17 @@ def engine_under_deeptwist(data: ImageData, block: int) -> Callable[[], Block]:
     )
     model = build_model(MODEL)
     example = torch.zeros(2, 3, 32, 32)
-    twist = DeepTwist(model, recipe.compression.make_plan(model, example), block)
+    made = recipe.compression.make_plan(model, example)
     fabric = Fabric(accelerator="cpu", devices=1, precision=recipe.precision)
     # One test image: the evaluation at an epoch's end is no part of a step.
     images = replace(data, test=Split(data.test.images[:1], data.test.labels[:1]))
 
     def run() -> Block:
         records: list[Values] = []
-        trainer = Trainer(fabric, model, images, recipe, twist=twist)
+        trainer = Trainer(fabric, model, images, recipe, plan=made, on_record=records.append)
         started = time.perf_counter()
-        trainer.fit(records.append)
+        for _ in trainer.fit():
+            pass
         seconds = time.perf_counter() - started
         distorted = next(record for record in records if record["event"] == "distortion")
         return Block(seconds - distorted["seconds"], distorted["seconds"])

@@ -13,9 +13,10 @@ from itertools import product
 from pathlib import Path
 
 from deeptwist.app.data import load_data
-from deeptwist.app.training.metrics import DENSE_WEIGHTS, Values
+from deeptwist.app.folders import DENSE_WEIGHTS
 from deeptwist.app.training.recipe import Mode, make_recipe
 from deeptwist.app.training.run import build_run, train
+from deeptwist.compress import Values
 
 COMPRESSION = {"ratio": 4}
 DECOMPOSITIONS = {

@@ -16,7 +16,7 @@ from deeptwist._version import __version__
 from deeptwist.app import cli
 from deeptwist.app.cli.console import print_table, progress_bar
 from deeptwist.app.cli.options import Several
-from deeptwist.app.training.metrics import DENSE_WEIGHTS
+from deeptwist.app.folders import DENSE_WEIGHTS
 from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
 from deeptwist.files import write_text
 from deeptwist.measure.machine import describe_machine

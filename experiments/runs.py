@@ -20,9 +20,10 @@ import torch
 
 from deeptwist.app.cli.commands import app
 from deeptwist.app.data import ImageData, load_data
-from deeptwist.app.training.metrics import Values, read_run
+from deeptwist.app.folders import read_run
 from deeptwist.app.training.recipe import DataRecipe, Recipe
 from deeptwist.app.training.run import build_run, train
+from deeptwist.compress import Values
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
 from experiments.perturb import NoiseInPlaceOfDistortion

@@ -117,6 +117,7 @@ def in_fp16(data: ImageData, scale: float) -> tuple[Trainer, DeepTwist, list[flo
     recipe = make_recipe(
         {
             "model": "own",
+            "interval": 3,
             "precision": "16-mixed",
             "batch_size": 32,
             "schedule": {"epochs": 2},
@@ -134,11 +135,9 @@ def in_fp16(data: ImageData, scale: float) -> tuple[Trainer, DeepTwist, list[flo
     fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)
     model = network()
     made = recipe.compression.make_plan(model, torch.zeros(2, 1, 8, 8))
-    twist = DeepTwist(model, made, 3)
-    trainer = Trainer(fabric, model, data, recipe, twist=twist)
-    rates: list[float] = []
-    trainer.fit(on_step=lambda: rates.append(trainer.learning_rate))
-    return trainer, twist, rates
+    trainer = Trainer(fabric, model, data, recipe, plan=made)
+    assert trainer.twist is not None
+    return trainer, trainer.twist, [trainer.learning_rate for _ in trainer.fit()]
 
 
 def test_steps_that_fp16_skips_are_not_counted(one_batch: ImageData) -> None:

@@ -24,8 +24,8 @@ from tests.test_cli import refused, run
 from torch import nn
 
 from deeptwist import Plan
+from deeptwist.app.folders import read_run
 from deeptwist.app.models import build_model
-from deeptwist.app.training.metrics import read_run
 from deeptwist.app.training.recipe import Recipe, make_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -292,7 +292,7 @@ def test_what_is_imported() -> None:
     code = (
         "import sys, deeptwist\n"
         "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "import deeptwist.app.training.metrics\n"
+        "import deeptwist.app.folders\n"
         "before = set(sys.modules)\n"
         "import deeptwist.app.report\n"
         "assert not {'matplotlib.pyplot'} & (set(sys.modules) - before)\n"

@@ -24,7 +24,7 @@ from torch import nn
 import deeptwist as dt
 from deeptwist.app.cli import main
 from deeptwist.app.data import load_data, load_digits
-from deeptwist.app.training.metrics import read_run
+from deeptwist.app.folders import read_run
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run
 from deeptwist.app.training.run import train as train_run

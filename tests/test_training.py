@@ -17,11 +17,12 @@ from torch.nn import functional
 
 import deeptwist as dt
 from deeptwist.app.data import ImageData, Split, load_digits, normalize
+from deeptwist.app.folders import read_run
 from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.evaluation import evaluate, recalibrate_batch_norm
-from deeptwist.app.training.metrics import Values, read_run
 from deeptwist.app.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run, train
+from deeptwist.compress import Values
 
 SHORT = {
     "model": "tests:network",
@@ -442,16 +443,16 @@ def test_the_best_is_chosen_on_images_held_out_and_on_distorted_weights(
     digits: ImageData, tmp_path: Path
 ) -> None:
     run = run_of(digits, data={"validation": 200}, schedule={"epochs": 4}, optimizer={"lr": 0.3})
-    assert run.validation is not None
-    held_out = {image.numpy().tobytes() for image in run.validation.images}
-    assert len(run.validation.labels) == 200
+    assert run.data.validation is not None
+    held_out = {image.numpy().tobytes() for image in run.data.validation.images}
+    assert len(run.data.validation.labels) == 200
     assert len(run.data.train.labels) == len(digits.train.labels) - 200
     assert sum(i.numpy().tobytes() in held_out for i in run.data.train.images) < 5  # twins aside
     summary = train(run, tmp_path)
     (best,) = summary["variants"]
     assert best["name"] == "best on validation"
     loaded = dt.load(tmp_path / best["path"], model=network)
-    validation = run.validation, digits
+    validation = run.data.validation, digits
     final = dt.load(tmp_path / "model", model=network)
     assert evaluate(loaded, *validation).accuracy >= evaluate(final, *validation).accuracy
 

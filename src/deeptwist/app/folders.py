@@ -1,11 +1,96 @@
-"""Folders to work in: what another job or run left there is never mixed into."""
+"""What runs leave in their folders, and whether a folder may be worked in.
 
+A run leaves one summary, and one line per epoch and distortion.
+The folder holds ``recipe.yaml``, ``plan.json`` and, while it trains, ``metrics.jsonl`` and the last
+checkpoints; then the model under ``model/`` (``weights.safetensors`` for a dense one), and last of
+all ``run.json``, so that a folder with ``run.json`` is a finished run. In ``run.json``, accuracies
+are shares of the test split's images, and MACs are of one image:
+
+- ``name``, ``mode``, ``model``, ``data``, ``recipe``: of the run, as configured; ``decomposition``
+  and ``ratio`` are `None` for a dense run;
+- ``accuracy_before``, ``top5_before``: of the dense network that the run started from, and
+  ``accuracy_untrained``: of that network decomposed without any training;
+- ``accuracy``, ``top5``, ``loss``: of the network that the run ended with, in its deployed form, in
+  fp32; ``top5`` is `None` where there are no more classes than that;
+- ``parameters_before``, ``macs_before``, ``parameters``, ``macs``: of the same two networks, and
+  ``bytes``: of the weights' file;
+- ``output_difference``: ‖y − y′‖ / ‖y‖ of the decomposed against the distorted network;
+- ``latency``: a `Comparison` of dense and decomposed for ``latency_batch`` images;
+- ``variants``: ``name``, ``accuracy``, ``loss`` and ``path`` (in the folder) of networks derived
+  from this one by what the paper does not do: ``"not recalibrated"``, ``"moving average"``,
+  ``"best on validation"``, ``"tail"``;
+- ``steps``: optimizer steps, ``seconds``: of the whole run, evaluations included; ``processes``,
+  ``machine``, ``version``.
+
+A line of an epoch has ``epoch``, ``step``, ``train_loss`` (mean over its images, augmented, before
+each step), ``test`` (on the weights as training left them, so under DeepTwist not low-rank ones),
+``lr``, ``seconds`` (of training alone) and ``images_per_second``. A line of a distortion has the
+fields of `Distortion`, ``lr``, ``seconds`` (of the distortion alone), and ``train`` and ``test``:
+evaluations just before and just after it on fixed subsets, not augmented, if any.
+"""
+
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deeptwist.errors import DeepTwistError
+
+if TYPE_CHECKING:  # the command line's help must not wait for torch
+    from deeptwist.compress import Values
+    from deeptwist.plan.plan import Plan
+
+SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
+SMALL = "model"
+DENSE_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as read from its folder.
+
+    Attributes:
+        summary: of ``run.json``.
+        epochs: the lines of epochs.
+        distortions: the lines of distortions.
+        plan: `None` for a dense run.
+    """
+
+    summary: "Values"
+    epochs: "list[Values]"
+    distortions: "list[Values]"
+    plan: "Plan | None"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        DeepTwistError: if the folder holds none, or a damaged one.
+    """
+    from deeptwist.plan.plan import read_plan
+
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise DeepTwistError(f"no finished run in {folder}: it has no {SUMMARY}")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        epochs, distortions = (
+            [values for values in records if values["event"] == event]
+            for event in ("epoch", "distortion")
+        )
+        missing = [key for key in ("mode", "accuracy", "recipe") if key not in summary]
+        if missing:
+            raise ValueError(f"{SUMMARY} lacks {missing[0]}")
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DeepTwistError(f"{folder} holds a damaged run: {reason}") from error
+    plan = read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
+    return Run(summary, epochs, distortions, plan)
 
 
 @contextmanager

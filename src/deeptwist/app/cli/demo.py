@@ -9,8 +9,7 @@ from deeptwist.app.cli.compress import run_compress
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.data import load_digits
-from deeptwist.app.folders import writing
-from deeptwist.app.training.metrics import DENSE_WEIGHTS
+from deeptwist.app.folders import DENSE_WEIGHTS, writing
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError

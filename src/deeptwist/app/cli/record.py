@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deeptwist.app.folders import check_folder, writing
-from deeptwist.app.training.metrics import RECIPE
+from deeptwist.app.folders import RECIPE, check_folder, writing
 from deeptwist.compress import Values
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import write_text

@@ -106,6 +106,7 @@ class ImageData:
         transform: augments an image by torch's global random numbers, in place of the two before.
         mix: blends a pair of images and their labels.
         workers: processes that augment where there is a transform.
+        validation: images held out of the training split; `None` where there are none.
     """
 
     name: str
@@ -119,6 +120,7 @@ class ImageData:
     transform: Transform | None = None
     mix: Mix | None = None
     workers: int = 0
+    validation: Split | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

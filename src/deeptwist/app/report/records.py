@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from deeptwist.app.training.metrics import RECIPE, read_run
+from deeptwist.app.folders import RECIPE, read_run
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.plan.plan import Plan
 

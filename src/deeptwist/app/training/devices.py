@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from deeptwist.app.data import ImageData, Split
+from deeptwist.app.data import ImageData
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.errors import DeepTwistError, unknown_name_error
 
@@ -68,18 +68,16 @@ def _leave_processes() -> None:
         distributed.destroy_process_group()
 
 
-def images_on(
-    device: torch.device, data: ImageData, validation: Split | None
-) -> tuple[ImageData, Split | None]:
+def images_on(device: torch.device, data: ImageData) -> ImageData:
     """Return the images on a GPU, if they are augmented there and it has room for them twice."""
     if device.type != "cuda" or data.transform is not None:
-        return data, validation
-    splits = [s for s in (data.train, data.test, validation) if s is not None]
+        return data
+    splits = [s for s in (data.train, data.test, data.validation) if s is not None]
     free, _ = torch.cuda.mem_get_info(device)
     if 2 * sum(math.prod(split.images.shape) for split in splits) > free:
-        return data, validation
+        return data
     train, test, *held_out = (split.to(device) for split in splits)
-    return replace(data, train=train, test=test), held_out[0] if held_out else None
+    return replace(data, train=train, test=test, validation=held_out[0] if held_out else None)
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

@@ -49,15 +49,18 @@ def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
     return x.to(first.dtype, memory_format=torch.channels_last)
 
 
-def training_inputs(data: ImageData, model: nn.Module, count: int) -> Iterator[Tensor]:
+def training_inputs(
+    data: ImageData, model: nn.Module, count: int, batch_size: int = 128
+) -> Iterator[Tensor]:
     """Yield batches of so many training images, not augmented, the same ones every time.
 
     Args:
         data: whose training split is read.
         model: see `preprocess`.
-        count: images, rounded up to whole batches of up to 128.
+        count: images, rounded up to whole batches.
+        batch_size: images in each, at most.
     """
-    shuffle, size = torch.Generator().manual_seed(0), min(count, 128)
+    shuffle, size = torch.Generator().manual_seed(0), min(count, batch_size)
     chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
     return (preprocess(images, model, data) for images, _ in chosen)
 
@@ -124,9 +127,7 @@ def recalibrate_batch_norm(
         num_batches: batches of a shuffle that is always the same.
         batch_size: images in each.
     """
-    shuffle = torch.Generator().manual_seed(0)
-    shuffled = islice(batches(data.train, batch_size, generator=shuffle), num_batches)
-    return recalibrate(model, (preprocess(images, model, data) for images, _ in shuffled))
+    return recalibrate(model, training_inputs(data, model, num_batches * batch_size, batch_size))
 
 
 def logits_of(output: object) -> Tensor:

@@ -20,16 +20,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeptwist.app.data import ImageData, Split, train_batches
 from deeptwist.app.training.devices import Fabric, checkpoint_gradients, step_network
-from deeptwist.app.training.evaluation import Evaluation, evaluate, logits_of, preprocess
-from deeptwist.app.training.metrics import Values
+from deeptwist.app.training.evaluation import (
+    Evaluation,
+    evaluate,
+    logits_of,
+    preprocess,
+    test_inputs,
+)
 from deeptwist.app.training.optimizers import frozen_modules, lr_factor, make_optimizer
 from deeptwist.app.training.recipe import Recipe
+from deeptwist.compress import Values
 from deeptwist.decompose import to_floats
 from deeptwist.errors import DeepTwistError
-from deeptwist.twist.distortion import DeepTwist
+from deeptwist.plan.plan import Plan
+from deeptwist.twist.distortion import DeepTwist, Perturb
 
 T = TypeVar("T")
-OnRecord = Callable[[Values], object]  # takes a line of an epoch or a distortion, see `metrics`
+OnRecord = Callable[[Values], object]  # takes a line of an epoch or a distortion, see `folders`
 
 _LOSSES_AT_ONCE = 50  # steps between looks at the losses, for which an accelerator is waited
 
@@ -40,6 +47,7 @@ class Trainer:
     Attributes:
         step: optimizer steps so far.
         steps: optimizer steps in all.
+        twist: distorts the weights on the way; `None` without a plan.
         average: the moving average of the network's weights, `None` if the recipe has none.
         best: the best accuracy on the validation split so far, and the weights that had it;
             `None` without a validation split.
@@ -52,30 +60,38 @@ class Trainer:
         data: ImageData,
         recipe: Recipe,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
-        twist: DeepTwist | None = None,
+        plan: Plan | None = None,
+        perturb: Perturb | None = None,
         teacher: nn.Module | None = None,
-        validation: Split | None = None,
+        on_record: OnRecord = lambda values: None,
     ):
         """Set a network up for training.
 
         Args:
             fabric: launched; the network ends on its device.
             model: changed in place.
-            data: trained on `recipe.schedule.epochs` times, evaluated on after each.
+            data: trained on `recipe.schedule.epochs` times, evaluated on after each; the best
+                weights are chosen on its validation split, if any, after each distortion, or
+                after each epoch where there are none.
             recipe: optimizer, schedule, precision and what else changes a step.
-            optimizer: of the model's parameters; made as the recipe says without it.
-            twist: attached to `model`, to distort its weights on the way.
+            plan: what the weights are distorted by on the way; not at all without it.
+            perturb: see `DeepTwist`.
             teacher: gives the logits that a distillation learns from.
-            validation: images to choose the best weights on, after each distortion; after each
-                epoch where there are none.
+            on_record: called with every epoch's and every distortion's record.
 
         Raises:
             DeepTwistError: if the training split does not fill one batch, a batch cannot be shared
                 evenly among the processes, or the model does not offer what the recipe asks for.
         """
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
-        self._twist, self._teacher, self._validation = twist, teacher, validation
+        self._teacher, self._on_record = teacher, on_record
+        optimizer = make_optimizer(model, recipe.optimizer)  # first: it freezes layers
+        self.twist: DeepTwist | None = None
+        if plan is not None:
+            example = test_inputs(data, model, 8)
+            self.twist = DeepTwist(
+                model, plan, recipe.interval, example_input=example, perturb=perturb
+            )
         self._steps_per_epoch = steps_per_epoch(data, recipe.batch_size)
         _check_shares(recipe, fabric.world_size)
         self.step = 0
@@ -88,9 +104,7 @@ class Trainer:
         if recipe.ema is not None:
             ema = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
-        self._wrapped, self._optimizer = fabric.setup(
-            model, optimizer or make_optimizer(model, recipe.optimizer)
-        )
+        self._wrapped, self._optimizer = fabric.setup(model, optimizer)
         self._lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
         count = recipe.batch_size // recipe.optimizer.accumulate
         size = count, *data.train.images.shape[1:]
@@ -107,18 +121,11 @@ class Trainer:
         self._unchecked: list[Tensor] = []  # losses that were not looked at so far
         torch.manual_seed(recipe.seed)  # dropout
 
-    def fit(
-        self,
-        on_record: OnRecord = lambda values: None,
-        on_step: Callable[[], object] = lambda: None,
-        on_checkpoint: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Train to the end, from the step reached so far.
+    def fit(self) -> Iterator[bool]:
+        """Train to the end, from the step reached so far; yield after every optimizer step.
 
-        Args:
-            on_record: called with every epoch's and every distortion's record.
-            on_step: called after every optimizer step.
-            on_checkpoint: called when a checkpoint is due, and at the end.
+        Yields:
+            Whether a checkpoint is due, as it is at the end, too.
 
         Raises:
             DeepTwistError: if the loss is not finite, naming the step.
@@ -141,21 +148,20 @@ class Trainer:
                 self._check_losses()
             self._epoch_seconds += time.perf_counter() - started
 
-            if self._twist is not None:
-                self._distort(self._twist, on_record)
+            if self.twist is not None:
+                self._distort(self.twist)
             if ends:
-                self._end_epoch(on_record)
+                self._end_epoch()
             if saves:
                 self._broadcast_buffers()
-                on_checkpoint()
-            on_step()
+            yield saves
             started = time.perf_counter()
 
-    def finish(self, on_record: OnRecord = lambda values: None) -> nn.Module:
+    def finish(self) -> nn.Module:
         """Return the network to deploy: distorted a last time and decomposed, if it was twisted."""
-        if self._twist is None:
+        if self.twist is None:
             return self._model
-        return self._recorded(self._twist, self._twist.finish, on_record)
+        return self._recorded(self.twist, self.twist.finish)
 
     def best_model(self) -> nn.Module:
         """Return a copy of the network with its best weights, its last ones if none are known."""
@@ -201,7 +207,7 @@ class Trainer:
             "model": self._model,
             "optimizer": self._optimizer,
             "lr_scheduler": self._lr_scheduler,
-            "twist": self._twist,
+            "twist": self.twist,
             "average": self.average,
             "scaler": self._scaler,
         }
@@ -283,21 +289,16 @@ class Trainer:
                     f"lower optimizer.lr={self._recipe.optimizer.lr}"
                 )
 
-    def _distort(self, twist: DeepTwist, on_record: OnRecord) -> None:
+    def _distort(self, twist: DeepTwist) -> None:
         try:
-            distortion = self._recorded(twist, twist.step, on_record)
+            distortion = self._recorded(twist, twist.step)
         except DeepTwistError:
             self._check_losses()  # a loss that was not finite explains weights that are not
             raise
         if distortion is not None:
             self._keep_best()
 
-    def _recorded(
-        self,
-        twist: DeepTwist,
-        distort: Callable[[Callable[[], float] | None], T],
-        on_record: OnRecord,
-    ) -> T:
+    def _recorded(self, twist: DeepTwist, distort: Callable[[Callable[[], float] | None], T]) -> T:
         """Return the result of `distort`, and record the distortion if there was one."""
         count, started = self._recipe.logging.images, time.perf_counter()
         evaluated: dict[str, list[Values]] = {"train": [], "test": []}
@@ -317,15 +318,15 @@ class Trainer:
         seconds = time.perf_counter() - started - evaluating
         if len(twist.history) > known:
             fields = {**asdict(twist.history[-1]), "lr": self.learning_rate, "seconds": seconds}
-            on_record({"event": "distortion", **fields, **evaluated})
+            self._on_record({"event": "distortion", **fields, **evaluated})
         return result
 
-    def _end_epoch(self, on_record: OnRecord) -> None:
+    def _end_epoch(self) -> None:
         self._broadcast_buffers()
-        if self._twist is None:
+        if self.twist is None:
             self._keep_best()
         images = self._steps_per_epoch * self._recipe.batch_size
-        on_record(
+        self._on_record(
             {
                 "event": "epoch",
                 "epoch": self.step // self._steps_per_epoch,
@@ -341,9 +342,9 @@ class Trainer:
         self._epoch_seconds = 0.0
 
     def _keep_best(self) -> None:
-        if self._validation is None:
+        if self._data.validation is None:
             return
-        accuracy = self._evaluate(self._validation).accuracy
+        accuracy = self._evaluate(self._data.validation).accuracy
         if self.best is None or accuracy > self.best[0]:
             weights = {n: t.detach().clone() for n, t in self._model.state_dict().items()}
             self.best = accuracy, weights

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deeptwist._version import __version__
-from deeptwist.app.data import ImageData, Split
+from deeptwist.app.data import ImageData
+from deeptwist.app.folders import DENSE_WEIGHTS, PLAN, SMALL, SUMMARY, read_run
 from deeptwist.app.models import build_model, load_weights
-from deeptwist.app.training.devices import Fabric, images_on, make_fabric
+from deeptwist.app.training.devices import images_on, make_fabric
 from deeptwist.app.training.evaluation import (
     Evaluation,
     evaluate,
@@ -22,20 +23,12 @@ from deeptwist.app.training.evaluation import (
     training_inputs,
 )
 from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
-from deeptwist.app.training.metrics import (
-    DENSE_WEIGHTS,
-    PLAN,
-    SMALL,
-    SUMMARY,
-    Values,
-    read_run,
-)
-from deeptwist.app.training.optimizers import make_optimizer
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, check_same_recipe, lock_run_dir
+from deeptwist.compress import Values
 from deeptwist.decompose import decompose
 from deeptwist.errors import DeepTwistError
-from deeptwist.files import atomic_write, write_text
+from deeptwist.files import atomic_write
 from deeptwist.measure.compare import time_models
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Setting
@@ -43,7 +36,7 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.from_model import plan_from_model
 from deeptwist.plan.plan import Plan
 from deeptwist.save import WEIGHTS, save
-from deeptwist.twist.distortion import DeepTwist, Perturb
+from deeptwist.twist.distortion import Perturb
 
 _TAIL = "tail"
 
@@ -57,8 +50,7 @@ class TrainingRun:
         model: with the weights that training starts from, in fp64 where the recipe says so;
             layers that it freezes are decomposed already, but in a dense run.
         plan: of the model.
-        data: without the images that the recipe holds out.
-        validation: those images; `None` where it holds out none.
+        data: with the images apart that the recipe holds out.
         name: of the run, as tables call it.
         start: the model decomposed by the plan, which finetune mode then trains, in place, instead
             of decomposing anew; other modes leave it alone.
@@ -72,7 +64,6 @@ class TrainingRun:
     model: nn.Module
     plan: Plan
     data: ImageData
-    validation: Split | None
     name: str
     start: nn.Module | None = None
     teacher: nn.Module | None = None
@@ -114,7 +105,7 @@ def build_run(
         model = decompose(model, frozen)
         for layer in frozen.compressed:
             model.get_submodule(layer.name).requires_grad_(False)
-    data, validation = _hold_out(data, recipe.data.validation)
+    data = _hold_out(data, recipe.data.validation)
     calibration = None
     if recipe.compresses:
         if recipe.calibration_images:
@@ -123,9 +114,7 @@ def build_run(
     else:  # a plan that says what the network costs
         plan = plan_from_model(model, model, example)
     teacher = _build_teacher(recipe, data)
-    return TrainingRun(
-        recipe, model, plan, data, validation, name, teacher=teacher, calibration=calibration
-    )
+    return TrainingRun(recipe, model, plan, data, name, teacher=teacher, calibration=calibration)
 
 
 def train(
@@ -147,11 +136,11 @@ def train(
         resume: go on from the last checkpoint in the folder, if there is one; a finished run is
             read.
         latency_batch: images in the batch that latency is measured on; `None` to leave it out.
-        on_record: called with every epoch's and every distortion's record, see `metrics`.
+        on_record: called with every epoch's and every distortion's record, see `folders`.
         on_step: called after every optimizer step, those before the checkpoint included.
 
     Returns:
-        The run's summary, see `metrics`.
+        The run's summary, see `folders`.
 
     Raises:
         DeepTwistError: if the folder holds a run and `resume` is not given, or one of another
@@ -162,21 +151,14 @@ def train(
         return read_run(folder).summary
     fabric = make_fabric(run.recipe)
     with lock_run_dir(folder, run.recipe, fabric, resume=resume):
-        return _train(fabric, run, folder, latency_batch, on_record, on_step)
+        return _train(run, RunDir(folder, fabric, on_record, on_step), latency_batch)
 
 
-def _train(
-    fabric: Fabric,
-    run: TrainingRun,
-    folder: Path,
-    latency_batch: int | None,
-    on_record: OnRecord,
-    on_step: Callable[[], object],
-) -> Values:
-    images, validation = images_on(fabric.device, run.data, run.validation)
-    run = replace(run, data=images, validation=validation)
-    recipe, data, model = run.recipe, run.data, run.model.to(fabric.device)
-    before, untrained = run.before or evaluate(model, data.test, data), None
+def _train(run: TrainingRun, run_dir: RunDir, latency_batch: int | None) -> Values:
+    fabric, recipe, model = run_dir.fabric, run.recipe, run.model.to(run_dir.fabric.device)
+    run = replace(run, data=images_on(fabric.device, run.data))
+    data, untrained = run.data, None
+    before = run.before or evaluate(model, data.test, data)
     if recipe.distillation is not None and run.teacher is None:
         run = replace(run, teacher=copy.deepcopy(model))
     network = model
@@ -186,24 +168,26 @@ def _train(
         network = decompose(model, run.plan, calibration=run.calibration)
     if recipe.compresses:
         untrained = evaluate(_deployed(run, network), data.test, data)
-        _write_plan(fabric, folder, run.plan)
-    twist, trainer = _make_trainer(fabric, run, network)
-    run_dir = RunDir(folder, fabric)
-    finished = run_dir.train(trainer, on_record, on_step)
+        run_dir.write(PLAN, run.plan.to_json())
+    trainer = Trainer(
+        fabric,
+        network,
+        data,
+        recipe,
+        plan=run.plan if recipe.distorts else None,
+        perturb=run.perturb,
+        teacher=run.teacher,
+        on_record=run_dir.record,
+    )
+    finished, twist = run_dir.train(trainer), trainer.twist
     if twist is not None and twist.plan != run.plan:  # frozen layers are kept
         run = replace(run, plan=twist.plan)
-        _write_plan(fabric, folder, run.plan)
+        run_dir.write(PLAN, run.plan.to_json())
     final = _recalibrated(run, finished)
     after = evaluate(final, data.test, data)
-    weights = _write_network(fabric, run, final, folder)
-
-    networks = dict(_derived_networks(run, trainer, finished))
-    if recipe.finetune_after is not None:
-        tail = RunDir(folder / _TAIL, fabric)
-        tuned = tail.train(_tail_trainer(fabric, run, copy.deepcopy(final)), on_record, on_step)
-        networks[_TAIL] = _recalibrated(run, tuned)
-        tail.close()
-    variants = [_write_variant(fabric, run, folder, name, net) for name, net in networks.items()]
+    path = _write_network(run, run_dir, final)
+    derived = _derived_networks(run, run_dir, trainer, finished, final)
+    variants = [_write_variant(run, run_dir, name, network) for name, network in derived]
     latency = None
     if latency_batch is not None and recipe.compresses:
         setting = Setting(latency_batch, torch.get_num_threads())
@@ -216,7 +200,7 @@ def _train(
         "accuracy_untrained": None if untrained is None else untrained.accuracy,
         **asdict(after),
         "parameters": sum(parameter.numel() for parameter in final.parameters()),
-        "bytes": weights.stat().st_size,
+        "bytes": (path / WEIGHTS if recipe.compresses else path).stat().st_size,
         "output_difference": None if twist is None else twist.output_difference,
         "latency": latency,
         "latency_batch": None if latency is None else latency_batch,
@@ -226,8 +210,7 @@ def _train(
         "processes": fabric.world_size,
     }
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    if fabric.is_global_zero:
-        write_text(folder / SUMMARY, text)  # last of all: it marks the run as finished
+    run_dir.write(SUMMARY, text)  # last of all: it marks the run as finished
     run_dir.close()
     return dict(json.loads(text))
 
@@ -249,42 +232,6 @@ def _describe(run: TrainingRun) -> Values:
         "machine": describe_machine(),
         "version": __version__,
     }
-
-
-def _make_trainer(
-    fabric: Fabric, run: TrainingRun, network: nn.Module
-) -> tuple[DeepTwist | None, Trainer]:
-    """Return what distorts a run's network on the way, and the trainer of it."""
-    recipe, data, twist = run.recipe, run.data, None
-    optimizer = make_optimizer(network, recipe.optimizer)  # first: it freezes layers
-    if recipe.distorts:
-        example, perturb = test_inputs(data, network, 8), run.perturb
-        twist = DeepTwist(
-            network, run.plan, recipe.interval, example_input=example, perturb=perturb
-        )
-    return twist, Trainer(
-        fabric,
-        network,
-        data,
-        recipe,
-        optimizer=optimizer,
-        twist=twist,
-        teacher=run.teacher,
-        validation=run.validation,
-    )
-
-
-def _tail_trainer(fabric: Fabric, run: TrainingRun, network: nn.Module) -> Trainer:
-    """Return the trainer of a decomposed network with a cosine decay of its own."""
-    tail = run.recipe.finetune_after
-    assert tail is not None
-    recipe = replace(
-        run.recipe,
-        schedule=ScheduleRecipe(epochs=tail.epochs),
-        optimizer=replace(run.recipe.optimizer, lr=tail.lr),
-        ema=None,
-    )
-    return Trainer(fabric, network, run.data, recipe, teacher=run.teacher)
 
 
 def _build_for(data: ImageData, name: str, weights: str | None) -> nn.Module:
@@ -326,16 +273,16 @@ def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
     return Calibration({name: replace(m, values=m.values.to(device)) for name, m in moments})
 
 
-def _hold_out(data: ImageData, count: int) -> tuple[ImageData, Split | None]:
-    """Return the data without its last so many training images of a fixed shuffle, and those."""
+def _hold_out(data: ImageData, count: int) -> ImageData:
+    """Return the data with the last so many training images of a fixed shuffle held out."""
     if count == 0:
-        return data, None
+        return data
     total = len(data.train.labels)
     if count >= total:
         raise DeepTwistError(f"data.validation={count} leaves nothing of {total} images")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     train, held_out = order[:-count].sort().values, order[-count:]
-    return replace(data, train=data.train.subset(train)), data.train.subset(held_out)
+    return replace(data, train=data.train.subset(train), validation=data.train.subset(held_out))
 
 
 def _deployed(run: TrainingRun, network: nn.Module) -> nn.Module:
@@ -352,47 +299,48 @@ def _recalibrated(run: TrainingRun, network: nn.Module) -> nn.Module:
 
 
 def _derived_networks(
-    run: TrainingRun, trainer: Trainer, finished: nn.Module
+    run: TrainingRun, run_dir: RunDir, trainer: Trainer, finished: nn.Module, final: nn.Module
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the networks that a training gives besides the one to use, in their deployed form."""
+    """Yield the networks that a run gives besides the one to use, in their deployed form."""
     if run.recipe.batch_norm_batches:
         yield "not recalibrated", finished
     if trainer.average is not None:
         yield "moving average", _recalibrated(run, _deployed(run, trainer.average.module))
     if trainer.best is not None:
         yield "best on validation", _recalibrated(run, _deployed(run, trainer.best_model()))
+    tail = run.recipe.finetune_after
+    if tail is not None:  # in the decomposed form, with a cosine decay of its own
+        schedule, optimizer = ScheduleRecipe(epochs=tail.epochs), run.recipe.optimizer
+        recipe = replace(
+            run.recipe, schedule=schedule, optimizer=replace(optimizer, lr=tail.lr), ema=None
+        )
+        below, data = run_dir.below(_TAIL), replace(run.data, validation=None)
+        trainer = Trainer(
+            run_dir.fabric,
+            copy.deepcopy(final),
+            data,
+            recipe,
+            teacher=run.teacher,
+            on_record=below.record,
+        )
+        yield _TAIL, _recalibrated(run, below.train(trainer))
+        below.close()
 
 
-def _write_plan(fabric: Fabric, folder: Path, plan: Plan) -> None:
-    if fabric.is_global_zero:
-        write_text(folder / PLAN, plan.to_json())
-
-
-def _write_variant(
-    fabric: Fabric, run: TrainingRun, folder: Path, name: str, network: nn.Module
-) -> Values:
+def _write_variant(run: TrainingRun, run_dir: RunDir, name: str, network: nn.Module) -> Values:
     """Write a network that is derived from the run's; return what the summary says of it."""
-    suffix = "-" + name.replace(" ", "-")
     result = evaluate(network, run.data.test, run.data)
-    _write_network(fabric, run, network, folder, suffix)
-    path = _path(run, folder, suffix).name
-    return {"name": name, "accuracy": result.accuracy, "loss": result.loss, "path": path}
+    path = _write_network(run, run_dir, network, "-" + name.replace(" ", "-"))
+    return {"name": name, "accuracy": result.accuracy, "loss": result.loss, "path": path.name}
 
 
-def _path(run: TrainingRun, folder: Path, suffix: str) -> Path:
-    """Return where a network is written: a folder, or a file of weights where it is dense."""
+def _write_network(run: TrainingRun, run_dir: RunDir, network: nn.Module, suffix: str = "") -> Path:
+    """Write a network, its weights alone where it is dense; return the folder or the file."""
     name = Path(SMALL if run.recipe.compresses else DENSE_WEIGHTS)
-    return folder / f"{name.stem}{suffix}{name.suffix}"
-
-
-def _write_network(
-    fabric: Fabric, run: TrainingRun, network: nn.Module, folder: Path, suffix: str = ""
-) -> Path:
-    """Write a network, its weights alone where it is dense; return the path of the weights."""
-    path = _path(run, folder, suffix)
-    if fabric.is_global_zero and run.recipe.compresses:
+    path = run_dir.path / f"{name.stem}{suffix}{name.suffix}"
+    if run_dir.fabric.is_global_zero and run.recipe.compresses:
         save(network, path, base_model=run.recipe.model)
-    elif fabric.is_global_zero:
+    elif run_dir.fabric.is_global_zero:
         # Copies: safetensors refuses tensors that share memory, as shared modules' do.
         state = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -400,5 +348,5 @@ def _write_network(
         }
         with atomic_write(path) as temporary:
             save_file(state, temporary)
-    fabric.barrier()
-    return path / WEIGHTS if run.recipe.compresses else path
+    run_dir.fabric.barrier()
+    return path

@@ -14,11 +14,11 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
-from deeptwist.app.folders import check_folder
+from deeptwist.app.folders import METRICS, RECIPE, check_folder
 from deeptwist.app.training.devices import Fabric, TensorBoardLogger
 from deeptwist.app.training.loop import OnRecord, Trainer
-from deeptwist.app.training.metrics import METRICS, RECIPE, Values
 from deeptwist.app.training.recipe import Recipe, read_recipe
+from deeptwist.compress import Values
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import fsync, write_bytes, write_text
 
@@ -35,10 +35,13 @@ class RunDir:
 
     Attributes:
         path: of the folder.
+        fabric: of the processes.
     """
 
-    def __init__(self, path: Path, fabric: Fabric):
-        self.path, self._fabric = path, fabric
+    def __init__(
+        self, path: Path, fabric: Fabric, on_record: OnRecord, on_step: Callable[[], object]
+    ):
+        self.path, self.fabric, self._on_record, self._on_step = path, fabric, on_record, on_step
         self._started = time.perf_counter()
         self._metrics = path / METRICS
         self._tensorboard: TensorBoardLogger | None = None
@@ -48,9 +51,16 @@ class RunDir:
         """Return the time that the training has taken, before it was cut included."""
         return time.perf_counter() - self._started
 
-    def train(
-        self, trainer: Trainer, on_record: OnRecord, on_step: Callable[[], object]
-    ) -> nn.Module:
+    def record(self, values: Values) -> None:
+        """Add the line of an epoch or a distortion, and tell it."""
+        if self._tensorboard is not None:  # in the first process
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            scalars = dict(_scalars(values["event"], values))
+            self._tensorboard.log_metrics(scalars, values["step"])
+            self._on_record(values)
+
+    def train(self, trainer: Trainer) -> nn.Module:
         """Train from the last checkpoint, or from the start; return the network to deploy.
 
         Raises:
@@ -59,17 +69,21 @@ class RunDir:
         self.path.mkdir(exist_ok=True)
         self._restore(trainer)
         for _ in range(trainer.step):
-            on_step()
+            self._on_step()
+        for saves in trainer.fit():
+            if saves:
+                self._write_checkpoint(trainer)
+            self._on_step()
+        return trainer.finish()
 
-        def record(values: Values) -> None:
-            if self._tensorboard is not None:  # in the first process
-                with self._metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(values) + "\n")
-                self._tensorboard.log_metrics(dict(_scalars(values)), values["step"])
-                on_record(values)
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run."""
+        if self.fabric.is_global_zero:
+            write_text(self.path / name, text)
 
-        trainer.fit(record, on_step, lambda: self._write_checkpoint(trainer))
-        return trainer.finish(record)
+    def below(self, name: str) -> "RunDir":
+        """Return the folder of a second training in this one."""
+        return RunDir(self.path / name, self.fabric, self._on_record, self._on_step)
 
     def close(self) -> None:
         """End the records, and remove the checkpoints: nothing is left to continue."""
@@ -90,7 +104,7 @@ class RunDir:
                 raise DeepTwistError(
                     f"the checkpoints in {self.path} are of another run: {first_line(error)}"
                 ) from error
-        if self._fabric.is_global_zero:
+        if self.fabric.is_global_zero:
             with self._metrics.open("ab") as file:
                 if file.tell() < known:
                     raise DeepTwistError(
@@ -101,10 +115,10 @@ class RunDir:
             self._tensorboard = TensorBoardLogger(
                 self.path, name="", version=_TENSORBOARD, purge_step=trainer.step
             )
-        self._fabric.barrier()
+        self.fabric.barrier()
 
     def _write_checkpoint(self, trainer: Trainer) -> None:
-        if self._fabric.is_global_zero:
+        if self.fabric.is_global_zero:
             fsync(self._metrics)  # a checkpoint must not outlive the records that it counts on
             state = {
                 "training": trainer.state_dict(),
@@ -203,18 +217,12 @@ def _comparable(recipe: Recipe) -> Values:
     return {**values, "data": data}
 
 
-def _scalars(values: Values) -> Iterator[tuple[str, Any]]:
-    """Yield the numbers of a record that TensorBoard draws."""
-    if values["event"] == "epoch":
-        for name in ("train_loss", "lr", "images_per_second"):
-            yield f"epoch/{name}", values[name]
-        for name in ("loss", "accuracy"):
-            yield f"epoch/test_{name}", values["test"][name]
-        return
-    for name in ("weight_shift", "loss_increase"):
-        if values[name] is not None:
-            yield f"distortion/{name}", values[name]
-    for split in ("train", "test"):
-        for moment, evaluation in zip(("before", "after"), values[split], strict=False):
-            for name in ("loss", "accuracy"):
-                yield f"distortion/{split}_{name}_{moment}", evaluation[name]
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record that TensorBoard draws, each by its path."""
+    if isinstance(value, list):
+        value = dict(zip(("before", "after"), value, strict=False))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _scalars(f"{name}/{key}", inner)
+    elif isinstance(value, float):
+        yield name, value
