@@ -25,8 +25,8 @@ from torch.nn import functional
 import deeptwist as dt
 from deeptwist.decompositions import Decomposition
 from deeptwist.layers.geometry import ConvGeometry, LayerCall, weight_to_kernel
+from deeptwist.measure.layer_clock import random_dense, random_input
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.random_layers import random_dense, random_input
 from deeptwist.measure.timing import median_ratio, time_interleaved
 
 SHAPES = ((64, 32, 64), (128, 28, 16), (256, 14, 16), (512, 7, 16))  # channels, size, batch

@@ -25,8 +25,8 @@ from torch import Tensor
 import deeptwist as dt
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.measure.layer_clock import random_dense, random_factored
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.random_layers import random_dense, random_factored
 from deeptwist.measure.timing import time_interleaved
 
 RATIO = 4

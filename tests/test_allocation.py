@@ -9,7 +9,7 @@ from tests.cases import EVERY_LAYER, error_of
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.plan.allocation import Candidate, allocate
+from deeptwist.plan.budget import Candidate, allocate
 
 X = torch.randn(2, 8, 12, 12)
 

@@ -215,7 +215,7 @@ def test_the_picture_of_tiles_is_drawn_of_both_networks() -> None:
     (folder,) = re.findall(r"--vgg runs/trajectories/(\S+)", (root / "Makefile").read_text())
     assert [f"--vgg runs/trajectories/{folder}" in command for command in commands] == [True]
     assert f"--vgg runs/trajectories/{folder}\n" in (root / "benchmarks" / "tiles.py").read_text()
-    assert f'"{folder}": ' in (root / "benchmarks" / "trajectories.py").read_text()
+    assert f'"{folder}": ' in (root / "benchmarks" / "distortion.py").read_text()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from deeptwist.inspection.run import FORWARD_ERRORS
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, weight_of
 from deeptwist.layers.geometry import compute_dtype, weight_to_kernel
-from deeptwist.measure.random_layers import random_kernels
+from deeptwist.measure.layer_clock import random_kernels
 from deeptwist.plan.calibration import Calibration, default_inputs, to_device
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer

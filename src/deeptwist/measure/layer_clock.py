@@ -1,19 +1,67 @@
 """How long layers take here: timed at a few ranks, interpolated between them."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import TypeVar
 
 import numpy
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from deeptwist.decompositions import CannotDecomposeError, Decomposition
+from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.compare import Clock, time_modules
 from deeptwist.measure.latency import LatencyCache
-from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.runtimes import Setting
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def at_batch(call: LayerCall, examples: int, batch: int) -> LayerCall:
+    """Return a call recorded on so many examples as a batch makes it."""
+    return LayerCall(max(1, call.count * batch // examples), call.size)
+
+
+def random_input(convolution: ConvGeometry, call: LayerCall, reference: Tensor) -> Tensor:
+    """Return standard normal numbers of a call's shape; images in channels_last."""
+    x = torch.randn(call.count, convolution.in_channels, *call.size).to(reference)
+    return x.to(memory_format=torch.channels_last) if convolution.dims == 2 else x
+
+
+def random_dense(convolution: ConvGeometry, reference: Tensor) -> nn.Module:
+    """Return the layer of this geometry with random weights, ready to be timed."""
+    kernel = torch.randn(convolution.kernel_shape).to(reference)
+    bias = reference.new_zeros(convolution.out_channels)
+    return _for_inference(convolution.make_module(kernel, bias), convolution)
+
+
+def random_kernels(
+    convolution: ConvGeometry, decomposition: Decomposition, reference: Tensor
+) -> list[Tensor]:
+    """Return random kernels of a factored layer, in the reference's type and place."""
+    # Scaled so that a whole network of such layers neither overflows nor vanishes.
+    return [
+        (torch.randn(part.kernel_shape) * math.prod(part.kernel_shape[2:]) ** -0.5).to(reference)
+        for part in decomposition.parts(convolution)
+    ]
+
+
+def random_factored(
+    convolution: ConvGeometry, decomposition: Decomposition, reference: Tensor
+) -> FactoredLayer:
+    """Return the factored layer with random weights, ready to be timed."""
+    kernels = random_kernels(convolution, decomposition, reference)
+    bias = reference.new_zeros(convolution.out_channels)
+    return _for_inference(decomposition.make_layer(convolution, kernels, bias), convolution)
+
+
+def _for_inference(layer: Layer, convolution: ConvGeometry) -> Layer:
+    layer = layer.eval().requires_grad_(False)
+    return layer.to(memory_format=torch.channels_last) if convolution.dims == 2 else layer
+
 
 _TIMED = 6  # ranks of each method
 _WIDTHS = 16, 8  # of vectors of fp32: AVX-512, AVX2

@@ -16,8 +16,8 @@ from deeptwist.inspection.weights import get_weight
 from deeptwist.layers.geometry import LayerCall
 from deeptwist.measure.compare import Clock, Comparison, time_models, time_modules
 from deeptwist.measure.latency import Latency
+from deeptwist.measure.layer_clock import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.random_layers import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.runtimes import Setting, dtype_name
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer

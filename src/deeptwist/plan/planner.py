@@ -15,8 +15,7 @@ from deeptwist.measure.compare import Clock, time_modules
 from deeptwist.measure.latency import Latency, LatencyCache
 from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.measure.runtimes import Setting
-from deeptwist.plan.allocation import Candidate
-from deeptwist.plan.budget import Budgets, layer_candidates, layer_costs, share_budgets
+from deeptwist.plan.budget import Budgets, Candidate, layer_candidates, layer_costs, share_budgets
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.from_model import batch_of, first_convolution, inspect_for_plan
 from deeptwist.plan.latency import search_latency, time_network

@@ -20,8 +20,7 @@ from deeptwist.app.report.records import (
 )
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.files import write_text
-from deeptwist.plan.plan import Plan
-from deeptwist.plan.table import layer_row
+from deeptwist.plan.plan import Plan, layer_row
 
 with require_extra():
     from jinja2 import Environment, PackageLoader
