@@ -26,6 +26,7 @@ from deeptwist.inspection.run import as_tuple, eval_mode, output_tensors
 from deeptwist.plan.calibration import default_inputs
 
 Inputs = tuple[Tensor, ...]
+Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _RISE = 0.3  # of the budget: the rate rises, from a 25th, and falls to nothing in the rest
@@ -79,7 +80,6 @@ def distill(
     stream = (tuple(x.to(device) for x in read(batch)) for batch in _repeated(batches, held_out))
     judges = [*islice(stream, held_out)]
     student = copy.deepcopy(small).eval()
-    names = block_names(student)
     for module in student.modules():
         module.train(isinstance(module, _BatchNorm))
     learning = [p for p in student.parameters() if p.requires_grad]
@@ -87,24 +87,14 @@ def distill(
         raise DeepTwistError(f"nothing in {type(small).__name__} is to be learned: all is frozen")
     optimizer = torch.optim.AdamW(learning, lr, weight_decay=0.0)
     seen: list[Inputs] = []
-    spent = _spending(steps, minutes)
-    with (
-        _recording(dense, names) as taught,
-        _recording(student, names) as learned,
-        eval_mode(dense),
-    ):
-        for share in spent:
+    with eval_mode(dense), _side_by_side(student, dense) as run:
+        for share in _spending(steps, minutes):
             x = next(stream)
             for group in optimizer.param_groups:
                 group["lr"] = lr * one_cycle(share)
-            with torch.no_grad():
-                target = output_tensors(dense(*x))
-            losses = [*_losses(output_tensors(student(*x)), target, loss)]
-            losses += [
-                block_weight * squared_error(learned[name], taught[name])
-                for name in names
-                if _is_comparable(learned.get(name), taught.get(name))
-            ]
+            outputs, blocks = run(x)
+            losses = [(loss or _default_loss(y))(z, y) for z, y in outputs]
+            losses += [block_weight * squared_error(*pair) for pair in blocks]
             if not any(value.requires_grad for value in losses):
                 raise DeepTwistError(
                     f"nothing that {type(dense).__name__} puts out can be learned: it gives no "
@@ -172,22 +162,13 @@ def divergence_from(
         batches: positional inputs.
         loss: see `distill`.
     """
-    names = block_names(model)
     values: list[float] = []
-    with (
-        _recording(dense, names) as taught,
-        _recording(model, names) as learned,
-        eval_mode(dense),
-        eval_mode(model),
-    ):
-        for x in batches:
-            losses = [*_losses(output_tensors(model(*x)), output_tensors(dense(*x)), loss)]
+    with eval_mode(dense), eval_mode(model), _side_by_side(model, dense) as run:
+        for inputs in batches:
+            outputs, blocks = run(inputs)
+            losses = [(loss or _default_loss(y))(x, y) for x, y in outputs]
             # Where outputs are sorted, filtered or integers, the blocks' tell.
-            losses = losses or [
-                squared_error(learned[name], taught[name])
-                for name in names
-                if _is_comparable(learned.get(name), taught.get(name))
-            ]
+            losses = losses or [squared_error(*pair) for pair in blocks]
             values.append(sum(map(float, losses)))
     return math.fsum(values) / max(1, len(values))
 
@@ -239,18 +220,38 @@ def _repeated(batches: Iterable[Any], held_out: int) -> Iterator[Any]:
         begin = held_out
 
 
-def _losses(outputs: list[Tensor], targets: list[Tensor], loss: Loss | None) -> Iterator[Tensor]:
-    if len(outputs) != len(targets):
-        return
-    for x, y in zip(outputs, targets, strict=True):
-        if _is_comparable(x, y):
-            is_logits = y.dim() == 2 and y.shape[1] > 1
-            yield (loss or (kullback_leibler if is_logits else squared_error))(x, y)
+def _default_loss(
+    y: Tensor,  # (examples, …)
+) -> Loss:
+    """Return the loss that suits an output of this shape."""
+    return kullback_leibler if y.dim() == 2 and y.shape[1] > 1 else squared_error
 
 
-def _is_comparable(x: Tensor | None, y: Tensor | None) -> bool:
-    if x is None or y is None:
-        return False
+@contextmanager
+def _side_by_side(
+    model: nn.Module, dense: nn.Module
+) -> Iterator[Callable[[Inputs], tuple[list[Pair], list[Pair]]]]:
+    """Give a call that runs both: what is comparable of their outputs, and of their blocks'."""
+    names = block_names(model)
+    with _recording(model, names) as learned, _recording(dense, names) as taught:
+
+        def run(inputs: Inputs) -> tuple[list[Pair], list[Pair]]:
+            with torch.no_grad():
+                targets = output_tensors(dense(*inputs))
+            outputs = output_tensors(model(*inputs))
+            pairs = zip(outputs, targets, strict=True) if len(outputs) == len(targets) else ()
+            blocks = [
+                (learned[name], taught[name])
+                for name in names
+                if learned.keys() & taught.keys() >= {name}
+            ]
+            return [*filter(_is_comparable, pairs)], [*filter(_is_comparable, blocks)]
+
+        yield run
+
+
+def _is_comparable(pair: Pair) -> bool:
+    x, y = pair
     return x.shape == y.shape and y.is_floating_point() and y.numel() > 0
 
 
