@@ -99,7 +99,7 @@ def measure(weights: list[Tensor], size: int, batch: int, rounds: int) -> tuple[
     x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
     chosen = {tile: dt.TiledSVD(tile=tile).resolve(convolution, RATIO) for tile in tiles(channels)}
     layers = [random_dense(convolution, x)] + [
-        random_factored(convolution, decomposition, x, None) for decomposition in chosen.values()
+        random_factored(convolution, decomposition, x) for decomposition in chosen.values()
     ]
     samples = time_interleaved([partial(layer, x) for layer in layers], rounds=rounds)
     dense, *milliseconds = (statistics.median(own) for own in samples)

@@ -380,3 +380,24 @@ def test_batch_norm_folds_into_the_last_factors(method: Decomposition, geometry:
     assert isinstance(fused[1], nn.Identity)
     assert isinstance(small[1], nn.modules.batchnorm._BatchNorm)
     assert difference(small(x), fused(x)) < 1e-5
+
+
+def test_layers_that_autocast_runs_are_compared_in_their_own_type() -> None:
+    """Where the outputs prove nothing, each layer is run by itself, outside of autocast."""
+
+    class Indices(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3)
+            self.layer = nn.Conv2d(16, 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layer(self.stem(x)).argmax(1)
+
+    model, x = Indices(), torch.randn(2, 3, 8, 8)
+    twist = DeepTwist(model, plan(model, SVD(), ratio=2, example_input=x), 1, example_input=x)
+    small = twist.finish()
+    assert isinstance(small.layer, FactoredLayer)
+    assert twist.output_difference is not None
+    assert twist.output_difference < 1e-5

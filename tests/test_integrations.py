@@ -33,6 +33,15 @@ needs_lightning, needs_transformers, needs_accelerate = map(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test() -> None:
+    """Accelerate keeps its state for the whole process, the precision in it."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(

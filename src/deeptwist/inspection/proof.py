@@ -190,8 +190,10 @@ def _worst_layer(
     with preserving_state(model), preserving_state(small):
         for name, module in dense.items():
             # Not the layer's own input: where that has all but vanished, it is rounding alone.
-            # A linear layer whose weight is read, not called, has none.
-            x = torch.randn_like(seen.get(module, cast(Tensor, module.weight)))
+            # A linear layer whose weight is read, not called, has none. Of the weight's type: what
+            # was seen may be autocast's.
+            weight = cast(Tensor, module.weight)
+            x = torch.randn_like(seen.get(module, weight), dtype=weight.dtype)
             difference = relative_error(module(x), small.get_submodule(name)(x))
             differences[name] = math.inf if math.isnan(difference) else difference
     return max(differences.items(), key=lambda item: item[1], default=("", 0.0))
