@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import deeptwist as dt
 from deeptwist.app.data import batches, load_digits, normalize
 from deeptwist.app.folders import read_run
 from deeptwist.app.models import build_model
-from deeptwist.app.training.evaluation import evaluate
+from deeptwist.app.training.evaluation import AugmentedInputs, evaluate
 from deeptwist.compress import RATIOS, SMALL, Compressed, Job, largest_ratio
 from deeptwist.measure.runtimes import OnnxNetwork
 
@@ -311,6 +312,26 @@ def test_the_job_distils_where_nothing_is_trained(weights: Path, tmp_path: Path)
     assert after["plan"]["parameters"] == before["plan"]["parameters"]
     again = run(*WORDS, *words, "--json", "--resume")
     assert json.loads(again.stdout)["results"] == after
+
+
+def test_few_images_are_enough_to_distil_on() -> None:
+    few = replace(DIGITS, train=DIGITS.train.subsample(10))
+    inputs = AugmentedInputs(few, network(), 2048, seed=0, held_out=2)
+    first, second = [*inputs], [*inputs]
+    assert [len(x) for x in first] == [2] * 5  # of which two are held out
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[2:], second[2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "words", [("--distill-steps", -5), ("--distill-images", 0), ("--distill-minutes", 0)]
+)
+def test_distillation_of_nothing_is_refused_before_the_work(
+    words: tuple[object, ...], tmp_path: Path
+) -> None:
+    message = refused(*WORDS, "--ratio", 3, "--epochs", 0, *words, "--out", tmp_path / "small")
+    assert str(words[0]).strip("-").replace("-", "_") in message.replace("-", "_")
+    assert not (tmp_path / "small").exists()
 
 
 def test_what_deeptwist_trains_is_not_distilled(weights: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose
 from deeptwist.distill import distill
-from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.errors import DeepTwistError, check_int, require_extra
 from deeptwist.inspection.run import as_tuple
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.plan import Plan
@@ -180,6 +181,12 @@ def _check(recipe: Recipe, options: CompressOptions) -> Goal | None:
         raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
+    check_int("distill_steps", options.distill_steps or 0, 0)
+    check_int("distill_images", options.distill_images)
+    if not 0 < options.distill_minutes < math.inf:
+        raise DeepTwistError(
+            f"--distill-minutes {options.distill_minutes:g} is no time to learn in"
+        )
     if options.distill_steps and recipe.mode != "finetune":
         raise DeepTwistError(
             f"mode {recipe.mode} begins from the dense network: distill with --mode finetune"

@@ -65,6 +65,9 @@ def training_inputs(
     return (preprocess(images, model, data) for images, _ in chosen)
 
 
+_BATCH = 64  # images that are distilled on at once
+
+
 class AugmentedInputs(Iterable[Tensor]):
     """Training images without labels, augmented anew whenever they are gone through.
 
@@ -82,13 +85,13 @@ class AugmentedInputs(Iterable[Tensor]):
             seed: of the order and the augmentation.
             held_out: batches.
         """
-        chosen = data.train.subsample(count + held_out * self.BATCH)
-        order = torch.randperm(len(chosen.labels), generator=torch.Generator().manual_seed(seed))
-        self._judges = chosen.subset(order[: held_out * self.BATCH])
-        self._data = replace(data, train=chosen.subset(order[held_out * self.BATCH :]))
+        chosen = data.train.subsample(count + held_out * _BATCH)
+        total = len(chosen.labels)
+        self._batch = max(1, min(_BATCH, total // (held_out + 2)))  # of few images, some to learn
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        self._judges = chosen.subset(order[: held_out * self._batch])
+        self._data = replace(data, train=chosen.subset(order[held_out * self._batch :]))
         self._model, self._seed, self._round = model, seed, 0
-
-    BATCH = 64  # images
 
     @property
     def count(self) -> int:
@@ -97,12 +100,12 @@ class AugmentedInputs(Iterable[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the batches of the next round."""
-        data, per_round = self._data, self.count // self.BATCH
+        data, per_round = self._data, self.count // self._batch
         steps = range(self._round * per_round, (self._round + 1) * per_round)
         self._round += 1
-        for images, _ in batches(self._judges, self.BATCH, generator=None):
+        for images, _ in batches(self._judges, self._batch, generator=None):
             yield preprocess(images, self._model, data)
-        for images, _ in train_batches(data, self.BATCH, seed=self._seed, steps=steps):
+        for images, _ in train_batches(data, self._batch, seed=self._seed, steps=steps):
             yield preprocess(images, self._model, data)
 
 
