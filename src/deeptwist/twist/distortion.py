@@ -162,9 +162,8 @@ class DeepTwist:
         return small
 
     def _distort(self, loss: Loss | None, *, last: bool = False) -> Distortion:
-        weights = {
-            layer.name: planned_weight(self.model, layer).read() for layer in self.plan.compressed
-        }
+        held = {layer.name: planned_weight(self.model, layer) for layer in self.plan.compressed}
+        weights = {name: weight.read() for name, weight in held.items()}
         if not last:
             self._warn_of_untrained(weights)
         (factors, approximations, _), summaries = run_on_all_ranks(
@@ -175,6 +174,9 @@ class DeepTwist:
         # No weight has been written so far; from here on nothing can fail before all are.
         shapes = [summary.shapes for summary in summaries]
         self._factors = self._write(weights, factors, approximations, shapes)
+        self._written = {name: weights[name] for name, x in held.items() if x.is_computed}
+        for name, weight in self._written.items():
+            held[name].write(weight)
         if not self.history and not last:
             self._first = {name: weight.clone() for name, weight in weights.items()}
         shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
@@ -289,12 +291,6 @@ class DeepTwist:
                     factors[layer.name] = _factors(layer, empty)
                 tensors += [weight, *factors[layer.name].tensors]
             broadcast(tensors, source)
-        self._written = {}
-        for layer in self.plan.compressed:
-            computed = planned_weight(self.model, layer)
-            if computed.is_computed:
-                self._written[layer.name] = weights[layer.name]
-                computed.write(weights[layer.name])
         return {layer.name: factors[layer.name] for layer in self.plan.compressed}
 
     def _record(
