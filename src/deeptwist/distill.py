@@ -9,6 +9,7 @@ the input.
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -29,6 +30,7 @@ Inputs = tuple[Tensor, ...]
 Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+HELD_OUT = 2  # batches, by default
 _RISE = 0.3  # of the budget: the rate rises, from a 25th, and falls to nothing in the rest
 _NORM_BATCHES = 16  # that batch norm's statistics are taken anew on in the end
 
@@ -42,7 +44,7 @@ def distill(
     minutes: float | None = None,
     lr: float = 4e-3,
     block_weight: float = 10.0,
-    held_out: int = 2,
+    held_out: int = HELD_OUT,
     loss: Loss | None = None,
     inputs: Callable[[Any], Inputs] | None = None,
     on_step: Callable[[], None] = lambda: None,
@@ -80,13 +82,13 @@ def distill(
     stream = (tuple(x.to(device) for x in read(batch)) for batch in _repeated(batches, held_out))
     judges = [*islice(stream, held_out)]
     student = copy.deepcopy(small).eval()
-    for module in student.modules():
-        module.train(isinstance(module, _BatchNorm))
+    for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
+        norm.train()
     learning = [p for p in student.parameters() if p.requires_grad]
     if not learning:
         raise DeepTwistError(f"nothing in {type(small).__name__} is to be learned: all is frozen")
     optimizer = torch.optim.AdamW(learning, lr, weight_decay=0.0)
-    seen: list[Inputs] = []
+    seen: deque[Inputs] = deque(maxlen=_NORM_BATCHES)
     with eval_mode(dense), _side_by_side(student, dense) as run:
         for share in _spending(steps, minutes):
             x = next(stream)
@@ -103,7 +105,7 @@ def distill(
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
-            seen = [*seen, x][-_NORM_BATCHES:]
+            seen.append(x)
             on_step()
     student = recalibrate_batch_norm(student, seen, inputs=as_tuple)
     start, end = (divergence_from(dense, model, judges, loss) for model in (small, student))

@@ -32,7 +32,7 @@ from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose
-from deeptwist.distill import distill
+from deeptwist.distill import HELD_OUT, distill
 from deeptwist.errors import DeepTwistError, check_int, require_extra
 from deeptwist.inspection.run import as_tuple
 from deeptwist.plan.calibration import Calibration
@@ -48,7 +48,6 @@ _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves s
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
 _DISTILL_STEPS = 1500  # where nothing is trained
 _SEARCH_SHARE = 10  # of these steps and minutes, for each ratio that is tried
-_HELD_OUT = 2  # batches that tell whether the distilled network is better
 _INT8_IMAGES = 512  # training images that activations' ranges are taken from
 
 # What a step came to, in a line.
@@ -324,7 +323,7 @@ class ImageJob:
     def _inputs_to_distill(self) -> AugmentedInputs:
         """Return the images that the small network learns on, from the first round on."""
         count, seed = self.options.distill_images, self.recipe.seed
-        return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=_HELD_OUT)
+        return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=HELD_OUT)
 
     def _recover(self, small: nn.Module) -> nn.Module:
         """Return a network that a ratio is judged by: a little of what the one chosen will get."""
@@ -337,7 +336,6 @@ class ImageJob:
             self._inputs_to_distill(),
             steps=-(-steps // _SEARCH_SHARE),
             minutes=self.options.distill_minutes / _SEARCH_SHARE,
-            held_out=_HELD_OUT,
         )
 
     def _make_plan(self, calibration: Calibration | None, ratio: float | None) -> Plan:
