@@ -1,4 +1,4 @@
-"""Accuracy of networks decomposed without training: what calibration and budgets buy.
+"""Accuracy of networks decomposed without labels: what calibration, budgets, distillation buy.
 
 Every row is appended to a file, and those that are there are not computed again.
 
@@ -7,12 +7,17 @@ python benchmarks/training_free.py --data cifar10-jpeg --weights resnet32-cifar1
 python benchmarks/training_free.py --model timm/tf_efficientnet_lite0 --data imagenette224 \
     --weights efficientnet-lite0-imagenet.safetensors --methods svd --ratios 1.2 1.5 2 \
     --out results/training-free/efficientnet-lite0.jsonl
+python benchmarks/training_free.py --data cifar10-jpeg --weights resnet32-cifar10.safetensors \
+    --ways 'same ratio, calibrated' --ratios 2 3 4 --distill-steps 1000 --seeds 0 1 2 \
+    --out results/training-free/resnet32.jsonl
 """
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -23,9 +28,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 import deeptwist as dt
-from deeptwist.app.data import batches, load_data
+from deeptwist.app.data import ImageData, batches, load_data
 from deeptwist.app.models import build_model, load_weights
-from deeptwist.app.training.evaluation import preprocess
+from deeptwist.app.training.evaluation import AugmentedInputs, preprocess
+from deeptwist.distill import HELD_OUT
 
 METHODS: dict[str, dt.Decomposition | list[dt.Decomposition]] = {
     "spatial_svd": dt.SpatialSVD(),
@@ -45,7 +51,10 @@ WAYS: dict[str, tuple[bool, Sequence[str]]] = {  # calibrated, and the budgets; 
 }
 IMAGENETTE = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # its folders' classes of ImageNet
 _BATCH = 50
-COLUMNS = "ratio", "method", "way", "weights", "macs", "accuracy", "batch_norm_anew", "images"
+_HALF = 0.5, 0.5, 0.5
+KEY = "ratio", "method", "way", "images", "steps", "seed"  # steps of distillation; 0 for none
+ACCURACIES = "accuracy", "batch_norm_anew", "distilled"
+SHOWN = "ratio", "method", "way", "weights", "macs", *ACCURACIES, "steps", "seed", "seconds"
 
 Images = tuple[Tensor, Tensor]  # normalised, and their labels
 
@@ -61,42 +70,52 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="of the folder's images, by default theirs")
     parser.add_argument("--images", type=int, help="of the test split; all of them by default")
     parser.add_argument("--calibration", type=Path, help="file to keep it in; read if it is there")
+    parser.add_argument("--distill-steps", type=int, default=0, help="steps; none by default")
+    parser.add_argument("--distill-images", type=int, default=2048, help="training images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the distillation")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, a row each")
     options = parser.parse_args()
     prepare = _imagenet if options.model.startswith("timm/") else _classes
-    model, calibration_images, test = prepare(options)
+    model, data, calibration_images, test = prepare(options)
     moments = _moments(model, calibration_images, options.calibration)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = _rows(options.out)
-    wanted = [(1.0, "dense", "")]
-    for ratio, method, way in product(options.ratios, options.methods, options.ways):
-        if method != "list" or WAYS[way][1]:  # one ratio takes one decomposition
-            wanted.append((ratio, method, way))
-    for ratio, method, way in wanted:
-        key = ratio, method, way, len(test[1])
+    rows, images, steps = _rows(options.out), len(test[1]), options.distill_steps
+    wanted: list[tuple[Any, ...]] = [(1.0, "dense", "", images, 0, 0)]
+    for case in product(options.ratios, options.methods, options.ways, options.seeds):
+        *what, seed = case
+        if what[1] != "list" or WAYS[what[2]][1]:  # one ratio takes one decomposition
+            wanted.append((*what, images, steps, seed))
+    for key in wanted:
         if key not in rows:
-            costs, networks = (1.0, 1.0), [model, model]
-            if method != "dense":
-                costs, networks = _decomposed(model, calibration_images, moments, *key[:3])
-            accuracies = [_accuracy(network, test) for network in networks]
-            values = ratio, method, way, *costs, *accuracies, len(test[1])
-            rows[key] = dict(zip(COLUMNS, values, strict=True))
+            small: list[nn.Module] = []
+            costs = 1.0, 1.0
+            if key[1] != "dense":
+                costs, small = _decomposed(model, calibration_images, moments, *key[:3])
+            row = dict(zip((*KEY, "weights", "macs"), (*key, *costs), strict=True))
+            if row["steps"]:
+                count, seed = options.distill_images, row["seed"]
+                inputs = AugmentedInputs(data, model, count, seed=seed, held_out=HELD_OUT)
+                begun = time.process_time()
+                small.append(dt.distill(small[0], model, inputs, steps=steps))
+                row["seconds"] = time.process_time() - begun
+            accuracies = [_accuracy(network, test) for network in small or [model] * 2]
+            rows[key] = row | dict(zip(ACCURACIES, accuracies, strict=False))
             with options.out.open("a") as file:
                 file.write(json.dumps(rows[key]) + "\n")
-    print("| " + " | ".join(COLUMNS[:-1]) + " |\n" + "| --- " * 7 + "|")
+    print("| " + " | ".join(SHOWN) + " |\n" + "| --- " * len(SHOWN) + "|")
     for row in rows.values():
-        print("| " + " | ".join(_format(row[column]) for column in COLUMNS[:-1]) + " |")
+        print("| " + " | ".join(_format(row.get(column, "")) for column in SHOWN) + " |")
 
 
 def _rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Return the rows that are there, by what they are of."""
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {(row["ratio"], row["method"], row["way"], row["images"]): row for row in rows}
+    rows = [{"steps": 0, "seed": 0} | json.loads(line) for line in lines]
+    return {tuple(row[name] for name in KEY): row for row in rows}
 
 
 def _format(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:.2f}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _moments(model: nn.Module, images: list[Tensor], path: Path | None) -> dt.Calibration:
@@ -147,8 +166,8 @@ def _accuracy(network: nn.Module, test: Images) -> float:
     return 100 * float((guesses == test[1]).float().mean())
 
 
-def _classes(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Images]:
-    """Return a network trained on the folder's classes, images to calibrate on and to test on."""
+def _classes(options: argparse.Namespace) -> tuple[nn.Module, ImageData, list[Tensor], Images]:
+    """Return a network trained on the folder's classes, its images, those to calibrate and test."""
     data = load_data(options.data, preset="cifar", image_size=options.image_size)
     model = build_model(options.model, num_classes=len(data.classes))
     load_weights(model, options.weights)
@@ -157,16 +176,17 @@ def _classes(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Imag
     shuffled = islice(batches(data.train, 128, generator=shuffle), 16)
     images = [preprocess(x, model, data) for x, _ in shuffled]
     tested = [preprocess(x, model, data) for x, _ in batches(test, 500, generator=None)]
-    return model.eval(), images, (torch.cat(tested), test.labels)
+    return model.eval(), data, images, (torch.cat(tested), test.labels)
 
 
-def _imagenet(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], Images]:
+def _imagenet(options: argparse.Namespace) -> tuple[nn.Module, ImageData, list[Tensor], Images]:
     """Return a network of ImageNet's 1,000 classes, measured on imagenette's ten among them all."""
     model = build_model(options.model, num_classes=1000)
     load_weights(model, options.weights)
     test = _images(Path(options.data) / "val", (options.images or 3850) // len(IMAGENETTE))
     calibration, _ = _images(Path(options.data) / "train", 26)
-    return model.eval(), [*calibration.split(32)], test
+    data = load_data(options.data, preset="imagenet", image_size=224)
+    return model.eval(), replace(data, mean=_HALF, std=_HALF), [*calibration.split(32)], test
 
 
 def _images(folder: Path, per_class: int) -> tuple[Tensor, Tensor]:

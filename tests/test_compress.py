@@ -141,7 +141,7 @@ def test_what_a_step_made_is_read_by_a_job_that_skips_it(
         options = {"example_input": batches[0], "calibration": calibration}
         return dt.plan(trained, dt.SpatialSVD(), ratio=ratio or 3, **options)
 
-    def halve(network: nn.Module) -> nn.Module:
+    def halve(network: nn.Module, share: float) -> nn.Module:
         with torch.no_grad():
             network[-1].bias /= 2
         return network
@@ -172,6 +172,29 @@ def test_bisection_meets_a_threshold_from_below(threshold: float) -> None:
         assert ratio_kept is not None
         assert ratio_kept <= threshold
         assert ratio_kept == RATIOS[1] or threshold / ratio_kept < 1.06
+
+
+@pytest.mark.parametrize(("learns", "threshold"), [(False, 2.0), (True, 5.0)])
+def test_a_ratio_is_judged_by_what_networks_learn(
+    trained: nn.Module, learns: bool, threshold: float
+) -> None:
+    """Of a network that keeps its score up to 2×, and 10× higher for all that it can learn."""
+    x, asked = next(iter(loader()))[0], []
+
+    def make_plan(calibration: dt.Calibration | None, ratio: float | None) -> dt.Plan:
+        asked.append(ratio)
+        return dt.plan(trained, "svd", ratio=ratio, example_input=x)
+
+    def learn(network: nn.Module, share: float) -> nn.Module:
+        network.keeps_its_score = asked[-1] <= 2 + 10 * share
+        return network
+
+    job = Job(trained, make_plan, list, learn)
+    job.calibration = None
+    found = job.search(lambda network: float(network.keeps_its_score), 1.0, learns=learns)
+    assert found["kept"]
+    assert threshold / 1.1 < found["ratio"] <= threshold
+    assert {share for *_, share in found["tried"]} == ({0.1, 0.3} if learns else {0.0})
 
 
 WORDS = ["compress", "tests.test_compress:network", "--data", "digits", "--calibration-images", 128]

@@ -5,11 +5,12 @@ it makes and returns what it came to in plain values: who wants to show the step
 results, or skip those that are done calls them one by one, as the command line does.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in
 DISTILLED = "distilled"
 RATIOS = (1.2, 16.0)  # that a goal is searched between
 BISECTIONS = 6  # to a factor of 1.04
+# Where networks learn, a tenth of it tells which ratio is the first to be kept, and three tenths
+# which one up to twice that: to a factor of 1.09.
+SHARES, REFINEMENTS = (0.1, 0.3), 3
 BUDGETS = ("ratio", "weights", "macs", "latency")  # arguments of `plan` that say how small
 
 Values = dict[str, Any]  # what a step came to, as JSON holds it
@@ -113,22 +117,26 @@ def compress(
         asked = options if ratio is None else {**options, "ratio": ratio}
         return plan(model, calibration=calibration, **asked)
 
-    anew = partial(recalibrate_batch_norm, batches=batches, inputs=as_tuple)
-    job = Job(model, make_plan, batches=lambda: batches, recover=anew)
+    if distill_steps and isinstance(train_loader, Iterator):  # some of its batches are taken
+        train_loader, read = [*batches, *map(read, train_loader)], as_tuple
+
+    def recover(network: nn.Module, share: float) -> nn.Module:
+        network = recalibrate_batch_norm(network, batches, inputs=as_tuple)
+        steps = math.ceil(share * distill_steps)
+        return distill(network, model, train_loader, steps=steps, inputs=read) if steps else network
+
+    job = Job(model, make_plan, batches=lambda: batches, recover=recover)
     before, ratio = eval_fn(model), None
     job.calibrate()
     if goal is not None:
-        search = job.search(eval_fn, goal)
+        search = job.search(eval_fn, goal, learns=distill_steps > 0)
         if not search["kept"]:
             raise DeepTwistError(f"no ratio from {RATIOS[0]} on keeps the score at {goal}")
         ratio = search["ratio"]
     job.choose_plan(ratio)
     job.decompose()
     if distill_steps:
-        if isinstance(train_loader, Iterator):  # some of its batches are taken
-            job.distill(chain(batches, map(read, train_loader)), as_tuple, steps=distill_steps)
-        else:
-            job.distill(train_loader, read, steps=distill_steps)
+        job.distill(train_loader, read, steps=distill_steps)
     if train_fn is not None:
         train_fn(job.small)
     return Compressed(job.small, job.plan, before, eval_fn(job.small))
@@ -145,8 +153,9 @@ class Job:
         model: the dense network; left as it is.
         make_plan: a calibration, or none, and a ratio in place of the one asked for → the plan.
         batches: gives the inputs to calibrate on, a batch at a time.
-        recover: what every decomposed network goes through before it is evaluated or trained, in
-            the search for a ratio too: batch norm's statistics anew, say.
+        recover: what every decomposed network goes through before it is evaluated or trained:
+            batch norm's statistics anew, say; and, with a share above 0, so much of what the one
+            chosen will learn, as the search for a ratio asks for.
         folder: of the job; none to keep things in memory.
         progress: a label and a number of rounds → shows them; gives the call that tells of one.
     """
@@ -154,7 +163,7 @@ class Job:
     model: nn.Module
     make_plan: Callable[[Calibration | None, float | None], Plan]
     batches: Callable[[], Iterable[Inputs | Tensor]]
-    recover: Callable[[nn.Module], nn.Module] = lambda network: network
+    recover: Callable[[nn.Module, float], nn.Module] = lambda network, share: network
     folder: Path | None = None
     progress: Progress = lambda label, total: nullcontext(lambda: None)
 
@@ -182,26 +191,37 @@ class Job:
             self.calibration.save(self.folder / CALIBRATION)
         return {"layers": len(self.calibration.moments)}
 
-    def search(self, score: Callable[[nn.Module], float], least: float) -> Values:
-        """Find the largest ratio whose network, untrained, keeps a score.
+    def search(
+        self, score: Callable[[nn.Module], float], least: float, *, learns: bool = False
+    ) -> Values:
+        """Find the largest ratio whose network keeps a score before it is trained on labels.
 
         Args:
             score: a network → its score, the higher the better.
             least: the goal.
+            learns: whether the one chosen will learn from the dense network: then candidates do
+                a little, and the best of them more (successive halving).
 
         Returns:
             Whether any ratio keeps it, the largest that does or else the smallest there is, and
-            all that were tried.
+            all that were tried: the ratio, the score, the share of what there is to learn.
         """
-        tried: list[list[float]] = []  # of ratio and score
+        tried: list[list[float]] = []
 
-        def score_at(ratio: float) -> float:
-            tried.append([ratio, score(self.make_small(self._plan(ratio)))])
+        def score_after(share: float, ratio: float) -> float:
+            tried.append([ratio, score(self.make_small(self._plan(ratio), share)), share])
             advance()
             return tried[-1][1]
 
-        with self.progress("search", 2 + BISECTIONS) as advance:
-            ratio = largest_ratio(score_at, least)
+        first, second = SHARES if learns else (0.0, None)
+        rounds = 2 + BISECTIONS + (2 + REFINEMENTS if second else 0)
+        with self.progress("search", rounds) as advance:
+            ratio = largest_ratio(partial(score_after, first), least)
+            if second is not None and ratio != RATIOS[1]:
+                low = ratio or RATIOS[0]
+                bounds = low, min(2 * low, RATIOS[1])
+                score_at = partial(score_after, second)
+                ratio = largest_ratio(score_at, least, bounds, REFINEMENTS) or ratio
         kept = ratio is not None
         return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
 
@@ -217,9 +237,9 @@ class Job:
         promise = None if self.plan.latency is None else str(self.plan.latency)
         return {"layers": len(self.plan.compressed), **_sizes(self.plan), "promise": promise}
 
-    def make_small(self, plan: Plan) -> nn.Module:
-        """Return the network of a plan, decomposed and recovered, not trained."""
-        return self.recover(decompose(self.model, plan, calibration=self.calibration))
+    def make_small(self, plan: Plan, share: float = 0.0) -> nn.Module:
+        """Return the network of a plan, decomposed and recovered, see `recover`; not trained."""
+        return self.recover(decompose(self.model, plan, calibration=self.calibration), share)
 
     def decompose(self) -> nn.Module:
         """Decompose as planned: the small network is there, to be trained in place or as it is."""
@@ -332,19 +352,26 @@ class Job:
         return self.folder / name
 
 
-def largest_ratio(score: Callable[[float], float], goal: float) -> float | None:
+def largest_ratio(
+    score: Callable[[float], float],
+    goal: float,
+    bounds: tuple[float, float] = RATIOS,
+    bisections: int = BISECTIONS,
+) -> float | None:
     """Return the largest ratio whose network keeps a score, by bisection; `None` if none does.
 
     Args:
         score: a ratio → the score of the network compressed by it, which falls with the ratio.
         goal: the least score.
+        bounds: the least and the largest ratio.
+        bisections: scores that are asked for between them.
     """
-    low, high = RATIOS
+    low, high = bounds
     if score(low) < goal:
         return None
     if score(high) >= goal:
         return high
-    for _ in range(BISECTIONS):
+    for _ in range(bisections):
         middle = round((low * high) ** 0.5, 2)
         low, high = (middle, high) if score(middle) >= goal else (low, middle)
     return low

@@ -47,7 +47,6 @@ _SEARCH_IMAGES = 1000  # at most, that a ratio is searched on
 _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves statistics that fit
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
 _DISTILL_STEPS = 1500  # where nothing is trained
-_SEARCH_SHARE = 10  # of these steps and minutes, for each ratio that is tried
 _INT8_IMAGES = 512  # training images that activations' ranges are taken from
 
 # What a step came to, in a line.
@@ -148,9 +147,13 @@ def _steps(
 
 
 def _describe_search(
-    least: float, kept: bool, ratio: float, tried: list[tuple[float, float]]
+    least: float, kept: bool, ratio: float, tried: list[tuple[float, float, float]]
 ) -> str:
-    shown = ", ".join(f"{ratio:g}×: {accuracy:.2%}" for ratio, accuracy in sorted(tried))
+    in_order = sorted(tried, key=lambda case: (case[2], case[0]))
+    shown = ", ".join(
+        f"{ratio:g}×: {accuracy:.2%}" + (f" after {share:.0%}" if share else "")
+        for ratio, accuracy, share in in_order
+    )
     short = "" if kept else ", which costs more untrained"
     return f"{ratio:g}×{short} (at least {least:.2%}; {shown})"
 
@@ -268,13 +271,14 @@ class ImageJob:
         return {**self.evaluate(self.model), "bytes": size}
 
     def search(self, max_loss: float) -> Values:
-        """Find the largest ratio that costs no more accuracy, untrained, on the search images."""
+        """Find the largest ratio that costs no more accuracy, on the search images."""
 
         def accuracy(network: nn.Module) -> float:
             return evaluate(network, self.search_images, self.data).accuracy
 
         # Against the dense network on the same images: the others may be easier or harder.
-        return self.steps.search(accuracy, accuracy(self.model) - max_loss)
+        least, learns = accuracy(self.model) - max_loss, bool(self.options.distill_steps)
+        return self.steps.search(accuracy, least, learns=learns)
 
     def distill(self) -> Values:
         """Decompose, learn from the dense network, and keep what came out."""
@@ -325,17 +329,16 @@ class ImageJob:
         count, seed = self.options.distill_images, self.recipe.seed
         return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=HELD_OUT)
 
-    def _recover(self, small: nn.Module) -> nn.Module:
-        """Return a network that a ratio is judged by: a little of what the one chosen will get."""
-        steps = self.options.distill_steps
-        if not steps:
+    def _recover(self, small: nn.Module, share: float) -> nn.Module:
+        """Return a network that a ratio is judged by: a share of what the one chosen will get."""
+        if not share:
             return self._choose_batch_norm(small)[0]
         return distill(
             small,
             self.model,
             self._inputs_to_distill(),
-            steps=-(-steps // _SEARCH_SHARE),
-            minutes=self.options.distill_minutes / _SEARCH_SHARE,
+            steps=math.ceil(share * (self.options.distill_steps or 0)),
+            minutes=share * self.options.distill_minutes,
         )
 
     def _make_plan(self, calibration: Calibration | None, ratio: float | None) -> Plan:

@@ -243,7 +243,7 @@ def make_job(
         asked = recipe if ratio is None else replace(recipe, ratio=ratio)
         return asked.make_plan(dense, example, calibration=calibration)
 
-    def recover(small: "nn.Module") -> "nn.Module":
+    def recover(small: "nn.Module", share: float) -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
 
     job = Job(dense, make_plan, lambda: batches, recover, progress=progress_bar)
