@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.app.data import load_data
-from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.layers.geometry import weight_to_kernel
+from deeptwist.networks.build import build_model
+from deeptwist.networks.weights import load_weights
 
 METHOD = dt.TiledSVD(tile=(64, 64), rank=8)
 MOVE, INTERVAL, ROUNDS = 0.02, 200, 5

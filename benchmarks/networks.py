@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.app.models import build_model
 from deeptwist.measure.compare import time_settings
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Run, Runtime, Setting, make_runner
+from deeptwist.networks.build import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}
 FORMS: dict[str, tuple[dt.Decomposition, int, int]] = {  # fewest inputs S, multiple of the rank

@@ -16,10 +16,10 @@ from tensorly.tenalg import multi_mode_dot
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.app.models import build_model
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.measure.machine import describe_machine
+from deeptwist.networks.build import build_model
 
 METHODS = {x.method: x for x in (dt.SVD(), dt.SpatialSVD(), dt.TiledSVD(), dt.Tucker(), dt.CP())}
 EVERY_LAYER = dt.Layers(skip_first_conv=False, linear=True)

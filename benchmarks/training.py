@@ -17,7 +17,6 @@ import torch
 from torch.nn import functional
 
 from deeptwist.app.data import ImageData, Split, augment, normalize
-from deeptwist.app.models import build_model
 from deeptwist.app.training.devices import Fabric
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.loop import Trainer
@@ -25,6 +24,7 @@ from deeptwist.app.training.recipe import make_recipe
 from deeptwist.compress import Values
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio
+from deeptwist.networks.build import build_model
 
 MODEL, BATCH, INTERVAL, IMAGES = "resnet32", 128, 200, 100
 TILES = {"decomposition": "tiled_svd", "tile": [64, 64], "ratio": 4, "skip_first_conv": True}

@@ -29,9 +29,10 @@ from torchvision.transforms.v2 import functional as transforms
 
 import deeptwist as dt
 from deeptwist.app.data import ImageData, batches, load_data
-from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.evaluation import AugmentedInputs, preprocess
 from deeptwist.distill import HELD_OUT
+from deeptwist.networks.build import build_model
+from deeptwist.networks.weights import load_weights
 
 METHODS: dict[str, dt.Decomposition | list[dt.Decomposition]] = {
     "spatial_svd": dt.SpatialSVD(),

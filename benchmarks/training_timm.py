@@ -21,7 +21,6 @@ from timm.optim import create_optimizer_v2
 from torch.nn import functional
 
 from deeptwist.app.data import ImageData, ImageFiles, Split, load_data
-from deeptwist.app.models import build_model
 from deeptwist.app.training.devices import Fabric
 from deeptwist.app.training.evaluation import preprocess
 from deeptwist.app.training.loop import Trainer
@@ -29,6 +28,7 @@ from deeptwist.app.training.optimizers import make_optimizer
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio
+from deeptwist.networks.build import build_model
 from deeptwist.twist.distortion import DeepTwist
 
 MODEL, SIZE, SCALE, INTERVAL = "torchvision/resnet18", 128, 0.25, 200

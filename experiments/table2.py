@@ -9,7 +9,7 @@ convolutions alone, counted as the paper counts them, in units of 2²⁰: they a
 import torch
 
 from deeptwist import Plan
-from deeptwist.app.models import build_model
+from deeptwist.networks.build import build_model
 from experiments.fig2 import ACCURACY
 from experiments.flops import MEGA, plan_flops
 from experiments.page import Report, Results, Table, count_holds, number

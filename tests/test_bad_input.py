@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tests.test_cli import refused, run
 
-from deeptwist.app.models import build_model
+from deeptwist.networks.build import build_model
 
 WORDS = ["--image-size", "8", "--mode", "dense", "--epochs", "2"]
 WORDS += ["--batch-size", "4", "--logging.checkpoint-every", "1"]
@@ -96,7 +96,7 @@ def test_a_teacher_of_another_number_of_classes() -> None:
         *command("resnet20", *teacher)
     )
     Path("seven.py").write_text(
-        "from deeptwist.app.models import build_model\n"
+        "from deeptwist.networks.build import build_model\n"
         "net = lambda: build_model('resnet20', num_classes=7)"
     )
     teacher = ("--distillation.model", "seven:net", "--distillation.weights", "seven.safetensors")

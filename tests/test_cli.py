@@ -20,9 +20,10 @@ from deeptwist import Plan
 from deeptwist.app.cli import main
 from deeptwist.app.cli.commands import train
 from deeptwist.app.data import load_digits
-from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.recipe import Recipe, make_recipe
+from deeptwist.networks.build import build_model
+from deeptwist.networks.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def test_a_bug_report_s_facts() -> None:
 def test_a_warning_is_said_once_in_one_line(tmp_path: Path) -> None:
     """Torch's own, of a network that makes many, and of one that nobody named."""
     (tmp_path / "noisy.py").write_text(
-        "import warnings\nfrom deeptwist.app.models import build_model\n"
+        "import warnings\nfrom deeptwist.networks.build import build_model\n"
         "def net(**_):\n"
         "    for _ in range(3):\n"
         "        warnings.warn('mind the gap\\nand the rest', stacklevel=1)\n"

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import deeptwist as dt
 from deeptwist.app.data import batches, load_digits, normalize
 from deeptwist.app.folders import read_run
-from deeptwist.app.models import build_model
 from deeptwist.app.training.evaluation import AugmentedInputs, evaluate
 from deeptwist.compress import RATIOS, SMALL, Compressed, Job, largest_ratio
 from deeptwist.measure.runtimes import OnnxNetwork
+from deeptwist.networks.build import build_model
 
 DIGITS = load_digits()
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist import SVD, Decomposition, Plan, TiledSVD, Tucker, decompose, plan
-from deeptwist.app.models import build_model
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.networks.build import build_model
 
 IMAGE = (1, 3, 32, 32)
 

@@ -18,9 +18,9 @@ from tests.cases import (
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, Layers, TiledSVD, decompose, fuse, plan
-from deeptwist.app.models import build_model
 from deeptwist.decompose import factorize
 from deeptwist.decompositions import FactoredLayer
+from deeptwist.networks.build import build_model
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 EACH_METHOD = pytest.mark.parametrize("method", PLANNED_METHODS.values(), ids=PLANNED_METHODS)

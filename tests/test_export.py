@@ -21,8 +21,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, decompose, plan, save
-from deeptwist.app.models import build_model
 from deeptwist.export import BATCHES, Exported, export_onnx, export_program, export_state_dict
+from deeptwist.networks.build import build_model
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

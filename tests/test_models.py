@@ -17,8 +17,9 @@ from tests.conftest import SHARED
 from torch import Tensor, nn
 
 from deeptwist.app.data import load_data, normalize
-from deeptwist.app.models import MODELS, build_model, load_weights
-from deeptwist.app.networks import PadShortcut
+from deeptwist.networks.build import MODELS, build_model
+from deeptwist.networks.cifar import PadShortcut
+from deeptwist.networks.weights import build_trained, load_weights
 
 ErrorOf = Callable[..., str]
 RESNET32 = SHARED / "weights" / "resnet32-cifar10.safetensors"
@@ -379,3 +380,107 @@ def test_nothing_but_tensors_is_unpickled(error_of: ErrorOf, tmp_path: Path) -> 
     assert "argparse.Namespace" in error_of(load_weights, Small(), path)
     torch.save(Small(), path)
     assert "Small" in error_of(load_weights, Small(), path)
+
+
+# --- weights by name, and for other classes
+
+
+def stored_as(model: nn.Module, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_torchvision_weights_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: ErrorOf
+) -> None:
+    """Torchvision reads its own cache; where that holds nothing, the way to a file is told."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no net, whatever the machine has
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    name = "torchvision/squeezenet1_1"
+    message = error_of(build_trained, name, "DEFAULT")
+    file = message.rpartition("download its weights from ")[2].split()[0].rpartition("/")[2]
+    assert file.startswith("squeezenet1_1-")
+    assert "give the file: --weights FILE" in message
+    stored = build_model(name)
+    stored_as(stored, tmp_path / "checkpoints" / file)
+    for weights in ("DEFAULT", "IMAGENET1K_V1"):
+        assert_same(build_trained(name, weights), stored.state_dict())
+    assert "mean 'IMAGENET1K_V1'?" in error_of(build_trained, name, "IMAGENET1K_V2")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "asked"),
+    [
+        ("timm/test_resnet.r160_in1k", None, "test_resnet.r160_in1k"),
+        ("timm/test_resnet", "DEFAULT", "test_resnet"),
+        ("timm/test_resnet", "r160_in1k", "test_resnet.r160_in1k"),
+        ("timm/test_resnet", "timm/test_resnet.r160_in1k", "test_resnet.r160_in1k"),
+        ("timm/test_resnet", "hf-hub:me/mine", "hf-hub:me/mine"),
+    ],
+)
+def test_timm_weights_by_name(
+    name: str, weights: str | None, asked: str, monkeypatch: pytest.MonkeyPatch, error_of: ErrorOf
+) -> None:
+    """Timm is asked for them, with its own name for them; it has no net here."""
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = error_of(build_trained, name, weights)
+    assert message.startswith(f"cannot get {asked} (")
+    assert "give the file: --weights FILE" in message
+
+    made: list[Any] = []
+    create = timm.create_model
+
+    def from_cache(network: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        model: nn.Module = create(network if pretrained is False else "test_resnet", **options)
+        made.extend([network, model] if pretrained else [])
+        return model
+
+    monkeypatch.setattr(timm, "create_model", from_cache)
+    model = build_trained(name, weights)
+    assert made[0] == asked
+    assert_same(model, made[1].state_dict())
+
+
+def test_weights_for_other_classes_keep_all_but_the_last_layer(
+    error_of: ErrorOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = build_model("resnet20", num_classes=7)
+    path = stored_as(stored, tmp_path / "seven.pt")
+    model = build_trained("resnet20", path, num_classes=4, new_head=True)
+    assert caplog.messages == [f"'{path}' is for 7 classes, not 4: new linear.weight, linear.bias"]
+    assert torch.equal(model.layer3[2].conv2.weight, stored.layer3[2].conv2.weight)
+    assert model.linear.weight.shape == (4, 64)
+    refused = error_of(build_trained, "resnet20", path, num_classes=4)  # to evaluate, say
+    assert "linear.weight (7, 64) where the model has (4, 64)" in refused
+    wider = stored_as(build_model("resnet20", in_channels=1, num_classes=7), tmp_path / "grey.pt")
+    assert "conv1.weight" in error_of(
+        build_trained, "resnet20", wider, num_classes=4, new_head=True
+    )
+
+
+def test_random_weights_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    build_trained("resnet20")
+    assert caplog.messages == ["resnet20 has random weights: --weights gives it trained ones"]
+    caplog.clear()
+    build_trained("torch.nn:Identity")  # may have loaded its own
+    assert not caplog.messages
+
+
+def test_names_where_there_are_none(error_of: ErrorOf) -> None:
+    message = error_of(build_trained, "resnet20", "DEFAULT")
+    assert message == "no weights file at 'DEFAULT', and resnet20 has none by name"
+
+
+def test_a_checkpoint_of_lightning_s_may_hold_others(tmp_path: Path, error_of: ErrorOf) -> None:
+    """Its state dict is the whole module's: the network is below the attribute that holds it."""
+    stored, model, path = Small(), Small(), tmp_path / "epoch=3.ckpt"
+    state = {f"model.{name}": value for name, value in stored.state_dict().items()}
+    state |= {"loss.weight": torch.ones(2), "ema_model.linear.bias": torch.ones(3)}
+    torch.save({"pytorch-lightning_version": "2.6", "state_dict": state, "epoch": 3}, path)
+    load_weights(model, path)
+    assert_same(model, stored.state_dict())
+    torch.save({"state_dict": state}, path)  # of anybody's, what is left over is a fault
+    assert "unexpected" in error_of(load_weights, Small(), path)

@@ -11,7 +11,7 @@ from tests.cases import EVERY_LAYER, difference, every_layer
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, Plan, SpatialSVD, TiledSVD, Tucker, plan
-from deeptwist.app.models import MODELS, build_model
+from deeptwist.networks.build import MODELS, build_model
 
 METHODS: dict[str, tuple[Decomposition, float | None]] = {
     "svd": (SVD(), 4),

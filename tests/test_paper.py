@@ -25,8 +25,8 @@ from torch import nn
 
 from deeptwist import Plan
 from deeptwist.app.folders import read_run
-from deeptwist.app.models import build_model
 from deeptwist.app.training.recipe import Recipe, make_recipe
+from deeptwist.networks.build import build_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -33,9 +33,9 @@ from deeptwist import (
     Tucker,
     plan,
 )
-from deeptwist.app.models import build_model
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.networks.build import build_model
 from deeptwist.plan.latency import exclude_slow_layers
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
 

@@ -9,7 +9,6 @@ import torch
 import yaml
 
 from deeptwist import SVD, Layers, TiledSVD, Tucker, plan
-from deeptwist.app.models import build_model
 from deeptwist.app.training.loop import steps_per_epoch
 from deeptwist.app.training.recipe import (
     CompressionRecipe,
@@ -20,6 +19,7 @@ from deeptwist.app.training.recipe import (
     make_recipe,
     read_recipe,
 )
+from deeptwist.networks.build import build_model
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -18,11 +18,12 @@ from torch.nn import functional
 import deeptwist as dt
 from deeptwist.app.data import ImageData, Split, load_digits, normalize
 from deeptwist.app.folders import read_run
-from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.evaluation import evaluate, recalibrate_batch_norm
 from deeptwist.app.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run, train
 from deeptwist.compress import Values
+from deeptwist.networks.build import build_model
+from deeptwist.networks.weights import load_weights
 
 SHORT = {
     "model": "tests:network",

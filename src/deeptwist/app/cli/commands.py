@@ -263,7 +263,7 @@ def evaluate(
         raise DeepTwistError("give either --weights of the dense network or --small of a small one")
     dataset = load_data(data)
     count = len(dataset.test.labels)
-    built = network.build(dataset)
+    built = network.build(dataset, bare=small is not None)
     if small is not None:
         built = load(small, model=built)
     with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:

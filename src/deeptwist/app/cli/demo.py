@@ -45,7 +45,7 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
             or cannot be written.
     """
     recipe = {
-        "model": "deeptwist.app.networks:digits_net",
+        "model": "deeptwist.networks.cifar:digits_net",
         "batch_size": 64,
         "seed": seed,
         "schedule": {"epochs": epochs},

@@ -1,6 +1,7 @@
 """Options that several commands share, and what fills them in or is made of them."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -40,27 +41,33 @@ class WeightOptions:
     """A network and its weights.
 
     Attributes:
-        model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory.
-        weights: A checkpoint (.safetensors, or .pt/.pth/.th, read without unpickling code).
+        model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME, hf-hub:OWNER/NAME or
+            package.module:factory.
+        weights: A checkpoint (.safetensors, .pt, .pth, .ckpt, read without unpickling code), or a
+            name that the network's library downloads: DEFAULT, IMAGENET1K_V1, a1_in1k.
         num_classes: Outputs of the network; the data set's where there is one.
     """
 
     model: str = field(kw_only=False)
-    weights: Path | None = None
+    weights: str | None = None
     num_classes: int | None = None
 
-    def build(self, data: "ImageData | None" = None) -> "nn.Module":
-        """Return the network with its weights; options win over what the data set says."""
-        from deeptwist.app.models import build_model, load_weights
+    def build(self, data: "ImageData | None" = None, *, bare: bool = False) -> "nn.Module":
+        """Return the network with its weights; options win over what the data set says.
+
+        Args:
+            data: says how many classes and channels there are.
+            bare: whether its weights do not matter.
+        """
+        from deeptwist.networks.build import build_model
+        from deeptwist.networks.weights import build_trained
 
         classes = self.num_classes or (None if data is None else len(data.classes))
         channels = self._channels if data is None else data.shape[0]
         if channels == 3:
             channels = None  # what every network takes by itself
-        network = build_model(self.model, num_classes=classes, in_channels=channels)
-        if self.weights is not None:
-            load_weights(network, self.weights)
-        return network.eval()
+        make = build_model if bare else partial(build_trained, weights=self.weights)
+        return make(self.model, num_classes=classes, in_channels=channels).eval()
 
     @property
     def _channels(self) -> int | None:
@@ -279,7 +286,8 @@ def make_small_job(
         raise DeepTwistError(
             "the network in --small is decomposed already: leave out the options of a plan"
         )
-    dense, decomposed = network.build(), load(small, model=network.build())
+    dense = network.build(bare=True)
+    decomposed = load(small, model=dense)
     plan = plan_from_model(decomposed, dense, network.example_input())
     job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
     job.plan, job.small = plan, decomposed

@@ -216,8 +216,11 @@ class Recipe:
     decomposes it at the end; ``finetune`` decomposes it first and trains the factors.
 
     Attributes:
-        model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME or package.module:factory.
-        weights: A checkpoint to start from; random weights without it.
+        model: resnet20 … resnet110, vgg19, torchvision/NAME, timm/NAME, hf-hub:OWNER/NAME or
+            package.module:factory.
+        weights: A checkpoint to start from, or a name that the network's library downloads
+            (DEFAULT, IMAGENET1K_V1, a1_in1k); random weights without it. Where they are for other
+            classes, the last layer begins anew.
         mode: How to train.
         interval: S_D, optimizer steps between distortions; 1 projects at every step, and one beyond
             the end decomposes once, at the end.

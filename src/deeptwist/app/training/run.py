@@ -13,7 +13,6 @@ from torch import nn
 from deeptwist._version import __version__
 from deeptwist.app.data import ImageData
 from deeptwist.app.folders import DENSE_WEIGHTS, PLAN, SMALL, SUMMARY, read_run
-from deeptwist.app.models import build_model, load_weights
 from deeptwist.app.training.devices import images_on, make_fabric
 from deeptwist.app.training.evaluation import (
     Evaluation,
@@ -32,6 +31,7 @@ from deeptwist.files import atomic_write
 from deeptwist.measure.compare import time_models
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Setting
+from deeptwist.networks.weights import build_trained
 from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.from_model import plan_from_model
 from deeptwist.plan.plan import Plan
@@ -96,7 +96,7 @@ def build_run(
     """
     if model is None:
         torch.manual_seed(recipe.seed)
-        model = _build_for(data, recipe.model, recipe.weights)
+        model = _build_for(data, recipe.model, recipe.weights, new_head=True)
     if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
         model.double()
     example = torch.zeros(2, *data.shape).to(next(model.parameters()))
@@ -234,17 +234,18 @@ def _describe(run: TrainingRun) -> Values:
     }
 
 
-def _build_for(data: ImageData, name: str, weights: str | None) -> nn.Module:
+def _build_for(
+    data: ImageData, name: str, weights: str | None, *, new_head: bool = False
+) -> nn.Module:
     """Return a network for a data set's classes and channels."""
-    channels = data.shape[0]
-    model = build_model(
+    classes, channels = len(data.classes), data.shape[0]
+    return build_trained(
         name,
-        num_classes=len(data.classes),
+        weights,
+        num_classes=classes,
         in_channels=None if channels == 3 else channels,  # 3 is what networks take by themselves
+        new_head=new_head,
     )
-    if weights is not None:
-        load_weights(model, weights)
-    return model
 
 
 def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
