@@ -5,7 +5,7 @@ import os
 import random
 import resource
 import signal
-import subprocess
+import socket
 import sys
 import textwrap
 import time
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.cases import EVERY_LAYER
 from torch import nn
 
@@ -438,71 +438,77 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path
 
 # --- several processes
 
-SCRIPT = """
-import os
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from torch import nn
-from deeptwist.app.data import load_data, load_digits
-from deeptwist.app.training.run import build_run, train
-from deeptwist.app.training.recipe import make_recipe
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-    nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10),
-).double()
-recipe = make_recipe({
-    "model": "script", "interval": 4, "schedule": {"epochs": 2}, "precision": "64-true",
-    "compression": {"decomposition": "svd", "ratio": 2, "linear": True, "include": ["2", "4"]},
-    "logging": {"images": 50, "checkpoint_every": 5},
-})
-left = int(sys.argv[2]) if len(sys.argv) > 2 else -1
-def tick():
-    global left
-    left -= 1
-    if left == 0:
-        os._exit(9)  # in every process at once
-run = build_run(recipe, load_digits(), name="run", model=model)
-train(run, Path(sys.argv[1]), resume=True, on_step=tick)
-if dist.is_initialized():
-    for name, tensor in model.state_dict().items():
-        every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, tensor)
-        assert all(torch.equal(tensor, other) for other in every), name
-    print("identical on", dist.get_world_size())
-"""
+
+def in_a_group(rank: int, world: int, port: int, folder: Path, stop: int | None) -> None:
+    """Train as one of the processes that torchrun starts, which all end after `stop` steps.
+
+    What each of them trained is left beside the folder.
+    """
+    torch.set_num_threads(1)
+    if world > 1:  # what torchrun sets
+        names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        os.environ.update(zip(names, map(str, (rank, rank, 0, world, world)), strict=True))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10),
+    ).double()  # fmt: skip
+    values = {
+        "model": "script",
+        "interval": 4,
+        "schedule": {"epochs": 2},
+        "precision": "64-true",
+        "compression": {
+            "decomposition": "svd",
+            "ratio": 2,
+            "linear": True,
+            "include": ["2", "4"],
+        },
+        "logging": {"images": 50, "checkpoint_every": 5},
+    }
+    left = -1 if stop is None else stop
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os._exit(9)  # in every process at once
+
+    run = build_run(make_recipe(values), load_digits(), name="run", model=model)
+    train_run(run, folder, resume=True, on_step=tick)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder.with_name(f"{folder.name}-{rank}.safetensors"))
 
 
-def started(tmp_path: Path, out: str, processes: int, stop: int | None = None) -> str:
-    """Run the script in so many processes, which end by themselves after `stop` steps."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    launcher = torchrun if processes > 1 else ()
-    more = () if stop is None else (str(stop),)
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(tmp_path / out), *more],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert (done.returncode == 0) == (stop is None), done.stderr
-    return done.stdout
+def train_in_group(folder: Path, world: int, stop: int | None = None) -> None:
+    """Train in so many processes, from the last checkpoint in the folder if there is one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = [
+        CONTEXT.Process(target=in_a_group, args=(rank, world, port, folder, stop))
+        for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join()
+    assert {process.exitcode for process in group} == {0 if stop is None else 9}
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_and_stay_identical(tmp_path: Path) -> None:
     """Also where two go on with what one began, and the other way round."""
-    started(tmp_path, "one", 1)
-    assert "identical on 2" in started(tmp_path, "two", 2)
+    train_in_group(tmp_path / "one", 1)
+    train_in_group(tmp_path / "two", 2)
+    left, right = (load_file(tmp_path / f"two-{rank}.safetensors") for rank in range(2))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
     for out, before, after in (("grown", 1, 2), ("shrunk", 2, 1)):
-        started(tmp_path, out, before, stop=12)
+        train_in_group(tmp_path / out, before, stop=12)
         assert len([*(tmp_path / out).glob("checkpoint-*.pt")]) == 2
-        started(tmp_path, out, after)
+        train_in_group(tmp_path / out, after)
     single = tensors(tmp_path / "one")
     for out in ("two", "grown", "shrunk"):
         other = tensors(tmp_path / out)

@@ -225,6 +225,7 @@ def _read(
         if batch is None:
             return
         if isinstance(batch, DeepTwistError):
+            del batches  # its workers end now, not when the error's traceback is forgotten
             raise batch
         images, labels = batch
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
