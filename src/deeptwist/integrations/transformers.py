@@ -18,7 +18,7 @@ with require_extra("transformers"):
     from transformers.trainer_callback import ExportableState
 
 
-class DeepTwistCallback(TrainerCallback, ExportableState):
+class DeepTwistCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Distorts while a Trainer trains, and decomposes at the end.
 
     Its state is in the ``trainer_state.json`` of every checkpoint: a run resumed with
