@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 SHARED = Path(os.environ.get("DEEPTWIST_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-# Files whose tests share what takes seconds to make: each is run whole by one process.
+# Files whose tests share what takes seconds to make: each is run whole by one process, and so are
+# those together that start processes of their own, from one that has imported what they need.
 TOGETHER = {
-    "test_compress.py",
-    "test_distributed.py",
-    "test_report.py",
-    "test_resume.py",
-    "test_sweep.py",
+    "test_compress.py": "test_compress.py",
+    "test_distributed.py": "processes",
+    "test_integrations.py": "processes",
+    "test_report.py": "test_report.py",
+    "test_resume.py": "processes",
+    "test_sweep.py": "test_sweep.py",
 }
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    [
+        *("deeptwist.app.training.run", "deeptwist.app.cli.commands", "sklearn.datasets"),
+        *("lightning.pytorch", "transformers.trainer", "timm", "tests.test_distributed"),
+    ]
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if Path(file).name in TOGETHER else nodeid
+            return TOGETHER.get(Path(file).name, nodeid)
 
     return Scheduling(config, log)
 

@@ -2,7 +2,6 @@
 
 import copy
 import datetime
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,8 +262,6 @@ def worker(number: int, count: int, folder: Path) -> None:
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What every scene came to, in each of so many processes."""
     folder = tmp_path_factory.mktemp("job")
-    # Forked from one that has imported torch and this file.
-    multiprocessing.set_forkserver_preload([__name__])
     mp.start_processes(worker, (request.param, folder), request.param, start_method="forkserver")  # type: ignore[attr-defined]
     return [torch.load(folder / f"{n}.pt", weights_only=False) for n in range(request.param)]
 

@@ -1,10 +1,12 @@
 """DeepTwist in other people's loops: real libraries, counted and compared bit for bit."""
 
 import importlib
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -581,6 +583,15 @@ def test_a_missing_package_is_told(
 
 
 @pytest.mark.slow
+def run_example(path: Path, folder: Path) -> None:
+    """Run a script as the main module of a process."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.argv = [str(path)]
+    with Path("printed").open("w") as printed, redirect_stdout(printed):
+        runpy.run_path(str(path), run_name="__main__")
+
+
 @pytest.mark.parametrize(
     "example",
     [
@@ -594,14 +605,13 @@ def test_a_missing_package_is_told(
     ],
 )
 def test_an_example_runs(example: str, tmp_path: Path) -> None:
-    printed = subprocess.run(
-        [sys.executable, EXAMPLES / f"{example}.py"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the tests: idle threads spin
-    ).stdout
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_example, args=(EXAMPLES / f"{example}.py", tmp_path)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    printed = (tmp_path / "printed").read_text()
     rows = dict(line.split(maxsplit=1) for line in printed.splitlines()[-3:])
     accuracies = {name: float(row.split("%")[0]) for name, row in rows.items()}
     assert accuracies["dense"] > {"segmentation": 75, "detection": 50}.get(example, 90)

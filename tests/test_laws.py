@@ -313,7 +313,6 @@ COMBINATIONS = [
         (1, (2, 1)),  # dilation
         (0, 1, (2, 1), "same"),  # padding
         ("zeros", "reflect", "replicate", "circular"),
-        (True, False),  # bias
     )
     if not (combination[3] == "same" and combination[1] != 1)  # torch has none
 ]
@@ -325,7 +324,8 @@ def test_full_rank_is_the_identity_for_every_combination(
     method: Decomposition, dtype: torch.dtype
 ) -> None:
     x = torch.randn(1, 4, 6, 7, dtype=dtype)
-    for groups, stride, dilation, padding, mode, bias in COMBINATIONS:
+    for number, (groups, stride, dilation, padding, mode) in enumerate(COMBINATIONS):
+        bias = number % 3 == 0  # with every value of the others
         layer = nn.Conv2d(
             4, 8, (3, 2), stride, padding, dilation, groups, bias, mode, dtype=dtype
         ).requires_grad_(False)

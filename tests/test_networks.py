@@ -47,13 +47,15 @@ def from_torchvision(name: str) -> Callable[[], nn.Module]:
 
 NETWORKS = {
     "resnet32": Network(MODELS["resnet32"], 16),
-    "vgg19": Network(MODELS["vgg19"], 32, ("features.19", "features.2*", "features.3*")),
-    "resnet34": Network(from_torchvision("resnet34"), 64, ("layer3.[1-5].*", "layer4.*")),
+    "vgg19": Network(MODELS["vgg19"], 32, ("features.1[79]", "features.2*", "features.3*")),
+    "resnet34": Network(
+        from_torchvision("resnet34"), 64, ("layer2.[23].*", "layer3.*", "layer4.*")
+    ),
     "mobilenet_v2": Network(from_torchvision("mobilenet_v2"), 64),
     "resnext50_32x4d": Network(
         from_torchvision("resnext50_32x4d"),
         64,
-        ("layer3.[1-5].*", "layer4.[12].*", "layer4.0.conv[13]", "layer4.0.downsample.0"),
+        ("layer2.[23].*", "layer3.[1-5].*", "layer4.*"),
     ),
 }
 

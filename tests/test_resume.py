@@ -147,9 +147,6 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["deeptwist.app.training.run", "deeptwist.app.cli.commands", "sklearn.datasets"]
-)
 
 
 def start(
@@ -222,7 +219,10 @@ def check_same(folder: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize(
+    "number",
+    [*range(8), *(pytest.param(number, marks=pytest.mark.sweep) for number in range(8, 20))],
+)
 def test_a_run_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     number: int,
     uninterrupted: tuple[Path, float],
