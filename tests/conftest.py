@@ -24,6 +24,7 @@ SHARED = Path(os.environ.get("DEEPTWIST_SHARED", Path(__file__).parents[2] / "sh
 # those together that start processes of their own, from one that has imported what they need.
 TOGETHER = {
     "test_compress.py": "test_compress.py",
+    "test_distill.py": "processes",
     "test_distributed.py": "processes",
     "test_integrations.py": "processes",
     "test_report.py": "test_report.py",

@@ -2,10 +2,13 @@
 
 import copy
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -174,6 +177,69 @@ def test_a_minute_is_a_budget_too() -> None:
     steps.clear()
     distill(small, dense, batches(4), steps=2, minutes=60, on_step=lambda: steps.append(1))
     assert len(steps) == 2
+
+
+def test_what_was_cut_ends_bit_for_bit_as_if_it_had_not_been(
+    tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    dense, small = pair()
+    file, steps = tmp_path / "distilling.pt", 0
+
+    def cut() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 130:
+            raise KeyboardInterrupt
+
+    whole = distill(small, dense, batches(5), steps=150)
+    with pytest.raises(KeyboardInterrupt):
+        distill(small, dense, batches(5), steps=150, on_step=cut, checkpoint=file)
+    assert file.exists()
+    steps = -1000
+    again = distill(small, dense, batches(5), steps=150, on_step=cut, checkpoint=file)
+    assert steps == -1000 + 150  # those that were done are told too
+    assert equal(state(again), state(whole))
+    assert not file.exists()
+    file.write_bytes(b"no checkpoint")
+    told = error_of(distill, small, dense, batches(5), steps=150, checkpoint=file)
+    assert f"cannot go on from '{file}'" in told
+
+
+def distill_in_a_group(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dense, small = pair()
+    if rank > 0:  # a start of its own, and time: the first one's counts
+        nn.init.zeros_(small.blocks[0].second[0].weight)
+    if world > 1:
+        meeting = f"file://{folder / 'meeting'}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    same, own = (
+        state(distill(small, dense, batches(4, seed), steps=steps, minutes=60))
+        for seed, steps in ((0, 5), (rank, 6))
+    )
+    torch.save({"same": same, "own": own}, folder / f"{rank}.pt")
+
+
+def test_processes_learn_one_network(tmp_path: Path) -> None:
+    """From the same batches the one that a single process learns, from others one nearer to all."""
+    context = multiprocessing.get_context("forkserver")
+    group = [
+        context.Process(target=distill_in_a_group, args=(rank, 2, tmp_path)) for rank in range(2)
+    ]
+    for process in group:
+        process.start()
+    torch.manual_seed(0)
+    dense, small = pair()
+    alone = state(distill(small, dense, batches(4), steps=5))
+    for process in group:
+        process.join()
+    assert [process.exitcode for process in group] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert equal(first["same"], second["same"])
+    assert equal(first["own"], second["own"])
+    for name, tensor in alone.items():
+        torch.testing.assert_close(first["same"][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_the_losses_are_what_they_say() -> None:

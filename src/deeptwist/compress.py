@@ -33,7 +33,7 @@ from deeptwist.plan.planner import plan
 from deeptwist.save import load, save
 
 CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
-DISTILLED = "distilled"
+DISTILLING, DISTILLED = "distilling.pt", "distilled"
 RATIOS = (1.2, 16.0)  # that a goal is searched between
 BISECTIONS = 6  # to a factor of 1.04
 # Where networks learn, a tenth of it tells which ratio is the first to be kept, and three tenths
@@ -271,6 +271,7 @@ class Job:
                 minutes=minutes,
                 inputs=inputs,
                 on_step=on_step,
+                checkpoint=None if self.folder is None else self.folder / DISTILLING,
             )
         if self.folder is not None:
             save(self.small, self.folder / DISTILLED)

@@ -7,24 +7,30 @@ the input.
 """
 
 import copy
+import io
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from deeptwist.decompose import recalibrate_batch_norm
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.files import write_bytes
 from deeptwist.inspection.run import as_tuple, eval_mode, output_tensors
 from deeptwist.plan.calibration import default_inputs
+from deeptwist.twist.distributed import average, broadcast, mean_over_ranks, process_rank
 
 Inputs = tuple[Tensor, ...]
 Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
@@ -33,6 +39,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 HELD_OUT = 2  # batches, by default
 _RISE = 0.3  # of the budget: the rate rises, from a 25th, and falls to nothing in the rest
 _NORM_BATCHES = 16  # that batch norm's statistics are taken anew on in the end
+_CHECKPOINT_STEPS = 100  # between two
 
 
 def distill(
@@ -48,12 +55,14 @@ def distill(
     loss: Loss | None = None,
     inputs: Callable[[Any], Inputs] | None = None,
     on_step: Callable[[], None] = lambda: None,
+    checkpoint: Path | None = None,
 ) -> nn.Module:
     """Return a copy of a decomposed network that is nearer to the dense one; never farther from it.
 
     AdamW without weight decay, one cycle of the rate. Modules stay in evaluation mode, but for
     batch norm, which sees the batches' own statistics, and takes them anew in the end. The same
-    batches and number of steps give the same network.
+    batches and number of steps give the same network. Of several processes each learns from its
+    own batches, and all end with the same network.
 
     Args:
         small: what `deeptwist.decompose` made of `dense`; left as it is.
@@ -71,10 +80,13 @@ def distill(
             for every other shape.
         inputs: a batch → the networks' positional inputs, see `deeptwist.calibrate`.
         on_step: called after every step.
+        checkpoint: a file that is written now and then, and gone in the end: where it is there,
+            what was cut goes on, and ends as if it had not been, given the same batches.
 
     Raises:
         DeepTwistError: if there is no factored layer, no budget, no parameter to learn, or no
-            batch beyond those held out; or if nothing that the networks put out can be compared.
+            batch beyond those held out; if nothing that the networks put out can be compared; or
+            if the checkpoint cannot be read or is of other networks.
     """
     _check_budget(steps, minutes)
     check_int("held_out", held_out)
@@ -87,31 +99,33 @@ def distill(
     learning = [p for p in student.parameters() if p.requires_grad]
     if not learning:
         raise DeepTwistError(f"nothing in {type(small).__name__} is to be learned: all is frozen")
+    broadcast([*student.state_dict().values()], source=0)
     optimizer = torch.optim.AdamW(learning, lr, weight_decay=0.0)
-    seen: deque[Inputs] = deque(maxlen=_NORM_BATCHES)
+    progress = _Progress(student, optimizer, steps, minutes, checkpoint)
+    seen = deque(islice(stream, progress.done), maxlen=_NORM_BATCHES)
+    for _ in range(progress.done):
+        on_step()
     with eval_mode(dense), _side_by_side(student, dense) as run:
-        for share in _spending(steps, minutes):
-            x = next(stream)
+        while (share := progress.share) < 1:
+            seen.append(x := next(stream))
             for group in optimizer.param_groups:
                 group["lr"] = lr * one_cycle(share)
-            outputs, blocks = run(x)
-            losses = [(loss or _default_loss(y))(z, y) for z, y in outputs]
-            losses += [block_weight * squared_error(*pair) for pair in blocks]
-            if not any(value.requires_grad for value in losses):
-                raise DeepTwistError(
-                    f"nothing that {type(dense).__name__} puts out can be learned: it gives no "
-                    "numbers that are comparable, or none that depend on the weights"
-                )
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
+            _total(*run(x), loss, block_weight).backward()
+            average([p.grad for p in learning if p.grad is not None])
             optimizer.step()
-            seen.append(x)
+            progress.advance()
             on_step()
     student = recalibrate_batch_norm(student, seen, inputs=as_tuple)
-    start, end = (divergence_from(dense, model, judges, loss) for model in (small, student))
+    average([buffer for buffer in student.buffers() if buffer.is_floating_point()])
+    start, end = (
+        mean_over_ranks(partial(divergence_from, dense, model, judges, loss))
+        for model in (small, student)
+    )
     result = student if end < start else copy.deepcopy(small)
     for module, source in zip(result.modules(), small.modules(), strict=True):
         module.training = source.training
+    progress.forget()
     return result
 
 
@@ -191,17 +205,80 @@ def _check_budget(steps: int | None, minutes: float | None) -> None:
         raise DeepTwistError("there is no budget to learn in: give steps or minutes")
 
 
-def _spending(steps: int | None, minutes: float | None) -> Iterator[float]:
-    """Yield the share of the budget that is spent, before each step, until all of it is."""
-    begun, done = time.monotonic(), 0
-    while True:
-        by_steps = 0.0 if steps is None else done / steps
-        by_clock = 0.0 if minutes is None else (time.monotonic() - begun) / (60 * minutes)
-        share = max(by_steps, by_clock)
-        if share >= 1:
+class _Progress:
+    """How far a distillation is; written down now and then where there is a file for it.
+
+    Attributes:
+        done: steps that are made, in an earlier process too.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        optimizer: Optimizer,
+        steps: int | None,
+        minutes: float | None,
+        path: Path | None,
+    ):
+        """Go on from the file, if it is there."""
+        self._student, self._optimizer, self._path = student, optimizer, path
+        self._steps, self._seconds = steps, None if minutes is None else 60 * minutes
+        self.done, spent = 0, 0.0
+        if path is not None and path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                student.load_state_dict(state["network"])
+                optimizer.load_state_dict(state["optimizer"])
+                self.done, spent = int(state["done"]), float(state["seconds"])
+            except Exception as error:  # damaged bytes surface as a dozen types
+                raise DeepTwistError(
+                    f"cannot go on from '{path}' ({first_line(error)}): remove it to begin anew"
+                ) from error
+        self._begun = time.monotonic() - spent
+
+    @property
+    def share(self) -> float:
+        """Return the share of the budget that is spent, the same in all processes."""
+        by_steps = 0.0 if self._steps is None else self.done / self._steps
+        if self._seconds is None:
+            return by_steps
+        spent = time.monotonic() - self._begun
+        return max(by_steps, mean_over_ranks(lambda: spent) / self._seconds)
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.done += 1
+        if self._path is None or self.done % _CHECKPOINT_STEPS or process_rank() > 0:
             return
-        yield share
-        done += 1
+        state = {
+            "network": self._student.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "done": self.done,
+            "seconds": time.monotonic() - self._begun,
+        }
+        torch.save(state, content := io.BytesIO())
+        write_bytes(self._path, content.getbuffer())
+
+    def forget(self) -> None:
+        """Remove the file: nothing is left to go on with."""
+        if self._path is not None and process_rank() == 0:
+            self._path.unlink(missing_ok=True)
+
+
+def _total(outputs: list[Pair], blocks: list[Pair], loss: Loss | None, weight: float) -> Tensor:
+    """Return the loss of a batch.
+
+    Raises:
+        DeepTwistError: if nothing of it depends on what is to be learned.
+    """
+    losses = [(loss or _default_loss(y))(x, y) for x, y in outputs]
+    losses += [weight * squared_error(*pair) for pair in blocks]
+    if not any(value.requires_grad for value in losses):
+        raise DeepTwistError(
+            "nothing that the networks put out can be learned: there are no numbers that are "
+            "comparable, or none that depend on the weights"
+        )
+    return torch.stack(losses).sum()
 
 
 def _repeated(batches: Iterable[Any], held_out: int) -> Iterator[Any]:

@@ -170,7 +170,7 @@ class DeepTwist:
             lambda: self._approximate(weights, last), lambda result: result[2]
         )
         check_in_sync(summaries)
-        before = mean_over_ranks(loss)
+        before = None if loss is None else mean_over_ranks(loss)
         # No weight has been written so far; from here on nothing can fail before all are.
         shapes = [summary.shapes for summary in summaries]
         self._factors = self._write(weights, factors, approximations, shapes)
@@ -180,7 +180,8 @@ class DeepTwist:
         if not self.history and not last:
             self._first = {name: weight.clone() for name, weight in weights.items()}
         shifts = {name: x for summary in summaries for name, x in summary.shifts.items()}
-        self.history.append(self._record(shifts, before, mean_over_ranks(loss)))
+        after = None if loss is None else mean_over_ranks(loss)
+        self.history.append(self._record(shifts, before, after))
         return self.history[-1]
 
     def _warn_of_untrained(self, weights: Mapping[str, Tensor]) -> None:

@@ -110,10 +110,8 @@ def check_in_sync(summaries: list[Summary]) -> None:
                 )
 
 
-def mean_over_ranks(loss: Callable[[], Tensor | float] | None) -> float | None:
-    """Return the loss over the examples of all processes, if there is a closure for it."""
-    if loss is None:
-        return None
+def mean_over_ranks(loss: Callable[[], Tensor | float]) -> float:
+    """Return the loss over the examples of all processes, each of which computes its own."""
     _, losses = run_on_all_ranks(lambda: float(loss()), lambda value: value)
     return sum(losses) / len(losses)
 
@@ -138,6 +136,23 @@ def broadcast(tensors: Sequence[Tensor], source: int) -> None:
         for tensor, piece in zip(tensors, pieces, strict=True):
             # A copy: a view as a wider type must begin where one of its numbers may.
             tensor.copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace every process's tensors by their means over all processes, all at once.
+
+    Args:
+        tensors: floating-point, of equal shapes on all processes.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    device = _communication_device(tensors[0].device)
+    flat = torch.cat([x.flatten().to(device, torch.float32) for x in tensors])
+    dist.all_reduce(flat)
+    pieces = (flat / world_size()).split([x.numel() for x in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view(tensor.shape))
 
 
 def _communication_device(device: torch.device) -> torch.device:
