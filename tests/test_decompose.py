@@ -160,12 +160,41 @@ def test_what_surrounds_the_layers_is_copied_too() -> None:
     assert [type(module) for module in small][1:3] == [nn.BatchNorm2d, nn.ReLU]
 
 
-def test_channels_last_stays() -> None:
-    model = network().to(memory_format=torch.channels_last)
-    for method in PLANNED_METHODS.values():
-        small = decomposed(model, method)
-        wide = [p for p in small.parameters() if p.dim() == 4]
-        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@EACH_METHOD
+def test_all_convolutions_run_in_channels_last(
+    method: Decomposition, memory_format: torch.memory_format
+) -> None:
+    model = network().to(memory_format=memory_format)
+    small = decomposed(model, method, Layers(linear=True))  # the first stays dense
+    assert all(
+        p.is_contiguous(memory_format=torch.channels_last)
+        for p in small.parameters()
+        if p.dim() == 4
+    )
+    if method.method != "tiled_svd":  # some tiles are one channel each, which tells no format
+        assert small(X).is_contiguous(memory_format=torch.channels_last)
+    assert model[0].weight.is_contiguous(memory_format=memory_format)
+
+
+class Viewed(nn.Module):
+    """What cannot run in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).view(len(x), -1)
+
+
+def test_a_network_that_views_its_activations_keeps_its_memory_format() -> None:
+    model = Viewed().eval()
+    small = decomposed(model, SVD())
+    finished = DeepTwist(model, plan(model, SVD(), ratio=1.6, example_input=X), 1).finish()
+    for network_ in (small, finished):
+        assert all(p.is_contiguous() for p in network_.parameters())
+        assert network_(X).shape == (2, 8 * 6 * 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 import deeptwist
 from deeptwist import CP, SVD, Decomposition, TiledSVD, Tucker, decompose, load, plan, save
+from deeptwist.decompose import is_channels_last
 from deeptwist.decompositions import FactoredLayer
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -158,7 +159,7 @@ def test_tied_weights_stay_tied_and_can_be_saved_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("whole", [True, False])
 def test_weights_that_overlap_in_memory_are_saved(tmp_path: Path, whole: bool) -> None:
     small = small_network()
-    source = small[1].weight if whole else small[3][0].weight.view(-1)[:16]
+    source = small[1].weight if whole else small[3][0].weight.as_strided((16,), (1,))
     small[1].bias = nn.Parameter(source.detach())
     loaded = load(save(small, tmp_path), network)
     assert torch.equal(loaded(X), small(X))
@@ -186,10 +187,19 @@ def test_the_base_model_may_be_named(tmp_path: Path) -> None:
     assert config["base_model"] == "torchvision/resnet34"
 
 
-def test_a_memory_format_is_no_part_of_it(tmp_path: Path) -> None:
-    small = small_network(TiledSVD(tile=(4, 18))).to(memory_format=torch.channels_last)
-    loaded = load(save(small, tmp_path), network).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_memory_format_comes_back(tmp_path: Path, memory_format: torch.memory_format) -> None:
+    small = small_network(TiledSVD(tile=(4, 18))).to(memory_format=memory_format)
+    loaded = load(save(small, tmp_path), network)
     assert torch.equal(loaded(X), small(X))
+    assert is_channels_last(loaded) == (memory_format == torch.channels_last)
+
+
+def test_a_folder_that_tells_no_memory_format_is_read(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["channels_last"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert all(p.is_contiguous() for p in load(folder, network).parameters())
 
 
 def test_saving_what_is_not_decomposed_is_refused(tmp_path: Path) -> None:

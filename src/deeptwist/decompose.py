@@ -136,9 +136,10 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Calibration | None =
     check_plan(model, plan)
     factors = factorize(model, plan, calibration)
     small = replace_layers(model, plan, {name: f.kernels() for name, f in factors.items()})
-    if not plan.inputs:
+    if not plan.inputs or not plan.compressed:
         return small
     inputs = example_inputs(model, plan.inputs)
+    prefer_channels_last(small, inputs)
     try:
         check_runs(model, small, {x.name: len(x.calls) for x in plan.compressed}, inputs)
     except DeepTwistError:
@@ -149,6 +150,42 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Calibration | None =
         else:
             raise
     return small
+
+
+def prefer_channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Hold 2-D convolutions' weights in channels_last, in place, unless the network cannot run so.
+
+    What such a convolution puts out is in channels_last too, whatever its input: a network that
+    goes on with a `view` of it may depend on the other format.
+    """
+    before = {p: p.data for p in convolution_weights(model)}
+    set_channels_last(model)
+    try:
+        run_counted(model, inputs)
+    except FORWARD_ERRORS:
+        for parameter, data in before.items():
+            parameter.data = data
+
+
+def set_channels_last(model: nn.Module) -> None:
+    """Hold 2-D convolutions' weights in channels_last; the parameters stay the same objects."""
+    for parameter in convolution_weights(model):
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether any 2-D convolution's weight is held in channels_last, and not in both formats."""
+    return any(
+        weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        for weight in convolution_weights(model)
+    )
+
+
+def convolution_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return what 2-D convolutions hold as weights, or compute them from."""
+    kinds = nn.Conv2d, nn.ConvTranspose2d
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    return [p for layer in layers for p in layer.parameters() if p.dim() == 4]
 
 
 def dry_run(
@@ -209,7 +246,10 @@ def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tens
         if weight.has_hooks:
             logger.warning("layer %r carries hooks, which its factors will not", layer.name)
         factored[layer.name] = _make_factored(weight, layer, kernels[layer.name])
-    return swap(model, factored)
+    small = swap(model, factored)
+    if is_channels_last(model):
+        set_channels_last(small)
+    return small
 
 
 def _make_factored(dense: Weight, layer: CompressedLayer, kernels: list[Tensor]) -> FactoredLayer:
@@ -222,9 +262,6 @@ def _make_factored(dense: Weight, layer: CompressedLayer, kernels: list[Tensor])
     )
     if dense.padding is not None:
         factored.pad_input(dense.padding)
-    is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
-    if weight.dim() == 4 and is_channels_last and not weight.is_contiguous():
-        factored = factored.to(memory_format=torch.channels_last)
     factored.train(dense.module.training)
     factored.requires_grad_(any(parameter.requires_grad for parameter in dense.parameters))
     if bias is not None:

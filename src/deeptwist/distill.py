@@ -65,7 +65,8 @@ def distill(
     own batches, and all end with the same network.
 
     Args:
-        small: what `deeptwist.decompose` made of `dense`; left as it is.
+        small: what `deeptwist.decompose` made of `dense`, or any network of the same outputs, as a
+            pruned one, whose outputs alone are then compared; left as it is.
         dense: the teacher; left as it is.
         batches: of inputs, with labels or without, which are not read. They are gone through again
             and again, augmented by whoever gives them.
@@ -84,9 +85,9 @@ def distill(
             what was cut goes on, and ends as if it had not been, given the same batches.
 
     Raises:
-        DeepTwistError: if there is no factored layer, no budget, no parameter to learn, or no
-            batch beyond those held out; if nothing that the networks put out can be compared; or
-            if the checkpoint cannot be read or is of other networks.
+        DeepTwistError: if there is no budget, no parameter to learn, or no batch beyond those held
+            out; if nothing that the networks put out can be compared; or if the checkpoint cannot
+            be read or is of other networks.
     """
     _check_budget(steps, minutes)
     check_int("held_out", held_out)
@@ -133,13 +134,8 @@ def block_names(small: nn.Module) -> list[str]:
     """Return the modules whose outputs are compared: those that the factored layers are part of.
 
     Where that is a plain sequence of layers, or the whole network, it is the layer itself.
-
-    Raises:
-        DeepTwistError: if there is no factored layer.
     """
     names = [name for name, module in small.named_modules() if isinstance(module, FactoredLayer)]
-    if not names:
-        raise DeepTwistError(f"{type(small).__name__} has no factored layer: decompose it first")
     parents = {name: name.rpartition(".")[0] for name in names}
     is_block = {
         name: bool(parent) and type(small.get_submodule(parent)) is not nn.Sequential

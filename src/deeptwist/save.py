@@ -18,7 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deeptwist._version import __version__
-from deeptwist.decompose import planned_weight, replace_layers
+from deeptwist.decompose import (
+    is_channels_last,
+    planned_weight,
+    replace_layers,
+    set_channels_last,
+)
 from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import atomic_write
@@ -56,6 +61,7 @@ class _Config:
     aliases: dict[str, str]  # of tensors: the other names of those that are shared
     module_versions: dict[str, int]  # where not 1: what a state dict has as metadata
     layers: dict[str, _Layer]
+    channels_last: bool = False
 
     def planned(self) -> tuple[CompressedLayer, ...]:
         """Return the layers as a plan's."""
@@ -96,6 +102,7 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         aliases=aliases,
         module_versions={name: n for name, n in versions.items() if n not in (None, 1)},
         layers={name: _Layer(m.convolution, m.decomposition) for name, m in factored.items()},
+        channels_last=is_channels_last(model),
     )
     for layer in config.planned():
         _check_readable(factored[layer.name], layer)
@@ -156,6 +163,8 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Mod
         planned_weight(base, layer)
     kernels = {layer.name: _empty_kernels(layer) for layer in layers}
     small = replace_layers(base, Plan(layers), kernels).cpu()
+    if config.channels_last:
+        set_channels_last(small)
     try:
         state = load_file(weights)
     except SafetensorError as error:

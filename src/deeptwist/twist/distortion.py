@@ -18,6 +18,7 @@ from deeptwist.decompose import (
     keep_frozen,
     materialize_weights,
     planned_weight,
+    prefer_channels_last,
     replace_layers,
 )
 from deeptwist.decompositions import Factors
@@ -316,6 +317,7 @@ class DeepTwist:
         calls = {layer.name: len(layer.calls) for layer in self.plan.compressed}
         dense = materialize_weights(self.model, self._written)
         inputs = example_inputs(self.model, self.plan.inputs, self._example_input)
+        prefer_channels_last(small, inputs)
         try:
             difference = check_equivalent(dense, small, calls, inputs)
         except DeepTwistError as error:
