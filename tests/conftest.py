@@ -23,6 +23,7 @@ SHARED = Path(os.environ.get("DEEPTWIST_SHARED", Path(__file__).parents[2] / "sh
 # Files whose tests share what takes seconds to make: each is run whole by one process, and so are
 # those together that start processes of their own, from one that has imported what they need.
 TOGETHER = {
+    "test_clock.py": "test_clock.py",
     "test_compress.py": "test_compress.py",
     "test_distill.py": "processes",
     "test_distributed.py": "processes",
