@@ -30,6 +30,7 @@ TOGETHER = {
     "test_integrations.py": "processes",
     "test_report.py": "test_report.py",
     "test_resume.py": "processes",
+    "test_serving.py": "test_serving.py",
     "test_sweep.py": "test_sweep.py",
 }
 multiprocessing.get_context("forkserver").set_forkserver_preload(

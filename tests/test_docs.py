@@ -125,8 +125,21 @@ def loops(folder: Path) -> dict[str, Any]:
 
 
 def exports(folder: Path) -> dict[str, Any]:
-    small = network()
-    return {"small": small, "batches": [torch.randn(2, 3, 8, 8)]}
+    from PIL import Image
+
+    from deeptwist.export import export_onnx
+
+    says = {
+        "classes": [*"abcdefghij"],
+        "image_size": [8, 8],
+        "resize": 9,
+        "interpolation": "bicubic",
+    }
+    says |= {"mean": [0.5] * 3, "std": [0.2] * 3}
+    x = torch.randn(2, 3, 8, 8)
+    export_onnx(small := network(), folder / "served.onnx", x, metadata=says)
+    Image.new("RGB", (30, 20)).save(folder / "photo.jpg")
+    return {"small": small, "batches": [x]}
 
 
 @pytest.mark.parametrize(

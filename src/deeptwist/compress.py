@@ -158,6 +158,7 @@ class Job:
             chosen will learn, as the search for a ratio asks for.
         folder: of the job; none to keep things in memory.
         progress: a label and a number of rounds → shows them; gives the call that tells of one.
+        metadata: what the ONNX files are to say of their network, see `deeptwist.save`.
     """
 
     model: nn.Module
@@ -166,6 +167,7 @@ class Job:
     recover: Callable[[nn.Module, float], nn.Module] = lambda network, share: network
     folder: Path | None = None
     progress: Progress = lambda label, total: nullcontext(lambda: None)
+    metadata: Values | None = None
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -280,7 +282,9 @@ class Job:
     def export(self, example_input: Tensor) -> Values:
         """Write both networks as verified ONNX files of a free batch."""
         written = {
-            name: export_onnx(network, self._file(f"{name}.onnx"), example_input)
+            name: export_onnx(
+                network, self._file(f"{name}.onnx"), example_input, metadata=self.metadata
+            )
             for name, network in (("dense", self.model), ("small", self.small))
         }
         worst = max(file.worst_difference or 0.0 for file in written.values())

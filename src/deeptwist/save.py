@@ -1,16 +1,18 @@
 """A decomposed model on disk: a folder with ``config.json`` and ``model.safetensors``.
 
-Nothing is pickled. Loading replays the layer swaps on a model that the caller makes, then
-loads strictly; nothing in the folder names code to run.
+Nothing is pickled. Loading replays the layer swaps on the network that was decomposed, then loads
+strictly. The caller makes that network, or it is built by its name in the folder, which may be that
+of a function of the user's own, as 'package.module:factory': nothing else there names code to run.
 """
 
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,11 +27,12 @@ from deeptwist.decompose import (
     set_channels_last,
 )
 from deeptwist.decompositions import Decomposition, FactoredLayer
-from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import atomic_write
 from deeptwist.inspection.swap import stored_modules
 from deeptwist.inspection.weights import get_layer
 from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.networks.build import build_model
 from deeptwist.plan.codec import decode, encode
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -51,8 +54,8 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Config:
-    """What the configuration holds."""
+class Saved:
+    """What a folder's configuration says of its network; see `save`."""
 
     format_version: int
     deeptwist_version: str
@@ -62,6 +65,7 @@ class _Config:
     module_versions: dict[str, int]  # where not 1: what a state dict has as metadata
     layers: dict[str, _Layer]
     channels_last: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def planned(self) -> tuple[CompressedLayer, ...]:
         """Return the layers as a plan's."""
@@ -69,21 +73,30 @@ class _Config:
         return tuple(CompressedLayer(n, "", x.convolution, x.decomposition) for n, x in held)
 
 
-def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a decomposed model to a folder, each file under a temporary name first.
 
     Args:
         model: what `DeepTwist.finish` or `decompose` gave.
         path: the folder; made where it is missing, a saved model in it replaced.
-        base_model: a name for the network that was decomposed, for the reader; its class
-            where none is given.
+        base_model: a name for the network that was decomposed, its class where none is given.
+            Where it is one that `build_model` takes, the folder loads by itself.
+        metadata: what else is to be known of the network, in values that JSON holds: names of its
+            classes, how images become its input. Its 'num_classes' and 'in_channels' are what a
+            `base_model` is built with.
 
     Returns:
         The folder.
 
     Raises:
         DeepTwistError: if the model has no factored layer, or one whose tensors are no longer
-            those that it was made with, or if the folder cannot be written.
+            those that it was made with, or if the folder cannot be written, or the metadata.
     """
     factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
     if not factored:
@@ -91,10 +104,10 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
             f"this {type(model).__name__} has no factored layer: decompose it first"
         )
     tensors, aliases = deduplicate(model)
-    metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    versions = {name: values.get("version") for name, values in metadata.items()}
+    states = model.state_dict()._metadata  # type: ignore[attr-defined]
+    versions = {name: values.get("version") for name, values in states.items()}
     folder = Path(path)
-    config = _Config(
+    config = Saved(
         format_version=FORMAT_VERSION,
         deeptwist_version=__version__,
         base_model=base_model or type(model).__name__,
@@ -103,7 +116,12 @@ def save(model: nn.Module, path: str | Path, *, base_model: str | None = None) -
         module_versions={name: n for name, n in versions.items() if n not in (None, 1)},
         layers={name: _Layer(m.convolution, m.decomposition) for name, m in factored.items()},
         channels_last=is_channels_last(model),
+        metadata=dict(metadata or {}),
     )
+    try:
+        json.dumps(encode(config.metadata), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DeepTwistError(f"the metadata is not JSON's: {first_line(error)}") from error
     for layer in config.planned():
         _check_readable(factored[layer.name], layer)
     with explaining_writes(folder):
@@ -130,27 +148,32 @@ def explaining_writes(path: Path) -> Iterator[None]:
         raise DeepTwistError(f"cannot write {path}: {reason}") from error
 
 
-def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Read a folder that `save` wrote.
 
     Args:
         path: the folder.
         model: the network that was decomposed, or a factory of it; its weights do not matter.
+            Without it the network is built by its name in the folder: where that is
+            'package.module:factory' this imports that module, so trust who wrote the folder.
 
     Returns:
         The decomposed model, in evaluation mode, in the types that were saved, on the CPU.
 
     Raises:
         DeepTwistError: if a file is missing, damaged or of an unknown format, or if the model
-            is not the one that was decomposed, or is on the meta device.
+            is not the one that was decomposed, or is on the meta device, or has no name.
     """
     folder = Path(path)
-    config, layers = _read_config(folder / CONFIG)
+    config = read_saved(folder)
+    layers = config.planned()
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise DeepTwistError(f"no {WEIGHTS} in {folder}")
     if _sha256(weights) != config.weights_sha256:
         raise DeepTwistError(f"{weights} is damaged: its checksum is not the one in {CONFIG}")
+    if model is None:
+        model = _build_named(config, folder)
     base = model if isinstance(model, nn.Module) else model()
     if not isinstance(base, nn.Module):
         raise DeepTwistError(f"the factory gave a {type(base).__name__}, not a model")
@@ -213,8 +236,13 @@ def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
         )
 
 
-def _read_config(path: Path) -> tuple[_Config, tuple[CompressedLayer, ...]]:
-    """Read a configuration, and its layers as a plan's."""
+def read_saved(folder: Path) -> Saved:
+    """Read what a folder says of its network.
+
+    Raises:
+        DeepTwistError: if there is no configuration, or one that is damaged or of another format.
+    """
+    path = folder / CONFIG
     if not path.is_file():
         raise DeepTwistError(f"no {CONFIG} in {path.parent}: not a folder that deeptwist saved")
     if path.stat().st_size > _LARGEST_CONFIG:
@@ -229,10 +257,26 @@ def _read_config(path: Path) -> tuple[_Config, tuple[CompressedLayer, ...]]:
             f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
         )
     try:
-        config: _Config = decode(_Config, values)
-        return config, config.planned()
+        saved: Saved = decode(Saved, values)
+        saved.planned()  # refuses what no layer can be
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(f"{path} is damaged: {first_line(error)}") from error
+    return saved
+
+
+def _build_named(saved: Saved, folder: Path) -> nn.Module:
+    """Build the network whose name a folder holds."""
+    sizes = {key: saved.metadata.get(key) for key in ("num_classes", "in_channels")}
+    try:
+        for key, size in sizes.items():
+            if size is not None:
+                check_int(key, size)
+        return build_model(saved.base_model, **sizes)
+    except (DeepTwistError, RuntimeError) as error:  # of sizes that no memory holds
+        raise DeepTwistError(
+            f"{folder} does not say how to build {saved.base_model!r} ({first_line(error)}): give "
+            "the network that was decomposed, load(path, model)"
+        ) from error
 
 
 def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
@@ -240,7 +284,7 @@ def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
     return [torch.empty(part.kernel_shape, device=device) for part in parts]
 
 
-def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: _Config) -> None:
+def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: Saved) -> None:
     """Copy tensors into a model of exactly their names, shapes and kinds of types."""
     for alias, name in config.aliases.items():
         if alias in tensors or name not in tensors:

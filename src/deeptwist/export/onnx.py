@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from deeptwist.errors import DeepTwistError, check_int, first_line, require_extr
 from deeptwist.export.program import Exported, inference_copy, reason_of, trace, writing
 from deeptwist.export.verify import Inputs, Run, Signature, make_signature, run_model, verify
 from deeptwist.files import atomic_write
-from deeptwist.measure.runtimes import onnxruntime_session, suppress_output
+from deeptwist.measure.runtimes import METADATA, onnxruntime_session, suppress_output
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 
@@ -29,6 +30,7 @@ def export_onnx(
     dynamic_size: bool = False,
     opset: int | None = None,
     tolerance: float | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a model as one ONNX file, verified in onnxruntime.
 
@@ -45,6 +47,8 @@ def export_onnx(
         opset: the version of ONNX's operators; torch's choice if not given.
         tolerance: the largest relative difference of an output; the square root of the
             precision of its type if not given, 3.5e-4 in fp32.
+        metadata: what else is to be known of the network, see `deeptwist.save`: the file has it
+            as JSON, under 'deeptwist' in its `metadata_props`.
 
     Raises:
         DeepTwistError: if the extra 'onnx' is missing, the model cannot be traced with free axes
@@ -74,6 +78,8 @@ def export_onnx(
             )
         with _prefixing(reason):
             _check_free_axes(proto, signature)
+            if metadata:
+                proto.metadata_props.add(key=METADATA, value=json.dumps(dict(metadata)))
             temporary.write_bytes(proto.SerializeToString())
             sizes, worst = verify(plain, signature, _onnxruntime(temporary), tolerance)
     size = Path(path).stat().st_size

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import tempfile
@@ -26,6 +27,7 @@ from deeptwist.errors import (
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]
 Run = Callable[[], object]  # runs a model once
+METADATA = "deeptwist"  # the key of an ONNX file's properties that holds ours, as JSON
 
 
 def dtype_name(dtype: torch.dtype) -> DType:
@@ -175,6 +177,13 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self._session = onnxruntime_session(path, threads)
         self.reference = nn.Parameter(torch.zeros(()))  # fp32, on the processor
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Return what `export_onnx` was given to say of the network; nothing of others' files."""
+        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
+        values: dict[str, Any] = json.loads(text)
+        return values
 
     def make_runner(self, *inputs: Tensor) -> Callable[[], list[Any]]:
         """Return a function that runs the network once on the inputs."""

@@ -123,6 +123,8 @@ def _from_factory(name: str, given: dict[str, int]) -> nn.Module:
         raise DeepTwistError(
             f"module {module_name!r} has no full name: write 'package.module:factory'"
         )
+    if module_name.partition(".")[0] in sys.stdlib_module_names:  # a folder's name is not trusted
+        raise DeepTwistError(f"{name} is Python's own, and no network's")
     sys.path.insert(0, directory := os.getcwd())
     try:
         factory = pkgutil.resolve_name(name)

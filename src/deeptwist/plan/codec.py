@@ -86,7 +86,7 @@ def _fits(kind: Any, value: object) -> bool:
         return isinstance(value, list | tuple) and not (ends and len(parts) != len(value))
     if origin is dict or is_dataclass(kind):
         return isinstance(value, dict)
-    return type(value) in ((int, float) if kind is float else (kind,))
+    return kind is Any or type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _missing(kind: Any, values: Mapping[str, Any]) -> list[str]:

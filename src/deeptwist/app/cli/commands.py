@@ -18,6 +18,8 @@ from deeptwist.app.cli.console import (
     print_benchmark,
     print_compressed,
     print_exported,
+    print_info,
+    print_predictions,
     print_result,
     print_summary,
     print_sweep,
@@ -225,7 +227,9 @@ def decompose(
     job = make_job(network, options, calibration, recalibrate=recalibrate)
     job.choose_plan()
     planned = job.plan
-    size = (save(job.decompose(), out, base_model=network.model) / WEIGHTS).stat().st_size
+    small = job.decompose()
+    saved = save(small, out, base_model=network.model, metadata=job.metadata)
+    size = (saved / WEIGHTS).stat().st_size
     values = {"out": str(out), **plan_counts(planned), "bytes": size}
     text = (
         f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
@@ -351,15 +355,55 @@ def export(
         raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
     if small is not None and network.weights is not None:
         raise DeepTwistError("the network in --small has weights: leave out --weights")
-    decomposed = make_small_job(network, options, small).small
+    job = make_small_job(network, options, small)
+    decomposed = job.small
     example = network.example_input(batch or 2).to(next(decomposed.parameters()).dtype)
     if format == "state-dict":
         written = export_state_dict(decomposed, out)
     else:
-        write = export_program if format == "program" else partial(export_onnx, opset=opset)
+        onnx = partial(export_onnx, opset=opset, metadata=job.metadata)
+        write = export_program if format == "program" else onnx
         written = write(decomposed, out, example, batch=batch, dynamic_size=dynamic_size)
     result = {**asdict(written), "path": str(out), "format": format}
     print_result(result, as_json, print_exported)
+
+
+@app.command
+def info(folder: Path, *, as_json: AsJson = False) -> None:
+    """Tell what a saved network is: what it was made from, its layers, classes and images.
+
+    ```
+    deeptwist info runs/tucker/model
+    ```
+
+    Args:
+        folder: What 'deeptwist decompose', 'train' or 'compress' saved, or a folder of theirs.
+    """
+    from deeptwist.app.serving import describe
+
+    print_result(describe(folder), as_json, print_info)
+
+
+@app.command
+def predict(
+    network: Path, images: tuple[Path, ...], /, *, top: int = 3, as_json: AsJson = False
+) -> None:
+    """Classify images as the network was trained to: by PyTorch, or by onnxruntime.
+
+    ```
+    deeptwist predict runs/tucker/model photo.jpg other.png
+    deeptwist predict runs/r18/small-int8.onnx photo.jpg --top 1
+    ```
+
+    Args:
+        network: A saved folder, which PyTorch runs, or an ONNX file.
+        images: Files.
+        top: How many classes of each are told.
+    """
+    from deeptwist.app.serving import predict
+
+    values = predict(network, images, top=top)
+    print_result({"images": values}, as_json, print_predictions)
 
 
 @app.command

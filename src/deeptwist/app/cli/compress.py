@@ -241,6 +241,7 @@ class ImageJob:
             self._recover,
             folder,
             progress_bar,
+            data.metadata,
         )
         if not recipe.calibration_images:
             self.steps.calibration = None

@@ -153,6 +153,25 @@ def print_exported(result: Values) -> None:
         )
 
 
+def print_info(result: Values) -> None:
+    """Print a saved network's layers, its sizes, and what else its folder says."""
+    header = "layer", "shape", "decomposition", "rank", "weights"
+    rows = [[row[key] for key in header] for row in result["layers"]]
+    title = f"{result['base_model']}, saved by deeptwist {result['deeptwist_version']}"
+    print_table(title, header, rows)
+    print(f"\n{result['path']}: {result['bytes']:,} bytes, {result['numbers']:,} numbers")
+    for key, value in result["metadata"].items():
+        if value is not None:
+            print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+def print_predictions(result: Values) -> None:
+    """Print a line for each image: its likeliest classes."""
+    for image in result["images"]:
+        classes = ", ".join(f"{name} {share:.1%}" for name, share in image["classes"].items())
+        print(f"{image['path']}: {classes}")
+
+
 # --- runs and jobs
 
 

@@ -63,14 +63,13 @@ class WeightOptions:
         from deeptwist.networks.weights import build_trained
 
         classes = self.num_classes or (None if data is None else len(data.classes))
-        channels = self._channels if data is None else data.shape[0]
-        if channels == 3:
-            channels = None  # what every network takes by itself
+        channels = self.in_channels if data is None else data.metadata["in_channels"]
         make = build_model if bare else partial(build_trained, weights=self.weights)
         return make(self.model, num_classes=classes, in_channels=channels).eval()
 
     @property
-    def _channels(self) -> int | None:
+    def in_channels(self) -> int | None:
+        """Return the channels that it is built for, `None` for its own number."""
         return None
 
 
@@ -88,9 +87,11 @@ class NetworkOptions(WeightOptions):
     image_size: int | None = None
 
     @property
-    def _channels(self) -> int | None:
+    def in_channels(self) -> int | None:
+        """Return those of --input, `None` for the network's own number."""
         is_set = self.input is not None and not self.model.startswith("torchvision/")
-        return _parse_size(self.input or "")[0] if is_set else None
+        channels = _parse_size(self.input or "")[0] if is_set else 3
+        return None if channels == 3 else channels  # which every network takes by itself
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -253,7 +254,11 @@ def make_job(
     def recover(small: "nn.Module", share: float) -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
 
-    job = Job(dense, make_plan, lambda: batches, recover, progress=progress_bar)
+    sizes = {"num_classes": network.num_classes, "in_channels": network.in_channels}
+    metadata: dict[str, Any] = {k: v for k, v in sizes.items() if v is not None}
+    if data is not None and _outputs(dense, example) == len(data.classes):
+        metadata = data.metadata
+    job = Job(dense, make_plan, lambda: batches, recover, None, progress_bar, metadata)
     if batches:
         job.calibrate()
     return job
@@ -275,7 +280,7 @@ def make_small_job(
     """
     from deeptwist.compress import Job
     from deeptwist.plan.from_model import plan_from_model
-    from deeptwist.save import load
+    from deeptwist.save import load, read_saved
 
     if small is None:
         job = make_job(network, options)
@@ -290,8 +295,18 @@ def make_small_job(
     decomposed = load(small, model=dense)
     plan = plan_from_model(decomposed, dense, network.example_input())
     job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
-    job.plan, job.small = plan, decomposed
+    job.plan, job.small, job.metadata = plan, decomposed, read_saved(small).metadata
     return job
+
+
+def _outputs(network: "nn.Module", example_input: "Tensor") -> int | None:
+    """Return how many numbers a network gives for an example, if that is all that it gives."""
+    import torch
+
+    with torch.no_grad():
+        output = network(example_input)
+    is_logits = isinstance(output, torch.Tensor) and output.dim() == 2
+    return output.shape[1] if is_logits else None
 
 
 @Parameter(name="*")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,9 @@ class ImageData:
         mix: blends a pair of images and their labels.
         workers: processes that augment where there is a transform.
         validation: images held out of the training split; `None` where there are none.
+        resize: of an image's shorter side, in evaluation, before its centre is cropped to `shape`;
+            `None` where images are taken as they are.
+        interpolation: how.
     """
 
     name: str
@@ -121,6 +124,25 @@ class ImageData:
     mix: Mix | None = None
     workers: int = 0
     validation: Split | None = None
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Return what is to be known to serve a network of these images, as plain values."""
+        channels, height, width = self.shape
+        return {
+            "data": self.name,
+            "classes": [*self.classes],
+            "num_classes": len(self.classes),
+            # 3 is what networks take by themselves, and torchvision's take no number
+            "in_channels": None if channels == 3 else channels,
+            "image_size": [height, width],
+            "resize": self.resize or min(height, width),
+            "interpolation": self.interpolation,
+            "mean": [*self.mean],
+            "std": [*self.std],
+        }
 
     @property
     def shape(self) -> tuple[int, ...]:

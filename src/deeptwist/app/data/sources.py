@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,12 +121,14 @@ def _image_data(
         transform=None if isinstance(train.images, Tensor) and on_device else transform,
         mix=mix,
         workers=config.workers or 0,
+        resize=_resize(config, config.eval_size),
+        interpolation=config.interpolation,
     )
 
 
 def _train_transform(config: "DataRecipe", size: tuple[int, int], padding: int) -> Transform:
     """Return a preset's augmentation of one image to a height and width."""
-    v2, interpolation = _transforms(config)
+    v2, interpolation = _transforms(config.interpolation)
     steps = [v2.RandomCrop(size, padding=padding)]
     if config.preset == "imagenet":
         steps = [v2.RandomResizedCrop(size, (config.scale, 1.0), interpolation=interpolation)]
@@ -143,28 +145,33 @@ def _train_transform(config: "DataRecipe", size: tuple[int, int], padding: int) 
     return transform
 
 
-def _eval_transform(config: "DataRecipe", size: int | None) -> Transform:
-    """Return evaluation's: the shorter side resized, the centre cropped; none without a size."""
-    v2, interpolation = _transforms(config)
+def _resize(config: "DataRecipe", size: int | None) -> int | None:
+    """Return what the shorter side is resized to, of which the centre of this size is seen."""
+    return None if size is None else int(size / (config.crop_pct or 1))
+
+
+def eval_transform(resize: int | None, size: Sequence[int], interpolation: str) -> Transform:
+    """Return evaluation's: the shorter side resized, the centre cropped; none without `resize`."""
+    v2, mode = _transforms(interpolation)
     transform: Transform = v2.PILToTensor()
-    if size is not None:
-        resized = v2.Resize(int(size / (config.crop_pct or 1)), interpolation=interpolation)
+    if resize is not None:
+        resized = v2.Resize(resize, interpolation=mode)
         transform = v2.Compose([resized, v2.CenterCrop(size), transform])
     return transform
 
 
 def _mix(config: "DataRecipe", num_classes: int) -> Mix | None:
     """Return what blends a pair of images, `None` where the config asks for nothing."""
-    v2, _ = _transforms(config)
+    v2, _ = _transforms(config.interpolation)
     options = (v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)
     kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in options if alpha]
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def _transforms(config: "DataRecipe") -> tuple[Any, Any]:
+def _transforms(interpolation: str) -> tuple[Any, Any]:
     with require_extra():
         from torchvision.transforms import InterpolationMode, v2
-    return v2, InterpolationMode(config.interpolation)
+    return v2, InterpolationMode(interpolation)
 
 
 # --- where images come from
@@ -248,9 +255,17 @@ def _list_hub(name: str) -> tuple[_Listing, ...]:
 
 
 def _read_file(root: str, names: npt.NDArray[np.bytes_], row: int) -> "Image.Image":
-    from PIL import Image
+    return read_image(os.path.join(root, os.fsdecode(names[row])))
 
-    path = os.path.join(root, os.fsdecode(names[row]))
+
+def read_image(path: str | Path) -> "Image.Image":
+    """Read an image file as RGB.
+
+    Raises:
+        DeepTwistError: if it cannot be decoded.
+    """
+    with require_extra():
+        from PIL import Image
     with _named(f"'{path}'"), Image.open(path) as image:
         return _to_rgb(image)
 
@@ -285,7 +300,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def _files(listing: _Listing, config: "DataRecipe", size: int | None) -> Split:
-    transform = _eval_transform(config, size)
+    transform = eval_transform(_resize(config, size), (size or 0, size or 0), config.interpolation)
     shape = tuple(transform(listing.read(0)).shape) if size is None else (3, size, size)
     rows, workers = np.arange(len(listing.labels)), config.workers or 0
     files = ImageFiles(listing.read, rows, transform, shape, workers, config.skip_unreadable)

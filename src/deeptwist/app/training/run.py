@@ -340,7 +340,7 @@ def _write_network(run: TrainingRun, run_dir: RunDir, network: nn.Module, suffix
     name = Path(SMALL if run.recipe.compresses else DENSE_WEIGHTS)
     path = run_dir.path / f"{name.stem}{suffix}{name.suffix}"
     if run_dir.fabric.is_global_zero and run.recipe.compresses:
-        save(network, path, base_model=run.recipe.model)
+        save(network, path, base_model=run.recipe.model, metadata=run.data.metadata)
     elif run_dir.fabric.is_global_zero:
         # Copies: safetensors refuses tensors that share memory, as shared modules' do.
         state = {
