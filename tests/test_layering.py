@@ -24,6 +24,7 @@ LIBRARY = [
     "measure",
     "plan",
     "decompose",
+    "precondition",
     "twist",
     "distill",
     "save",

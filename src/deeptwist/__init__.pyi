@@ -20,6 +20,7 @@ from deeptwist.plan.latency import exclude_slow_layers as exclude_slow_layers
 from deeptwist.plan.layers import Layers as Layers
 from deeptwist.plan.plan import Plan as Plan
 from deeptwist.plan.planner import plan as plan
+from deeptwist.precondition import precondition as precondition
 from deeptwist.save import load as load
 from deeptwist.save import save as save
 from deeptwist.twist.distortion import DeepTwist as DeepTwist

@@ -124,6 +124,30 @@ class Decomposition(ABC):
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:
         """Return the kernel (g, o, i, *k) of each of `convolutions`, in order, from factors."""
 
+    def tensors(self, kernels: Sequence[Tensor], shape: Sequence[int]) -> Tensors:
+        """Return the factors that kernels of `convolutions` hold: invert `kernels`.
+
+        Raises:
+            CannotDecomposeError: if the method has no way back.
+        """
+        raise CannotDecomposeError(f"{self} cannot read its factors from its layer's weights")
+
+    def tangent(self, tensors: Tensors, gradients: Tensors, damping: float) -> Tensors:
+        """Return the steps of the factors that move their product as the dense gradient would.
+
+        To first order the product then moves by the dense gradient's projection onto what small
+        steps of factors can reach, however its scale is spread over them.
+
+        Args:
+            tensors: the factors, in fp32 or fp64.
+            gradients: of the loss, one for each factor.
+            damping: share of a Gram matrix's mean eigenvalue that is added to all of them.
+
+        Raises:
+            CannotDecomposeError: if the method has no closed form for them.
+        """
+        raise CannotDecomposeError(f"{self} has no closed form for preconditioned gradients")
+
     def parts(self, convolution: ConvGeometry) -> list[ConvGeometry]:
         """Return all of `convolutions`, in the order of their kernels."""
         return [part for stage in self.convolutions(convolution) for part in stage]

@@ -155,6 +155,23 @@ def regularized(second_moment: Tensor) -> Tensor:  # (b, n, n) → (b, n, n)
     return moment + (mean * floor).clamp_min(_MIN_RIDGE) * identity
 
 
+def solve_gram(
+    gram: Tensor,  # (…, r, r), symmetric, not negative
+    target: Tensor,  # (…, r, n)
+    damping: float,
+) -> Tensor:  # (…, r, n)
+    """Return (gram + damping · its mean eigenvalue)⁻¹ target, without waiting for an accelerator.
+
+    A Gram matrix of zeros gives zero for a target of zeros.
+    """
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    ridge = (damping * mean).clamp_min(torch.finfo(gram.dtype).tiny)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(gram + ridge * identity)
+    solution: Tensor = torch.cholesky_solve(target, factor)
+    return solution
+
+
 def to_unit_scale(
     tensor: Tensor,  # (…, *sides), of so many dims
     dims: int,

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from deeptwist.decompositions.base import SingleRankDecomposition, Tensors, rescale_to_moment
-from deeptwist.decompositions.linalg import refine, squared_singular_values, truncated_svd
+from deeptwist.decompositions.linalg import (
+    refine,
+    solve_gram,
+    squared_singular_values,
+    truncated_svd,
+)
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
 from deeptwist.layers.lowering import lower, lower_spatial, unlower, unlower_spatial
 from deeptwist.layers.moments import SecondMoment
@@ -76,6 +81,24 @@ class MatrixDecomposition(SingleRankDecomposition):
     def reconstruct(self, tensors: Tensors, shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
         products = [left @ right for left, right in zip(tensors[::2], tensors[1::2], strict=True)]
         return self.assemble(products, shape)
+
+    def tangent(self, tensors: Tensors, gradients: Tensors, damping: float) -> Tensors:
+        """See `Decomposition.tangent`; a share that either factor could move is halved.
+
+        The gradients times the other factor's inverse Gram matrix (Tong et al., "Accelerating
+        Ill-Conditioned Low-Rank Matrix Estimation via Scaled Gradient Descent", 2021) would move
+        what both can reach twice as far as the rest.
+        """
+        steps: list[Tensor] = []
+        pairs = (side[place::2] for side in (tensors, gradients) for place in (0, 1))
+        for left, right, of_left, of_right in zip(*pairs, strict=True):
+            by_left, by_right = left.mT @ left, right @ right.mT
+            step_left = solve_gram(by_right, of_left.mT, damping).mT
+            step_right = solve_gram(by_left, of_right, damping)
+            # Within the columns of left and the rows of right both do the same to the product.
+            shared = solve_gram(by_left, left.mT @ step_left, damping) / 2
+            steps += [step_left - left @ shared, step_right - shared @ right]
+        return tuple(steps)
 
     def errors_at_all_ranks(
         self,
@@ -148,6 +171,10 @@ class SVD(MatrixDecomposition):
             right.reshape(groups, rank, into, *[1] * split, *size[split:]),
             columns.reshape(groups, out, rank, *size[:split], *[1] * (len(size) - split)),
         ]
+
+    def tensors(self, kernels: Sequence[Tensor], shape: Sequence[int]) -> Tensors:
+        right, left = kernels
+        return left.movedim(2, -1).flatten(1, -2), right.flatten(2)
 
 
 @dataclass(frozen=True)

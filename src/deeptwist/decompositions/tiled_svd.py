@@ -134,6 +134,31 @@ class TiledSVD(MatrixDecomposition):
             out.append(kernel.reshape(*kernel.shape, *ones))
         return into + out
 
+    def tensors(self, kernels: Sequence[Tensor], shape: Sequence[int]) -> Tensors:
+        grid, groups, ranks = self.grid(shape), shape[0], self.ranks(shape)
+        width = len(grid.cols)
+        lefts: list[Tensor] = []
+        for row, kernel in enumerate(kernels[width:]):
+            # (g·rows, h, Σ cols·r) → (g, rows, h, cols, r) of every patch
+            of_row = zip(grid.cols, ranks[row * width : (row + 1) * width], strict=True)
+            sizes = [col.count * rank for col, rank in of_row]
+            parts = kernel.flatten(2).unflatten(0, (groups, -1)).split(sizes, dim=3)
+            joined = [
+                p.unflatten(3, (col.count, -1)) for p, col in zip(parts, grid.cols, strict=True)
+            ]
+            lefts += [part.permute(0, 1, 3, 2, 4).flatten(0, 2) for part in joined]
+        rights: list[Tensor] = [lefts[0]] * len(lefts)
+        for column, kernel in enumerate(kernels[:width]):
+            # (g·cols, Σ rows·r, w) → (g, cols, rows, r, w) of every patch
+            of_column = zip(grid.rows, ranks[column::width], strict=True)
+            sizes = [row.count * rank for row, rank in of_column]
+            parts = kernel.flatten(2).unflatten(0, (groups, -1)).split(sizes, dim=2)
+            stacked = [
+                p.unflatten(2, (row.count, -1)) for p, row in zip(parts, grid.rows, strict=True)
+            ]
+            rights[column::width] = [part.transpose(1, 2).flatten(0, 2) for part in stacked]
+        return tuple(tensor for pair in zip(lefts, rights, strict=True) for tensor in pair)
+
 
 def _aligned_tile(convolution: ConvGeometry) -> tuple[int, int]:
     """Return the tile that loses little and runs fast, of the shapes in ``benchmarks/tiles.py``."""

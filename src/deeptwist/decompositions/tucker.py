@@ -27,6 +27,7 @@ from deeptwist.decompositions.linalg import (
     leading_subspace,
     power_step,
     regularized,
+    solve_gram,
     to_unit_scale,
 )
 from deeptwist.decompositions.svd import SVD
@@ -206,6 +207,29 @@ class Tucker(Decomposition):
             core,
             basis_out.reshape(*basis_out.shape, *ones),
         ]
+
+    def tensors(self, kernels: Sequence[Tensor], shape: Sequence[int]) -> Tensors:
+        basis_in, core, basis_out = kernels
+        return basis_out.flatten(2), core, basis_in.flatten(2).mT
+
+    def tangent(self, tensors: Tensors, gradients: Tensors, damping: float) -> Tensors:
+        """See `Decomposition.tangent`; what lies within both bases is the core's to move.
+
+        Koch and Lubich, "Dynamical Tensor Approximation", 2010.
+        """
+        (basis_out, core, basis_in), (of_out, of_core, of_in) = tensors, gradients
+        by_out, by_in = basis_out.mT @ basis_out, basis_in.mT @ basis_in
+        flat = core.flatten(3)  # (g, r_out, r_in, k)
+        beside_out = torch.einsum("grsk,gst,gqtk->grq", flat, by_in, flat)
+        beside_in = torch.einsum("grsk,grq,gqtk->gst", flat, by_out, flat)
+        step_out = solve_gram(beside_out, of_out.mT, damping).mT
+        step_in = solve_gram(beside_in, of_in.mT, damping).mT
+        step_out = step_out - basis_out @ solve_gram(by_out, basis_out.mT @ step_out, damping)
+        step_in = step_in - basis_in @ solve_gram(by_in, basis_in.mT @ step_in, damping)
+        half = solve_gram(by_out, of_core.flatten(2), damping).reshape(flat.shape)
+        by_rows = half.transpose(1, 2).flatten(2)  # (g, r_in, r_out·k)
+        step_core = solve_gram(by_in, by_rows, damping).unflatten(2, (flat.shape[1], -1))
+        return step_out, step_core.transpose(1, 2).reshape(core.shape), step_in
 
 
 def floor_fraction(channels: int, fraction: float) -> int:

@@ -10,19 +10,27 @@ from torch import nn
 from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe, torch_optimizers
 from deeptwist.errors import DeepTwistError, unknown_name_error
 from deeptwist.plan.layers import matches
+from deeptwist.precondition import precondition
 
 
 def make_optimizer(model: nn.Module, options: OptimizerRecipe) -> torch.optim.Optimizer:
     """Return the optimizer of a model's parameters that are trained; the frozen ones are marked.
 
     Raises:
-        DeepTwistError: if a pattern to freeze matches no module, or nothing is left to train.
+        DeepTwistError: if a pattern to freeze matches no module, nothing is left to train, or
+            factors are to be preconditioned that there are none of, or CP's.
     """
     for module in frozen_modules(model, options):
         module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise DeepTwistError("optimizer.freeze leaves nothing to train: freeze fewer layers")
-    groups = _parameter_groups(model, decay_all=options.decay_all)
+    optimizer = _make(_parameter_groups(model, decay_all=options.decay_all), options)
+    if options.precondition:
+        precondition(model, optimizer)
+    return optimizer
+
+
+def _make(groups: list[Any], options: OptimizerRecipe) -> torch.optim.Optimizer:
     values: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.betas is not None:
         values["betas"] = options.betas

@@ -101,6 +101,7 @@ class OptimizerRecipe:
         betas: Decays of Adam's and its kin's moments; the optimizer's own without it.
         weight_decay: Applied to every parameter, or as decay_all says.
         decay_all: Whether weight decay applies to norms and biases too.
+        precondition: Step factored layers as the dense form would be stepped, in mode finetune.
         clip_norm: The largest norm of the gradient of all parameters; unlimited without it.
         accumulate: Parts that a step's batch goes through the network in, to save memory; batch
             norm sees each by itself.
@@ -115,6 +116,7 @@ class OptimizerRecipe:
     betas: tuple[Decay, Decay] | None = None
     weight_decay: NotNegative = 5e-4
     decay_all: Annotated[bool, Parameter(negative="--no-decay-all")] = True
+    precondition: bool = False
     clip_norm: Positive | None = None
     accumulate: Count = 1
     freeze: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
@@ -280,6 +282,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.finetune_after is not None and self.mode != "deeptwist":
             raise DeepTwistError(f"finetune_after follows distortions, mode {self.mode} has none")
+        if self.optimizer.precondition and self.mode != "finetune":
+            raise DeepTwistError(
+                f"mode {self.mode} trains no factors to precondition: finetune does"
+            )
         if self.cuda_graphs and self.compile not in (None, "inductor"):
             raise DeepTwistError(
                 f"cuda_graphs goes with compile: inductor or none, not {self.compile}"

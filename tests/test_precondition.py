@@ -1,0 +1,140 @@
+"""Preconditioned factors: their product moves as the dense weight would."""
+
+import copy
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from tests.cases import (
+    EVERY_LAYER,
+    EXACT,
+    at,
+    build,
+    difference,
+    error_of,
+    factored,
+    pairs,
+    read,
+    with_kernel,
+)
+from torch import Tensor, nn
+
+import deeptwist as dt
+from deeptwist.app.data import load_digits
+from deeptwist.app.training.devices import make_fabric
+from deeptwist.app.training.loop import Trainer
+from deeptwist.app.training.recipe import make_recipe
+from deeptwist.decompositions import FactoredLayer
+from deeptwist.layers.geometry import weight_to_kernel
+
+GEOMETRIES = ["3x3", "groups", "linear", "1-D", "transposed 2-D", "3-D groups"]
+STEP = 1e-6
+
+
+def factors(layer: FactoredLayer) -> tuple[Tensor, ...]:
+    """Return a layer's factors, of its parameters as they are."""
+    method, convolution = layer.decomposition, layer.convolution
+    weights = [p.detach() for n, p in layer.named_parameters() if not n.endswith("bias")]
+    stored = zip(weights, method.parts(convolution), strict=True)
+    kernels = [weight_to_kernel(w.reshape(part.weight_shape), part) for w, part in stored]
+    return method.tensors(kernels, convolution.kernel_shape)
+
+
+def product(layer: FactoredLayer) -> Tensor:
+    """Return the kernel that a layer stands for."""
+    return layer.decomposition.reconstruct(factors(layer), layer.convolution.kernel_shape)
+
+
+def moved(layer: FactoredLayer, x: Tensor, lr: float = STEP) -> Tensor:
+    """Return by how much a step of SGD moves the product, per learning rate."""
+    layer.requires_grad_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
+    dt.precondition(layer, optimizer, damping=0)
+    before = product(layer)
+    y = layer(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).sin().reshape(y.shape)).sum().backward()
+    optimizer.step()
+    return (product(layer) - before) / lr
+
+
+def dense_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    layer.requires_grad_()
+    y = layer(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).sin().reshape(y.shape)).sum().backward()
+    return weight_to_kernel(layer.weight.grad, read(layer)[0])
+
+
+@pytest.mark.parametrize(("method", "geometry"), pairs(EXACT, GEOMETRIES))
+def test_factors_can_be_read_from_kernels(method: dt.Decomposition, geometry: str) -> None:
+    convolution, kernel = read(build(geometry)[0])
+    found = at(method, convolution, 0.5).decompose(kernel)
+    again = found.decomposition.tensors(found.kernels(), found.shape)
+    assert all(map(torch.equal, found.tensors, again))
+
+
+@pytest.mark.parametrize(("method", "geometry"), pairs(EXACT, GEOMETRIES))
+def test_the_product_moves_by_the_projection_of_the_dense_gradient(
+    method: dt.Decomposition, geometry: str
+) -> None:
+    layer, x = build(geometry)
+    method = at(method, read(layer)[0], 0.5)
+    found, small = factored(layer, method)
+    gradient = dense_gradient(with_kernel(layer, found.reconstruct()), x)
+    # All that small steps of the factors can reach, by brute force in fp64.
+    jacobians = torch.func.jacrev(lambda tensors: method.reconstruct(tensors, found.shape))(
+        found.tensors
+    )
+    reach = torch.cat([j.reshape(gradient.numel(), -1) for j in jacobians], dim=1).numpy()
+    steps = np.linalg.lstsq(reach, gradient.flatten().numpy(), rcond=1e-10)[0]
+    projection = torch.from_numpy(reach @ steps).reshape(gradient.shape)
+    assert difference(-projection, moved(small, x)) < 1e-4
+
+
+@pytest.mark.parametrize("method", [dt.SVD(), dt.SpatialSVD(), dt.Tucker(), dt.TiledSVD()])
+def test_how_scale_is_spread_over_factors_changes_nothing(method: dt.Decomposition) -> None:
+    layer, x = build("groups")
+    _, small = factored(layer, at(method, read(layer)[0], 0.5))
+    expected = moved(small, x)
+    _, small = factored(layer, at(method, read(layer)[0], 0.5))
+    first, *_, last = [p for n, p in small.named_parameters() if not n.endswith("bias")]
+    first.detach().mul_(100)
+    last.detach().div_(100)
+    assert difference(expected, moved(small, x)) < 1e-3
+
+
+def test_what_cannot_be_preconditioned_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    assert "no factored layer" in error_of(dt.precondition, nn.Linear(2, 2), optimizer)
+    _, small = factored(build("3x3")[0], dt.CP(rank=2))
+    assert "CP(rank=2)" in error_of(dt.precondition, nn.Sequential(small), optimizer)
+
+
+def test_a_recipe_trains_so_and_goes_on_from_a_checkpoint_with_the_same_bits() -> None:
+    def trainer(precondition: bool) -> Trainer:
+        torch.manual_seed(0)
+        head = nn.Flatten(), nn.Linear(128, 10)
+        dense = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), *head)
+        plan = dt.plan(dense, dt.SVD(), ratio=1.5, layers=EVERY_LAYER, example_input=x)
+        options = {"precondition": precondition, "lr": 0.01}
+        values = {"model": "none", "mode": "finetune", "schedule": {"epochs": 1}}
+        recipe = make_recipe({**values, "optimizer": options, "logging": {"images": 0}})
+        return Trainer(make_fabric(recipe), dt.decompose(dense, plan), digits, recipe)
+
+    digits = load_digits()
+    x = torch.zeros(1, 1, 8, 8)
+    whole, cut, plain = trainer(True), trainer(True), trainer(False)
+    for _ in islice(cut.fit(), 3):
+        state = copy.deepcopy(cut.state_dict())
+    resumed = trainer(True)
+    resumed.load_state_dict(state)
+    for each in (whole, resumed, plain):
+        assert any(each.fit())
+    ends = [[*each.finish().parameters()] for each in (whole, resumed, plain)]
+    assert all(map(torch.equal, ends[0], ends[1]))
+    assert not all(map(torch.equal, ends[0], ends[2]))
+
+
+def test_a_mode_without_factors_has_nothing_to_precondition() -> None:
+    values = {"model": "resnet20", "optimizer": {"precondition": True}}
+    assert "trains no factors" in error_of(make_recipe, values)
