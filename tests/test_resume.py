@@ -407,6 +407,49 @@ def _main(folder: Path, words: list[str], limit: int) -> None:
         main(words)
 
 
+FACTORY = """
+import os, signal
+from torch import nn
+class Net(nn.Sequential):
+    steps = 0
+    def forward(self, x):
+        self.steps += self.training
+        if self.steps == {step}:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().forward(x)
+def network():
+    return Net(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10)
+    )
+"""
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(tmp_path: Path) -> None:
+    for name, step in (("whole", -1), ("cut", 5)):
+        (tmp_path / f"{name}.py").write_text(FACTORY.format(step=step))
+
+    def started(name: str, *more: str) -> tuple[int | None, list[str]]:
+        words = ["train", f"{name}:network", "--ratio", "2", "--out", name, "--epochs", "1", *more]
+        process = CONTEXT.Process(target=_main, args=(tmp_path, words, 2**30))
+        process.start()
+        process.join()
+        return process.exitcode, (tmp_path / "stderr").read_text().splitlines()
+
+    assert started("whole")[0] == 0
+    code, said = started("cut")
+    assert code == 130
+    command = "deeptwist train cut:network --ratio 2 --out cut --epochs 1"
+    assert said[-2:] == ["interrupted: go on with", f"{command} --resume"]
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == [
+        "checkpoint-000000005.pt"
+    ]
+    (tmp_path / "cut.py").write_text(FACTORY.format(step=-1))
+    assert started("cut", "--resume")[0] == 0
+    weights, expected = tensors(tmp_path / "cut"), tensors(tmp_path / "whole")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     factory = tmp_path / "mine.py"
     factory.write_text(

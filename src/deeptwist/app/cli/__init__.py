@@ -1,12 +1,15 @@
 """The command line: `main` is the entry point."""
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cyclopts import App
+
+_RESUMABLE = ("compress", "train")  # commands
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -50,6 +53,7 @@ def run(app: "App", words: Sequence[str] | None) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as 'head' does: nothing to say
     except KeyboardInterrupt:
+        _tell_how_to_go_on(sys.argv[1:] if words is None else words)
         sys.exit(130)
 
 
@@ -70,6 +74,13 @@ def _log_once() -> None:
     handler.addFilter(is_new)
     logging.captureWarnings(True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+def _tell_how_to_go_on(words: Sequence[str]) -> None:
+    """Print the command that goes on with what was interrupted, if it can be gone on with."""
+    if words and words[0] in _RESUMABLE:
+        again = shlex.join(["deeptwist", *words, *([] if "--resume" in words else ["--resume"])])
+        print(f"\ninterrupted: go on with\n{again}", file=sys.stderr)
 
 
 def _complain(message: str) -> int:

@@ -51,6 +51,7 @@ app = App(
     name="deeptwist",
     version=__version__,
     help_format="markdown",
+    suppress_keyboard_interrupt=False,  # `main` tells how to go on
     config=values_of_recipe,
     default_parameter=Parameter(negative=(), show_env_var=False),
     help="""Make a trained CNN smaller and faster by learning its low-rank approximation.

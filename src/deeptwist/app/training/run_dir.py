@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,17 +65,25 @@ class RunDir:
     def train(self, trainer: Trainer) -> nn.Module:
         """Train from the last checkpoint, or from the start; return the network to deploy.
 
+        Ctrl-C ends the step that is being made and writes a checkpoint; again, and it ends at once.
+
         Raises:
+            KeyboardInterrupt: if it was interrupted.
             DeepTwistError: if training fails, or a checkpoint cannot be read or written.
         """
         self.path.mkdir(exist_ok=True)
         self._restore(trainer)
         for _ in range(trainer.step):
             self._on_step()
-        for saves in trainer.fit():
-            if saves:
-                self._write_checkpoint(trainer)
-            self._on_step()
+        with _interrupts() as is_interrupted:
+            for saves in trainer.fit():
+                # Several processes would not all stop after the same step.
+                stops = self.fabric.world_size == 1 and is_interrupted()
+                if saves or stops:
+                    self._write_checkpoint(trainer)
+                self._on_step()
+                if stops:
+                    raise KeyboardInterrupt
         return trainer.finish()
 
     def write(self, name: str, text: str) -> None:
@@ -126,6 +136,26 @@ class RunDir:
                 "seconds": self.seconds,
             }
             write_checkpoint(self.path, trainer.step, state)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Give the call that tells whether Ctrl-C was pressed; pressed again, it interrupts."""
+    is_pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal is_pressed
+        if is_pressed:
+            raise KeyboardInterrupt
+        is_pressed = True
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, press) if is_ours else None
+    try:
+        yield lambda: is_pressed
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def write_checkpoint(folder: Path, step: int, state: Values) -> None:
