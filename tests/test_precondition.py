@@ -1,13 +1,12 @@
 """Preconditioned factors: their product moves as the dense weight would."""
 
-import copy
-from itertools import islice
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tests.cases import (
-    EVERY_LAYER,
     EXACT,
     at,
     build,
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 
 import deeptwist as dt
 from deeptwist.app.data import load_digits
-from deeptwist.app.training.devices import make_fabric
-from deeptwist.app.training.loop import Trainer
 from deeptwist.app.training.recipe import make_recipe
+from deeptwist.app.training.run import TrainingRun, build_run, train
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.layers.geometry import weight_to_kernel
 
@@ -110,29 +108,46 @@ def test_what_cannot_be_preconditioned_is_refused() -> None:
     assert "CP(rank=2)" in error_of(dt.precondition, nn.Sequential(small), optimizer)
 
 
-def test_a_recipe_trains_so_and_goes_on_from_a_checkpoint_with_the_same_bits() -> None:
-    def trainer(precondition: bool) -> Trainer:
-        torch.manual_seed(0)
-        head = nn.Flatten(), nn.Linear(128, 10)
-        dense = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), *head)
-        plan = dt.plan(dense, dt.SVD(), ratio=1.5, layers=EVERY_LAYER, example_input=x)
-        options = {"precondition": precondition, "lr": 0.01}
-        values = {"model": "none", "mode": "finetune", "schedule": {"epochs": 1}}
-        recipe = make_recipe({**values, "optimizer": options, "logging": {"images": 0}})
-        return Trainer(make_fabric(recipe), dt.decompose(dense, plan), digits, recipe)
+def job(mode: str = "finetune", precondition: bool = True, after: int | None = None) -> TrainingRun:
+    torch.manual_seed(0)
+    head = nn.Flatten(), nn.Linear(128, 10)
+    network = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), *head)
+    recipe = {
+        "model": "none",
+        "mode": mode,
+        "interval": 10**6,
+        "schedule": {"epochs": 1},
+        "optimizer": {"precondition": precondition},
+        "compression": {"decomposition": "svd", "ratio": 2, "linear": True},
+        "finetune_after": after and {"epochs": after, "lr": 0.05},
+        "logging": {"images": 0, "checkpoint_every": 3},
+    }
+    return build_run(make_recipe(recipe), load_digits(), name="run", model=network)
 
-    digits = load_digits()
-    x = torch.zeros(1, 1, 8, 8)
-    whole, cut, plain = trainer(True), trainer(True), trainer(False)
-    for _ in islice(cut.fit(), 3):
-        state = copy.deepcopy(cut.state_dict())
-    resumed = trainer(True)
-    resumed.load_state_dict(state)
-    for each in (whole, resumed, plain):
-        assert any(each.fit())
-    ends = [[*each.finish().parameters()] for each in (whole, resumed, plain)]
-    assert all(map(torch.equal, ends[0], ends[1]))
-    assert not all(map(torch.equal, ends[0], ends[2]))
+
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
+    def stop() -> None:
+        if next(count) == 5:
+            raise KeyboardInterrupt
+
+    count = itertools.count(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(job(), tmp_path / "cut", latency_batch=None, on_step=stop)
+    jobs = {"cut": job(), "whole": job(), "plain": job(precondition=False)}
+    losses = {
+        name: train(run, tmp_path / name, resume=True, latency_batch=None)["loss"]
+        for name, run in jobs.items()
+    }
+    assert losses["cut"] == losses["whole"] != losses["plain"]
+
+
+def test_a_tail_is_preconditioned_and_the_dense_epochs_before_it_are_not(tmp_path: Path) -> None:
+    results = [
+        train(job("deeptwist", each, after=1), tmp_path / str(each), latency_batch=None)
+        for each in (True, False)
+    ]
+    assert results[0]["loss"] == results[1]["loss"]
+    assert results[0]["variants"][0]["loss"] != results[1]["variants"][0]["loss"]
 
 
 def test_a_mode_without_factors_has_nothing_to_precondition() -> None:

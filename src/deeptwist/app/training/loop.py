@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -85,7 +85,10 @@ class Trainer:
         """
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
         self._teacher, self._on_record = teacher, on_record
-        optimizer = make_optimizer(model, recipe.optimizer)  # first: it freezes layers
+        options = recipe.optimizer
+        if plan is not None:  # a network to distort has no factors yet
+            options = replace(options, precondition=False)
+        optimizer = make_optimizer(model, options)  # first: it freezes layers
         self.twist: DeepTwist | None = None
         if plan is not None:
             example = test_inputs(data, model, 8)

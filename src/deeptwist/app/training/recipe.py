@@ -101,7 +101,8 @@ class OptimizerRecipe:
         betas: Decays of Adam's and its kin's moments; the optimizer's own without it.
         weight_decay: Applied to every parameter, or as decay_all says.
         decay_all: Whether weight decay applies to norms and biases too.
-        precondition: Step factored layers as the dense form would be stepped, in mode finetune.
+        precondition: Step factored layers as the dense form would be stepped, in mode finetune
+            and in finetune_after.
         clip_norm: The largest norm of the gradient of all parameters; unlimited without it.
         accumulate: Parts that a step's batch goes through the network in, to save memory; batch
             norm sees each by itself.
@@ -282,7 +283,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.finetune_after is not None and self.mode != "deeptwist":
             raise DeepTwistError(f"finetune_after follows distortions, mode {self.mode} has none")
-        if self.optimizer.precondition and self.mode != "finetune":
+        if self.optimizer.precondition and not (self.mode == "finetune" or self.finetune_after):
             raise DeepTwistError(
                 f"mode {self.mode} trains no factors to precondition: finetune does"
             )
