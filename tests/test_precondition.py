@@ -1,5 +1,6 @@
 """Preconditioned factors: their product moves as the dense weight would."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -101,11 +102,26 @@ def test_how_scale_is_spread_over_factors_changes_nothing(method: dt.Decompositi
     assert difference(expected, moved(small, x)) < 1e-3
 
 
+def test_layers_of_one_kind_are_stepped_as_alone() -> None:
+    dense = [nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), nn.ConvTranspose2d(6, 6, 3)]
+    layers = nn.Sequential(*(factored(x, dt.Tucker(rank=(2, 3)))[1] for x in dense))
+    alone = copy.deepcopy(layers)
+    for model, parts in ((layers, [layers]), (alone, alone)):
+        optimizer = torch.optim.SGD(model.parameters())
+        for part in parts:
+            dt.precondition(part, optimizer)
+        model(torch.ones(2, 6, 9, 9)).square().sum().backward()
+        optimizer.step()
+    for together, each in zip(layers.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(together, each, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_preconditioned_is_refused() -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    assert "no factored layer" in error_of(dt.precondition, nn.Linear(2, 2), optimizer)
-    _, small = factored(build("3x3")[0], dt.CP(rank=2))
-    assert "CP(rank=2)" in error_of(dt.precondition, nn.Sequential(small), optimizer)
+    _, small = factored(build("3x3")[0].requires_grad_(), dt.CP(rank=2))
+    others = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    assert "holds no factored layer" in error_of(dt.precondition, small, others)
+    optimizer = torch.optim.SGD(small.parameters())
+    assert "layer '0': CP(rank=2)" in error_of(dt.precondition, nn.Sequential(small), optimizer)
 
 
 def job(mode: str = "finetune", precondition: bool = True, after: int | None = None) -> TrainingRun:

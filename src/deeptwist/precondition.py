@@ -39,12 +39,17 @@ def precondition(
         The handle whose ``remove()`` ends it.
 
     Raises:
-        DeepTwistError: if there is no factored layer, or one of a decomposition for which there is
-            no closed form (CP).
+        DeepTwistError: if the optimizer holds no factored layer's weights, or those of a
+            decomposition for which there is no closed form (CP).
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+    layers = {n: m for n, m in factored.items() if held.issuperset(map(id, _factors(m)))}
     if not layers:
-        raise DeepTwistError(f"{type(model).__name__} has no factored layer: decompose it first")
+        raise DeepTwistError(
+            f"the optimizer holds no factored layer of this {type(model).__name__}: decompose it, "
+            "then make the optimizer"
+        )
     for name, layer in layers.items():
         try:
             _tensors(layer, _factors(layer))
@@ -68,7 +73,7 @@ def precondition(
 
 def _precondition_together(layers: list[FactoredLayer], damping: float) -> None:
     """Replace the gradients of layers of one kind, as groups of one kernel: fewer small steps."""
-    decomposition, convolution = layers[0].decomposition, layers[0].convolution
+    decomposition, shape = layers[0].decomposition, layers[0].convolution.kernel_shape
     weights = [_factors(layer) for layer in layers]
     gradients = [[w.grad for w in of_layer if w.grad is not None] for of_layer in weights]
 
@@ -78,10 +83,12 @@ def _precondition_together(layers: list[FactoredLayer], damping: float) -> None:
 
     with torch.autocast(weights[0][0].device.type, enabled=False):
         steps = decomposition.tangent(stack(weights), stack(gradients), damping)
-    parts, shape = decomposition.parts(convolution), convolution.kernel_shape
     chunks = zip(*(step.chunk(len(layers)) for step in steps), strict=True)
-    for of_layer, tensors in zip(gradients, chunks, strict=True):
-        kernels = decomposition.kernels(tensors, shape)
+    for layer, of_layer, tensors in zip(layers, gradients, chunks, strict=True):
+        kernels, parts = (
+            decomposition.kernels(tensors, shape),
+            decomposition.parts(layer.convolution),
+        )
         for gradient, kernel, part in zip(of_layer, kernels, parts, strict=True):
             gradient.copy_(kernel_to_weight(kernel, part).reshape(gradient.shape))
 

@@ -125,23 +125,19 @@ class Decomposition(ABC):
         """Return the kernel (g, o, i, *k) of each of `convolutions`, in order, from factors."""
 
     def tensors(self, kernels: Sequence[Tensor], shape: Sequence[int]) -> Tensors:
-        """Return the factors that kernels of `convolutions` hold: invert `kernels`.
-
-        Raises:
-            CannotDecomposeError: if the method has no way back.
-        """
+        """Invert `kernels`; raise `CannotDecomposeError` if the method has no way back."""
         raise CannotDecomposeError(f"{self} cannot read its factors from its layer's weights")
 
     def tangent(self, tensors: Tensors, gradients: Tensors, damping: float) -> Tensors:
         """Return the steps of the factors that move their product as the dense gradient would.
 
-        To first order the product then moves by the dense gradient's projection onto what small
-        steps of factors can reach, however its scale is spread over them.
+        To first order it then moves by the dense gradient's projection onto what small steps of
+        factors can reach, however its scale is spread over them.
 
         Args:
             tensors: the factors, in fp32 or fp64.
-            gradients: of the loss, one for each factor.
-            damping: share of a Gram matrix's mean eigenvalue that is added to all of them.
+            gradients: of the loss, one for each.
+            damping: see `deeptwist.precondition`.
 
         Raises:
             CannotDecomposeError: if the method has no closed form for them.
