@@ -59,7 +59,7 @@ def test_a_damaged_image_in_the_middle_of_an_epoch(caplog: pytest.LogCaptureFixt
     DAMAGED.write_bytes(whole[:-60])
     message = refused(*command("resnet20"))
     assert f"{DAMAGED}' (" in message
-    assert "set data.skip_unreadable" in message
+    assert "leave such out: --skip-unreadable" in message
     steps = [int(path.stem.split("-")[1]) for path in Path("run").glob("checkpoint-*.pt")]
     assert max(steps) == 3
     skipping = run(*command("resnet20", "--resume", "--data.skip-unreadable", workers=0))

@@ -241,6 +241,7 @@ def test_a_job_s_table_is_what_its_files_are(
     assert all(score < results["search"]["least"] for r, score in tried.items() if r > ratio)
     assert read_run(out).summary["steps"] == 22 // 2
     assert "<svg" in (out / "report.html").read_text()
+    assert not (out / "calibration.safetensors").exists()
 
 
 def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object], Path]) -> None:

@@ -247,6 +247,37 @@ def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "pets")
 
 
+def test_class_folders_are_split_always_alike(
+    tmp_path: Path, error_of: ErrorOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    for label, (category, count) in enumerate((("cat", 10), ("dog", 3))):
+        for index in range(count):
+            save_image(tmp_path / "pets" / category / f"{index}.png", 10 * label + index)
+    root = str(tmp_path / "pets")
+    data, again = load_data(root, workers=0), load_data(root, workers=0)
+    assert "(10 to train on, 3 to test)" in caplog.text
+    assert data.classes == ("cat", "dog")
+    assert data.train.labels.bincount().tolist() == [8, 2]
+    assert data.test.labels.bincount().tolist() == [2, 1]
+    assert torch.equal(images_of(data.test), images_of(again.test))
+    both = torch.cat([images_of(data.train), images_of(data.test)])
+    assert len(both.unique(dim=0)) == len(both) == 13  # none is in both
+    whole = {
+        (label, tuple(pixels_of(path).flatten().tolist()))
+        for label, category in enumerate(("cat", "dog"))
+        for path in (tmp_path / "pets" / category).iterdir()
+    }
+    for split in (data.train, data.test):
+        for x, label in zip(images_of(split), split.labels.tolist(), strict=True):
+            assert (label, tuple(x.flatten().tolist())) in whole
+    save_image(tmp_path / "pets" / "emu" / "0.png", 99)
+    assert load_data(root, workers=0).train.labels.bincount().tolist() == [8, 2, 1]
+    for index in range(9):
+        (tmp_path / "pets" / "cat" / f"{index}.png").unlink()
+    shutil.rmtree(tmp_path / "pets" / "dog")
+    assert "nothing is left to test on" in error_of(load_data, root)
+
+
 def pixels_of(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 

@@ -40,9 +40,9 @@ class Calibration:
     moments: Mapping[str, SecondMoment]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; `load` reads it."""
+        """Write one safetensors file, of every moment its upper triangle; `load` reads it."""
         shapes = {name: [list(m.kernel_size), m.axes] for name, m in self.moments.items()}
-        tensors = {name: m.values.cpu().contiguous() for name, m in self.moments.items()}
+        tensors = {name: m.values[:, *_upper(m.values)].cpu() for name, m in self.moments.items()}
         save_file(tensors, path, metadata={_KEY: json.dumps(shapes)})
 
     @classmethod
@@ -56,12 +56,25 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 shapes = json.loads((file.metadata() or {})[_KEY])
                 moments = {
-                    name: SecondMoment(file.get_tensor(name), tuple(size), axes)
+                    name: SecondMoment(_whole(file.get_tensor(name)), tuple(size), axes)
                     for name, (size, axes) in shapes.items()
                 }
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise DeepTwistError(f"cannot read calibration {path}: {first_line(error)}") from error
         return cls(moments)
+
+
+def _upper(values: Tensor) -> Tensor:  # (g, n, n) → (2, n·(n + 1) / 2)
+    """Return the rows and the columns of what lies on or above the diagonal."""
+    return torch.triu_indices(*values.shape[1:], device=values.device)
+
+
+def _whole(triangle: Tensor) -> Tensor:  # (g, n·(n + 1) / 2) → (g, n, n)
+    """Return the symmetric matrices of these upper triangles."""
+    side = (math.isqrt(8 * triangle.shape[1] + 1) - 1) // 2
+    values = triangle.new_zeros(len(triangle), side, side)
+    values[:, *_upper(values)] = triangle
+    return values + values.triu(1).mT
 
 
 def calibrate(
@@ -253,7 +266,8 @@ class _Collector:
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
             distributed.all_reduce(count)
-        return SecondMoment(total / count, self.convolution.kernel_size, self.axes)
+        half = (total / count).triu()  # products of matrices are symmetric up to rounding
+        return SecondMoment(half + half.triu(1).mT, self.convolution.kernel_size, self.axes)
 
 
 def _spread(x: Tensor, dim: int, stride: int) -> Tensor:

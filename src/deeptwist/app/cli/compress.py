@@ -30,7 +30,7 @@ from deeptwist.app.training.evaluation import (
 )
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
-from deeptwist.compress import DISTILLED, SMALL, Job, Values
+from deeptwist.compress import CALIBRATION, DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose
 from deeptwist.distill import HELD_OUT, distill
 from deeptwist.errors import DeepTwistError, check_int, require_extra
@@ -95,6 +95,8 @@ def run_compress(
     record.end("{:,} images to train on, {:,} test images".format(*counts))
     for step in _steps(job, record.results, options, goal):
         record.run(*step)
+    if not options.keep_calibration:
+        (folder / CALIBRATION).unlink(missing_ok=True)
     reached = {} if goal is None else {"goal": goal(record.results["dense"]["accuracy"])}
     return record.to_dict() | reached
 

@@ -359,6 +359,7 @@ class CompressOptions(BenchmarkOptions):
         distill_minutes: Minutes of it, at most.
         distill_images: Training images that it learns on, augmented as in training.
         int8: Quantise both networks by onnxruntime too.
+        keep_calibration: Leave calibration.safetensors in the folder when the job is done.
         runtime: What runs the networks; ONNX files are written where onnxruntime is among them.
     """
 
@@ -367,6 +368,7 @@ class CompressOptions(BenchmarkOptions):
     distill_minutes: float = 10.0
     distill_images: int = 2048
     int8: bool = False
+    keep_calibration: bool = False
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
     layers: Annotated[bool, Parameter(show=False)] = False
 

@@ -1,5 +1,6 @@
 """Data sets by name or folder, listed and prepared: what `load_data` is made of."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from deeptwist.app.training.recipe import DataRecipe
+
+logger = logging.getLogger("deeptwist")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NAMED = ("digits", "cifar10")
@@ -200,6 +203,9 @@ def _list_source(source: str) -> tuple[_Listing, _Listing]:
         root = Path(source).expanduser().resolve()
         if not root.is_dir():
             raise DeepTwistError(f"no folder of images at '{root}'")
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
+        if folders and not folders & {"train", "test", "val"}:
+            return _split(_list_folder(root), source)
         train = _list_folder(root / "train")
         test = _list_folder(root / ("test" if (root / "test").is_dir() else "val"))
     if train.classes != test.classes:
@@ -215,7 +221,8 @@ def _list_folder(split: Path) -> _Listing:
         from torchvision.datasets import ImageFolder
     if not split.is_dir():
         raise DeepTwistError(
-            f"no folder '{split}': images belong in train/CLASS/ and test/CLASS/ or val/CLASS/"
+            f"no folder '{split}': images belong in CLASS/, or in train/CLASS/ and test/CLASS/ or "
+            "val/CLASS/"
         )
     try:
         folder = ImageFolder(str(split))
@@ -225,6 +232,42 @@ def _list_folder(split: Path) -> _Listing:
     names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in folder.samples])
     read = partial(_read_file, str(split), names)
     return _Listing(read, torch.tensor(folder.targets), tuple(folder.classes))
+
+
+def _split(whole: _Listing, source: str) -> tuple[_Listing, _Listing]:
+    """Split class folders: the first fifth of each class's images, shuffled, to test on.
+
+    The shuffle is always the same, whatever the seed of a run.
+    """
+    order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(0))
+    parts: tuple[list[Tensor], list[Tensor]] = [], []
+    for label in range(len(whole.classes)):
+        rows = order[whole.labels[order] == label]
+        count = max(1, len(rows) // 5) if len(rows) > 1 else 0  # the only one is trained on
+        parts[0].append(rows[count:])
+        parts[1].append(rows[:count])
+    train, test = (torch.cat(part).sort().values for part in parts)
+    if not len(test):
+        raise DeepTwistError(f"'{source}' has one image of each class: nothing is left to test on")
+    logger.warning(
+        "'%s' has no train/: of each class a fifth of the images are to test on, always the same "
+        "ones (%d to train on, %d to test)",
+        source,
+        len(train),
+        len(test),
+    )
+    return _subset(whole, train), _subset(whole, test)
+
+
+def _subset(listing: _Listing, rows: Tensor) -> _Listing:
+    read = partial(_read_chosen, listing.read, rows.numpy())
+    return _Listing(read, listing.labels[rows], listing.classes)
+
+
+def _read_chosen(
+    read: "Callable[[int], Image.Image]", rows: npt.NDArray[np.int64], row: int
+) -> "Image.Image":
+    return read(int(rows[row]))
 
 
 def _list_hub(name: str) -> tuple[_Listing, ...]:
@@ -282,7 +325,7 @@ def _named(image: str) -> Iterator[None]:
     except Exception as error:  # damaged images surface as OSError, SyntaxError, ValueError, …
         raise DeepTwistError(
             f"cannot decode image {image} ({type(error).__name__}): replace or delete it, or "
-            "set data.skip_unreadable"
+            "leave such out: --skip-unreadable"
         ) from error
 
 

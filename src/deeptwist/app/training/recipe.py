@@ -42,8 +42,8 @@ class DataRecipe:
     """The images of a training or an evaluation.
 
     Attributes:
-        source: digits, cifar10, a folder with train/ and test/ (or val/) of class folders, or hf/
-            and the name or the folder of a Hugging Face data set.
+        source: digits, cifar10, a folder of class folders (split, always alike) or with train/ and
+            test/ (or val/) of these, or hf/ and the name or the folder of a Hugging Face data set.
         preset: cifar: decoded once into memory, cropped from their zero-padded selves, mirrored;
             imagenet: decoded when needed, cropped at random scales, mirrored. Without it, cifar
             for images of up to 64 pixels.
@@ -85,7 +85,7 @@ class DataRecipe:
     std: tuple[float, ...] | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     workers: CountOrNone | None = None
-    skip_unreadable: bool = False
+    skip_unreadable: Annotated[bool, Parameter(alias="--skip-unreadable")] = False
     validation: CountOrNone = 0
 
 
