@@ -341,8 +341,9 @@ def test_markers_stand_at_what_was_measured(whole: Page) -> None:
 
 def job_results() -> Any:
     results = yaml.safe_load("""
-      dense: {bytes: 1900000}
-      verify: {bytes: 475000}
+      dense: {bytes: 1900000, accuracy: 0.889}
+      verify: {bytes: 475000, accuracy: 0.8641, goal: 0.87}
+      plan: {dense_parameters: 464000, parameters: 116000, dense_macs: 69000, macs: 23000}
       export: {difference: 1.0e-7, dense: 2000000, small: 500000}
       time:
         settings:
@@ -355,7 +356,7 @@ def job_results() -> Any:
     for row, times in zip(results["time"]["settings"], (TIMES, None, onnx), strict=True):
         row["times"] = times
     int8 = {"dense": timing(3.0), "decomposed": timing(2.0), "speedup": 1.48}
-    return results | {"int8": {**results["int8"], "times": int8}}
+    return results | {"int8": {**results["int8"], "batch": 16, "times": int8}}
 
 
 def test_a_job_shows_every_runtime_and_int8(make: Make, page: Callable[..., Page]) -> None:
@@ -363,7 +364,21 @@ def test_a_job_shows_every_runtime_and_int8(make: Make, page: Callable[..., Page
     job = {"job": {"options": options}, "results": job_results()}
     folder = make("small", "finetune", "tucker", job=job, latency=None, latency_batch=None)
     html = page(folder)
-    rows = {row.pop("network").partition("|")[0]: row for row in html.rows()}
+    assert html.tables[0] == [  # what the terminal shows
+        ["", "dense", "small", ""],
+        ["accuracy", "88.90%", "86.41%", "−2.49 points"],
+        ["weights", "464,000", "116,000", "4.00× fewer"],
+        ["MACs", "69,000", "23,000", "3.00× fewer"],
+        ["ms, eager, batch 16", "8.00", "10.00", "1.28× SLOWER"],
+        ["ms, eager, batch 16", "", "", "no bfloat16 here"],
+        ["ms, onnxruntime, batch 16", "6.00", "4.00", "1.50× as fast"],
+        ["bytes, ONNX", "2,000,000", "500,000", "4.00× fewer"],
+        ["int8: accuracy", "88.00%", "85.00%", "−0.90 and −1.41 points from fp32"],
+        ["int8: ms, onnxruntime, batch 16", "3.00", "2.00", "1.48× as fast"],
+        ["int8: bytes, ONNX", "600,000", "150,000", "4.00× fewer"],
+        ["goal", "", "87.00%", "not met"],
+    ]
+    rows = {row.pop("network").partition("|")[0]: row for row in html.rows(1)}
     assert [*rows] == ["dense", "dense, int8", "small", "small, int8"]
     onnx = "ms, onnxruntime, 2 threads, batch 16"
     assert {
@@ -372,7 +387,11 @@ def test_a_job_shows_every_runtime_and_int8(make: Make, page: Callable[..., Page
         "dense": ("88.90", "2.00", "6.00"),
         "dense, int8": ("88.00|−0.90\xa0points", "0.60", "3.00"),
         "small": ("86.41|−2.49\xa0points", "0.50|4.00×\xa0smaller", "4.00|1.50×\xa0faster"),
-        "small, int8": ("85.00|−3.90\xa0points", "0.15|4.00×\xa0smaller", "2.00|1.48×\xa0faster"),
+        "small, int8": (
+            "85.00|−1.41\xa0points",  # beside the same network in fp32
+            "0.15|4.00×\xa0smaller",
+            "2.00|1.48×\xa0faster",
+        ),
     }
     small = rows["small"]
     assert (rows["dense"]["MB"], small["MB"]) == ("1.90", "0.47|4.00×\xa0smaller")

@@ -192,3 +192,13 @@ def test_a_quantised_file_says_the_same(data: ImageData, onnx: Path, tmp_path: P
     batches = training_inputs(data, nn.Linear(1, 1), 4)
     path = quantize_onnx(onnx, tmp_path / "int8.onnx", batches)
     assert OnnxNetwork(path, 1).metadata == OnnxNetwork(onnx, 1).metadata
+
+
+def test_int8_takes_onnxruntime_s_options(data: ImageData, onnx: Path, tmp_path: Path) -> None:
+    """Layers that are left out keep their weights in fp32: no integer is left of them."""
+    batches = [*training_inputs(data, nn.Linear(1, 1), 4)]
+    sizes = [
+        quantize_onnx(onnx, tmp_path / "int8.onnx", batches, **options).read_bytes()
+        for options in ({}, {"op_types_to_quantize": ["Gemm"]})
+    ]
+    assert sizes[0].count(b"_quantized") > sizes[1].count(b"_quantized") > 0

@@ -201,13 +201,16 @@ def _onnxruntime(path: Path) -> Run:
     return run
 
 
-def quantize_onnx(source: str | Path, path: str | Path, batches: Iterable[Tensor]) -> Path:
+def quantize_onnx(
+    source: str | Path, path: str | Path, batches: Iterable[Tensor], **options: Any
+) -> Path:
     """Write an ONNX file in int8, weights by channel and activations by the range they take.
 
     Args:
         source: what `deeptwist.export.export_onnx` wrote of a network of one input.
         path: the file.
         batches: inputs as the network gets them, to learn the ranges from.
+        options: of onnxruntime's `quantize_static`: `calibrate_method`, `nodes_to_exclude`, …
 
     Returns:
         The path.
@@ -232,7 +235,8 @@ def quantize_onnx(source: str | Path, path: str | Path, batches: Iterable[Tensor
     try:
         with atomic_write(path) as temporary, suppress_output():
             quant_pre_process(source, prepared)
-            quantize_static(prepared, temporary, Reader(), per_channel=True)
+            options = {"per_channel": True, **options}
+            quantize_static(prepared, temporary, Reader(), **options)
     except Exception as error:  # its types are not public
         reason = first_line(error)
         raise DeepTwistError(f"onnxruntime cannot quantise {source}: {reason}") from error

@@ -19,6 +19,7 @@ from deeptwist.app.cli.options import CompressOptions, check_size, given_sizes
 from deeptwist.app.cli.record import Record
 from deeptwist.app.data import load_data
 from deeptwist.app.report import write_report
+from deeptwist.app.tables import int8_changes, speed
 from deeptwist.app.training.evaluation import (
     AugmentedInputs,
     Evaluation,
@@ -35,6 +36,7 @@ from deeptwist.decompose import decompose
 from deeptwist.distill import HELD_OUT, distill
 from deeptwist.errors import DeepTwistError, check_int, require_extra
 from deeptwist.inspection.run import as_tuple
+from deeptwist.measure.runtimes import Setting
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.plan import Plan
 from deeptwist.save import WEIGHTS, load
@@ -48,6 +50,7 @@ _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves s
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
 _DISTILL_STEPS = 1500  # where nothing is trained
 _INT8_IMAGES = 512  # training images that activations' ranges are taken from
+_INT8_LOSS = 0.01  # of accuracy beside fp32: what is lost beyond it is warned of
 
 # What a step came to, in a line.
 _EVALUATED = "accuracy {accuracy:.2%}, loss {loss:.4f}".format
@@ -110,7 +113,8 @@ def _steps(
     yield "dense", what, job.evaluate_dense, _EVALUATED
     dense = results["dense"]
     if recipe.calibration_images:
-        what = f"{recipe.calibration_images:,} training images"
+        count = min(recipe.calibration_images, len(job.data.train.labels))
+        what = f"{count:,} training images"
         yield "calibrate", what, steps.calibrate, "{layers} layers".format
     if goal is not None:
         max_loss = dense["accuracy"] - goal(dense["accuracy"])
@@ -127,7 +131,8 @@ def _steps(
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
     yield "train", what, partial(job.train, dense), _TRAINED
-    yield "verify", f"what is in {job.folder / SMALL}", job.verify, _EVALUATED
+    verify = partial(job.verify, None if goal is None else goal(dense["accuracy"]))
+    yield "verify", f"what is in {job.folder / SMALL}", verify, _EVALUATED
     if "onnxruntime" in options.runtime:
         export = partial(steps.export, job.example_input(2))
         yield "export", "both networks to ONNX, verified", export, _EXPORTED
@@ -135,16 +140,8 @@ def _steps(
     yield "time", "both networks, in turn", measure, _describe_times
     if options.int8:
         setting = next(setting for setting in settings if setting.runtime == "onnxruntime")
-        quantize = partial(
-            steps.int8,
-            job.evaluate,
-            partial(job.training_inputs, _INT8_IMAGES),
-            job.example_input(setting.batch),
-            threads=setting.threads,
-            rounds=options.rounds,
-        )
         what = "both networks by onnxruntime, calibrated on training images"
-        yield "int8", what, quantize, _QUANTIZED
+        yield "int8", what, partial(job.int8, results, setting), _QUANTIZED
     yield "report", REPORT, job.report, "{path}".format
 
 
@@ -169,7 +166,7 @@ def _describe_plan(layers: int, promise: str | None = None, **sizes: int) -> str
 
 def _describe_times(machine: str, settings: list[Values]) -> str:
     speedups = [
-        f"{row['runtime']} {row['times']['speedup']:.2f}×" if row["times"] else row["reason"]
+        f"{row['runtime']} {speed(row['times']['speedup'])}" if row["times"] else row["reason"]
         for row in settings
     ]
     return f"{', '.join(speedups)}, on {machine}"
@@ -316,11 +313,32 @@ class ImageJob:
             summary = train(run, self.folder, resume=True, latency_batch=None, on_step=advance)
         return {"accuracy": summary["accuracy"], "untrained": summary["accuracy_untrained"]}
 
-    def verify(self) -> Values:
+    def verify(self, goal: float | None) -> Values:
         """Evaluate the small network as it is on the disk."""
         path = self.folder / SMALL
         size = (path / WEIGHTS).stat().st_size
-        return {**self.evaluate(self.steps.small), "path": str(path), "bytes": size}
+        values = {"path": str(path), "bytes": size, "goal": goal}
+        return {**self.evaluate(self.steps.small), **values}
+
+    def int8(self, results: Results, setting: Setting) -> Values:
+        """Quantise both networks; warn of one that loses more than it should."""
+        values = self.steps.int8(
+            self.evaluate,
+            partial(self.training_inputs, _INT8_IMAGES),
+            self.example_input(setting.batch),
+            threads=setting.threads,
+            rounds=self.options.rounds,
+        )
+        for name, change in int8_changes({**results, "int8": values}).items():
+            if change < -_INT8_LOSS:
+                logger.warning(
+                    "int8 costs the %s network %.2f points: quantize_onnx of what is in its file, "
+                    "on more images, with other ranges (calibrate_method) or layers left out "
+                    "(nodes_to_exclude) may cost less",
+                    name,
+                    -100 * change,
+                )
+        return values
 
     def report(self) -> Values:
         """Write the page of the job."""

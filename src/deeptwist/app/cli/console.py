@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from deeptwist.app.tables import HEADER, Values, job_rows, medians, percent
 
 if TYPE_CHECKING:
     from deeptwist.measure.compare import Comparison
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 # A pipe has no width to fit: a table there keeps its lines whole.
 _WIDE = None if sys.stdout.isatty() else 200
-Values = dict[str, Any]  # as JSON holds them
 
 
 def is_main_process() -> bool:
@@ -94,9 +95,9 @@ def print_benchmark(name: str, result: Values) -> None:
     """Print the layers that were timed, the whole network in every setting, and the machine."""
 
     def row(label: str, times: Values, promise: float, middle: str) -> list[str]:
-        medians, speedup = _medians(times), times["speedup"]
+        both, speedup = medians(times), times["speedup"]
         verdict = "" if speedup > 1 else "not worth it"
-        return [label, *medians, middle, f"{speedup:.2f}×", f"{speedup / promise:.2f}", verdict]
+        return [label, *both, middle, f"{speedup:.2f}×", f"{speedup / promise:.2f}", verdict]
 
     layers, networks, machine = (result[key] for key in ("layers", "networks", "machine"))
     if layers:
@@ -130,13 +131,13 @@ def print_sweep(title: str, result: Values) -> None:
             f"{point['error']:.3f}",
             f"{point['weights']:.2f}×",
             f"{point['macs']:.2f}×",
-            _percent(point["accuracy"]),
+            percent(point["accuracy"]),
             "knee" * (point["ratio"] == result["knee"]),
         ]
         for point in result["points"]
     ]
     if result["dense_accuracy"] is not None:
-        rows.insert(0, ["dense", "", "", "", _percent(result["dense_accuracy"]), ""])
+        rows.insert(0, ["dense", "", "", "", percent(result["dense_accuracy"]), ""])
     print_table(title, header, rows)
 
 
@@ -183,15 +184,15 @@ def print_summary(title: str, run: Values) -> None:
         latency = [f"{times['decomposed']['median']:.2f} ms", f"{times['speedup']:.2f}×"]
     row = [
         run["name"],
-        _percent(run["accuracy"]),
-        _percent(run["accuracy_untrained"]),
+        percent(run["accuracy"]),
+        percent(run["accuracy_untrained"]),
         f"{run['parameters']:,}",
         f"{run['macs']:,}",
         f"{run['bytes'] / 1024:,.0f} kB",
         *latency,
     ]
     derived = [
-        [f"{run['name']}, {variant['name']}", _percent(variant["accuracy"]), *[""] * 6]
+        [f"{run['name']}, {variant['name']}", percent(variant["accuracy"]), *[""] * 6]
         for variant in run["variants"]
     ]
     print_table(title, header, [row, *derived])
@@ -199,46 +200,6 @@ def print_summary(title: str, run: Values) -> None:
 
 def print_compressed(title: str, result: Values) -> None:
     """Print what `deeptwist compress` came to: its files, and a table of before and after."""
-    from deeptwist.compress import count_row, size_rows
-
     results = result["results"]
     print(f"small network: {results['verify']['path']}\nreport: {results['report']['path']}\n")
-    dense, small = results["dense"], results["verify"]
-    rows = [_accuracy_row("accuracy", dense, small), *size_rows(results["plan"])]
-    for row in results["time"]["settings"]:
-        label = f"ms, {row['runtime']}, batch {row['batch']}"
-        rows.append(
-            _time_row(label, row["times"]) if row["times"] else [label, "", "", row["reason"]]
-        )
-    if "export" in results:
-        export = results["export"]
-        rows.append(count_row("bytes, ONNX", export["dense"], export["small"]))
-    if "int8" in results:
-        int8 = results["int8"]
-        rows += [
-            _accuracy_row("int8: accuracy", int8["dense"], int8["small"]),
-            _time_row(f"int8: ms, onnxruntime, batch {int8['batch']}", int8["times"]),
-            count_row("int8: bytes, ONNX", int8["dense"]["bytes"], int8["small"]["bytes"]),
-        ]
-    if "goal" in result:
-        is_kept = small["accuracy"] >= result["goal"]
-        rows.append(["goal", "", _percent(result["goal"]), "met" if is_kept else "not met"])
-    print_table(title, ["", "dense", "small", ""], rows)
-
-
-def _accuracy_row(label: str, dense: Values, small: Values) -> list[str]:
-    before, after = dense["accuracy"], small["accuracy"]
-    change = f"{100 * (after - before):+.2f} points".replace("-", "−")
-    return [label, _percent(before), _percent(after), change]
-
-
-def _time_row(label: str, times: Values) -> list[str]:
-    return [label, *_medians(times), f"{times['speedup']:.2f}× as fast"]
-
-
-def _medians(times: Values) -> list[str]:
-    return [f"{times[side]['median']:.2f}" for side in ("dense", "decomposed")]
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
+    print_table(title, HEADER, job_rows(results))

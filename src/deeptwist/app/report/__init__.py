@@ -18,6 +18,7 @@ from deeptwist.app.report.records import (
     dense_networks,
     read_record,
 )
+from deeptwist.app.tables import HEADER
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.files import write_text
 from deeptwist.plan.plan import Plan, layer_row
@@ -31,6 +32,7 @@ with require_extra():
 
 _NONE, _NBSP = "–", "\N{NO-BREAK SPACE}"
 Cell = str | tuple[str, str, str]  # a text; or it, a smaller line below it, and a tooltip
+_OUTCOME = "As the job told it at its end: milliseconds are medians, both networks timed in turn."
 _WORDS = {"ms": ("faster", "slower"), "MB": ("smaller", "larger")}
 
 
@@ -68,6 +70,11 @@ def write_report(folders: Sequence[Path], path: Path, *, title: str) -> Path:
     for name, records in groups.items():
         lead, table = _summary(records), _results_table(records)
         plans = [_layer_table(run.plan, records) for run, _ in distinct_plans(records) if run.plan]
+        sections += [
+            {"heading": f"{run.name} in short", "table": Table(_OUTCOME, HEADER, run.outcome)}
+            for run in records
+            if run.outcome
+        ]
         sections += [
             {"heading": name, "lead": lead, "table": table, "charts": charts.gain_charts(records)},
             {"heading": "While training", "charts": charts.training_charts(records)},
@@ -140,7 +147,8 @@ def _results_table(records: Sequence[Record]) -> Table:
     ]
     caption = (
         "On the test images, of what would be deployed. Small: against the dense network that the "
-        "run started from, of the same precision, and timed in turn. Milliseconds are medians for "
+        "run started from, of the same precision, and timed in turn; the accuracy of int8 against "
+        "the same network's in fp32. Milliseconds are medians for "
         "a batch; in the plots, lines through markers are their quartiles, and the accuracy axis "
         "does not begin at zero."
     )
@@ -262,7 +270,7 @@ def write_sweep(sweep: Mapping[str, Any], path: Path, *, title: str) -> None:
         [None if share is None else 100 * share for share in shares]
         for shares in (accuracies, [dense] * len(points))
     )
-    note = " Dotted: the knee; from there on each step costs more than the one before it."
+    note = " Dotted: the knee, farthest below the straight line between the two ends."
     drawings = (
         (
             "Predicted error",

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from deeptwist.app.folders import RECIPE, read_run
+from deeptwist.app.tables import job_rows
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.plan.plan import Plan
 
@@ -51,6 +52,7 @@ class Record:
     milestones: list[int]  # epochs after which the learning rate drops
     settings: dict[str, str]  # by the recipe's names
     command: str  # that does the same again
+    outcome: list[list[str]] = field(default_factory=list)  # of a job: the terminal's table
 
 
 def read_record(folder: Path) -> Record:
@@ -77,6 +79,7 @@ def read_record(folder: Path) -> Record:
         milestones=schedule["milestones"] if schedule.get("kind") == "step" else [],
         settings=_settings(values, run.epochs, run.distortions),
         command=_command(folder, job),
+        outcome=[] if job is None else job_rows(job["results"]),
     )
 
 
@@ -155,7 +158,7 @@ def _add_results(results: Mapping[str, Any], dense: list[Network], small: list[N
     if "int8" in results:
         int8 = [results["int8"][side] for side in ("dense", "small")]
         before, after = (
-            Network(f"{network.name}, int8", "", values["accuracy"], dense[0].accuracy)
+            Network(f"{network.name}, int8", "", values["accuracy"], network.accuracy)
             for network, values in zip(ends, int8, strict=True)
         )
         _add_sizes(ONNX, (int8[0]["bytes"], int8[1]["bytes"]), before, after)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -57,12 +56,13 @@ def training_inputs(
     Args:
         data: whose training split is read.
         model: see `preprocess`.
-        count: images, rounded up to whole batches.
+        count: images, at most.
         batch_size: images in each, at most.
     """
-    shuffle, size = torch.Generator().manual_seed(0), min(count, batch_size)
-    chosen = islice(batches(data.train, size, generator=shuffle), -(-count // size))
-    return (preprocess(images, model, data) for images, _ in chosen)
+    shuffle = torch.Generator().manual_seed(0)
+    chosen = data.train.subset(torch.randperm(len(data.train.labels), generator=shuffle)[:count])
+    images = batches(chosen, min(count, batch_size), generator=None)
+    return (preprocess(x, model, data) for x, _ in images)
 
 
 _BATCH = 64  # images that are distilled on at once
