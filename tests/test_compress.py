@@ -236,7 +236,8 @@ def test_a_job_s_table_is_what_its_files_are(
     on_search = type(DIGITS.test)(DIGITS.test.images[::2], DIGITS.test.labels[::2])
     dense = evaluate(trained, on_search, DIGITS).accuracy
     assert results["search"]["least"] == pytest.approx(dense - 0.03)  # of the same images
-    ratio, tried = results["search"]["ratio"], dict(results["search"]["tried"])
+    ratio = results["search"]["ratio"]
+    tried = {each: score for each, score, _ in results["search"]["tried"]}
     assert tried[ratio] >= results["search"]["least"]
     assert all(score < results["search"]["least"] for r, score in tried.items() if r > ratio)
     assert read_run(out).summary["steps"] == 22 // 2
