@@ -86,7 +86,7 @@ def test_pairs_of_a_loader_and_layers_that_are_called_twice() -> None:
     values = dt.calibrate(model, [(x, "labels")]).moments["0"].values[0]
     both = torch.cat([x, layer(x).relu()]).detach()
     assert torch.allclose(values, both.mT @ both / len(both), atol=1e-5)
-    assert "inputs=" in error_of(dt.calibrate, model, [{"x": x}])
+    assert "inputs=" in error_of(dt.calibrate, model, [("labels", x)])
     again = dt.calibrate(model, [{"x": x}], inputs=lambda batch: (batch["x"],)).moments["0"]
     assert torch.allclose(again.values[0], values)
     assert "no batch" in error_of(dt.calibrate, model, [])

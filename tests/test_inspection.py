@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from deeptwist import SVD, DeepTwist, Plan, decompose, load, plan, save
-from deeptwist.inspection.run import eval_mode
+from deeptwist.inspection.run import Inputs, eval_mode
 from deeptwist.inspection.usage import inspect_model
 
 X = torch.randn(2, 8, 6, 6)
@@ -457,7 +457,7 @@ def test_the_mode_comes_back_even_after_an_error() -> None:
 
 def test_layers_come_in_the_models_order_with_their_turn() -> None:
     model = Calling(lambda x, a, b, c: a(c(x)), conv(), conv(), conv())
-    layers = inspect_model(model, (X,)).layers
+    layers = inspect_model(model, Inputs.of(X)).layers
     assert [layer.names[0] for layer in layers] == ["layers.0", "layers.1", "layers.2"]
     assert layers[2].call_order < layers[0].call_order < layers[1].call_order
 

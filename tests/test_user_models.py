@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from deeptwist import SVD, DeepTwist, Plan, load, plan, save
 from deeptwist.export import Exported, export_onnx
 from deeptwist.inspection.proof import run_counted
+from deeptwist.inspection.run import Inputs
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
@@ -32,7 +33,7 @@ def whole_way(
     assert 0 < twist.output_difference < 1e-5
     assert sum(p.numel() for p in small.parameters()) == made.parameters < made.dense_parameters
     loaded = load(save(small, folder / "small"), make)
-    pairs = zip(*(run_counted(each, (x,))[0] for each in (small, loaded)), strict=True)
+    pairs = zip(*(run_counted(each, Inputs.of(x))[0] for each in (small, loaded)), strict=True)
     assert all(torch.equal(y, y_loaded) for y, y_loaded in pairs)
     written = export_onnx(loaded, folder / "small.onnx", x, **export)
     assert written.worst_difference is not None

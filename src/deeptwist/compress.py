@@ -22,12 +22,12 @@ from deeptwist.distill import distill
 from deeptwist.errors import DeepTwistError
 from deeptwist.export import export_onnx, quantize_onnx
 from deeptwist.files import write_text
-from deeptwist.inspection.run import as_tuple
+from deeptwist.inspection.run import ExampleInput, Inputs, read_batches
 from deeptwist.measure.compare import Comparison, time_settings
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import OnnxNetwork, Run, Setting, make_runner
 from deeptwist.measure.timing import time_interleaved
-from deeptwist.plan.calibration import Calibration, Inputs, calibrate, default_inputs
+from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
 from deeptwist.save import load, save
@@ -83,7 +83,7 @@ def compress(
     distill_steps: int = 0,
     train_fn: Callable[[nn.Module], object] | None = None,
     calibration_batches: int = 8,
-    inputs: Callable[[Any], Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
     **options: Any,
 ) -> Compressed:
     """Make a trained network smaller and tell what it cost; the network itself stays as it is.
@@ -97,7 +97,7 @@ def compress(
             batches without their labels, see `deeptwist.distill`; 0 for none.
         train_fn: trains the decomposed network in place, in your own loop; none for no training.
         calibration_batches: that many of the loader's.
-        inputs: a batch → the network's positional inputs, see `deeptwist.calibrate`.
+        inputs: a batch → what the network is called with, see `deeptwist.calibrate`.
         options: of `deeptwist.plan`: `decomposition` (`SpatialSVD` without it), `ratio`, `macs`, …
 
     Raises:
@@ -106,24 +106,24 @@ def compress(
     """
     options = {"decomposition": SpatialSVD(), **options}
     _check_budget(options, goal)
-    read = inputs or default_inputs
-    batches = [*map(read, islice(train_loader, calibration_batches))]
-    if not batches:
-        raise DeepTwistError("there is nothing to calibrate on: train_loader gives no batch")
     device = next(model.parameters()).device
-    options["example_input"] = tuple(x.to(device) for x in batches[0])
+    taken = [*islice(train_loader, calibration_batches)]
+    batches = [*read_batches(taken, inputs, device)]
+    options["example_input"] = batches[0]
 
     def make_plan(calibration: Calibration | None, ratio: float | None) -> Plan:
         asked = options if ratio is None else {**options, "ratio": ratio}
         return plan(model, calibration=calibration, **asked)
 
     if distill_steps and isinstance(train_loader, Iterator):  # some of its batches are taken
-        train_loader, read = [*batches, *map(read, train_loader)], as_tuple
+        train_loader = [*taken, *train_loader]
 
     def recover(network: nn.Module, share: float) -> nn.Module:
-        network = recalibrate_batch_norm(network, batches, inputs=as_tuple)
+        network = recalibrate_batch_norm(network, batches)
         steps = math.ceil(share * distill_steps)
-        return distill(network, model, train_loader, steps=steps, inputs=read) if steps else network
+        if not steps:
+            return network
+        return distill(network, model, train_loader, steps=steps, inputs=inputs)
 
     job = Job(model, make_plan, batches=lambda: batches, recover=recover)
     before, ratio = eval_fn(model), None
@@ -136,7 +136,7 @@ def compress(
     job.choose_plan(ratio)
     job.decompose()
     if distill_steps:
-        job.distill(train_loader, read, steps=distill_steps)
+        job.distill(train_loader, inputs, steps=distill_steps)
     if train_fn is not None:
         train_fn(job.small)
     return Compressed(job.small, job.plan, before, eval_fn(job.small))
@@ -188,7 +188,7 @@ class Job:
 
     def calibrate(self) -> Values:
         """Gather what the layers see of the batches."""
-        self.calibration = calibrate(self.model, self.batches(), inputs=as_tuple)
+        self.calibration = calibrate(self.model, self.batches())
         if self.folder is not None:
             self.calibration.save(self.folder / CALIBRATION)
         return {"layers": len(self.calibration.moments)}
@@ -251,7 +251,7 @@ class Job:
     def distill(
         self,
         batches: Iterable[Any],
-        inputs: Callable[[Any], Inputs],
+        inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
         *,
         steps: int,
         minutes: float | None = None,

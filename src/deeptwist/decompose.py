@@ -1,6 +1,5 @@
 """From weights to factors to the decomposed model: the swap of every planned layer."""
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from deeptwist.decompositions import FactoredLayer, Factors
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
-from deeptwist.inspection.run import FORWARD_ERRORS
+from deeptwist.inspection.run import (
+    FORWARD_ERRORS,
+    ExampleInput,
+    Inputs,
+    explaining,
+    read_batches,
+)
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, weight_of
 from deeptwist.layers.geometry import compute_dtype, weight_to_kernel
 from deeptwist.measure.layer_clock import random_kernels
-from deeptwist.plan.calibration import Calibration, default_inputs, to_device
+from deeptwist.plan.calibration import Calibration, to_device
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
 
@@ -138,7 +143,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Calibration | None =
     small = replace_layers(model, plan, {name: f.kernels() for name, f in factors.items()})
     if not plan.inputs or not plan.compressed:
         return small
-    inputs = example_inputs(model, plan.inputs)
+    inputs = example_inputs(model, plan.inputs, plan.keywords)
     prefer_channels_last(small, inputs)
     try:
         check_runs(model, small, {x.name: len(x.calls) for x in plan.compressed}, inputs)
@@ -152,7 +157,7 @@ def decompose(model: nn.Module, plan: Plan, *, calibration: Calibration | None =
     return small
 
 
-def prefer_channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def prefer_channels_last(model: nn.Module, inputs: Inputs) -> None:
     """Hold 2-D convolutions' weights in channels_last, in place, unless the network cannot run so.
 
     What such a convolution puts out is in channels_last too, whatever its input: a network that
@@ -188,9 +193,7 @@ def convolution_weights(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers for p in layer.parameters() if p.dim() == 4]
 
 
-def dry_run(
-    model: nn.Module, plan: Plan, example_input: Tensor | tuple[Tensor, ...] | None = None
-) -> None:
+def dry_run(model: nn.Module, plan: Plan, example_input: ExampleInput | None = None) -> None:
     """Run a copy of a model with factored layers of random numbers, and throw it away.
 
     What can fail because of the model fails here, before the training and not after it.
@@ -205,7 +208,7 @@ def dry_run(
             reference = planned_weight(model, layer).parameters[0]
             kernels[layer.name] = random_kernels(layer.convolution, layer.decomposition, reference)
     small = replace_layers(model, plan, kernels)
-    inputs = example_inputs(model, plan.inputs, example_input)
+    inputs = example_inputs(model, plan.inputs, plan.keywords, example_input)
     check_runs(model, small, dict.fromkeys(kernels), inputs)
 
 
@@ -276,7 +279,7 @@ def recalibrate_batch_norm(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    inputs: Callable[[Any], tuple[Tensor, ...]] | None = None,
+    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
 ) -> nn.Module:
     """Return a copy whose batch norms hold the mean statistics of these batches.
 
@@ -284,9 +287,11 @@ def recalibrate_batch_norm(
         model: deployed; left as it is.
         batches: see `deeptwist.calibrate`.
         inputs: see `deeptwist.calibrate`.
+
+    Raises:
+        DeepTwistError: if there is no batch, or one that a batch norm sees one number a channel of.
     """
-    read = inputs or default_inputs
-    model = copy.deepcopy(model).eval()
+    model = swap(model, {}).eval()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -294,8 +299,10 @@ def recalibrate_batch_norm(
         norm.momentum = None  # the plain mean over all that it sees
         norm.train()
     device = next(model.parameters()).device
-    for batch in batches:
-        model(*(tensor.to(device) for tensor in read(batch)))
+    problem = f"{type(model).__name__} gives batch norm no statistics on such a batch"
+    for x in read_batches(batches, inputs, device):
+        with explaining(problem, "give batches of more images"):
+            x.run(model)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()

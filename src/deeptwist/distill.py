@@ -6,7 +6,6 @@ block (BRECQ, Li et al., 2021); here all blocks at once, each on what the blocks
 the input.
 """
 
-import copy
 import io
 import math
 import time
@@ -28,11 +27,17 @@ from deeptwist.decompose import recalibrate_batch_norm
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import write_bytes
-from deeptwist.inspection.run import as_tuple, eval_mode, output_tensors
-from deeptwist.plan.calibration import default_inputs
+from deeptwist.inspection.run import (
+    ExampleInput,
+    Inputs,
+    eval_mode,
+    explaining,
+    output_tensors,
+    read_batches,
+)
+from deeptwist.inspection.swap import swap
 from deeptwist.twist.distributed import average, broadcast, mean_over_ranks, process_rank
 
-Inputs = tuple[Tensor, ...]
 Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,7 +58,7 @@ def distill(
     block_weight: float = 10.0,
     held_out: int = HELD_OUT,
     loss: Loss | None = None,
-    inputs: Callable[[Any], Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
     on_step: Callable[[], None] = lambda: None,
     checkpoint: Path | None = None,
 ) -> nn.Module:
@@ -79,7 +84,7 @@ def distill(
         loss: of an output against the dense network's, both (examples, …) → a scalar; without it
             the Kullback-Leibler divergence for logits (examples, classes), and ‖x − y‖² / ‖y‖²
             for every other shape.
-        inputs: a batch → the networks' positional inputs, see `deeptwist.calibrate`.
+        inputs: a batch → what the networks are called with, see `deeptwist.calibrate`.
         on_step: called after every step.
         checkpoint: a file that is written now and then, and gone in the end: where it is there,
             what was cut goes on, and ends as if it had not been, given the same batches.
@@ -91,10 +96,10 @@ def distill(
     """
     _check_budget(steps, minutes)
     check_int("held_out", held_out)
-    read, device = inputs or default_inputs, next(small.parameters()).device
-    stream = (tuple(x.to(device) for x in read(batch)) for batch in _repeated(batches, held_out))
+    device = next(small.parameters()).device
+    stream = read_batches(_repeated(batches, held_out), inputs, device)
     judges = [*islice(stream, held_out)]
-    student = copy.deepcopy(small).eval()
+    student = swap(small, {}).eval()
     for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
         norm.train()
     learning = [p for p in student.parameters() if p.requires_grad]
@@ -111,19 +116,21 @@ def distill(
             seen.append(x := next(stream))
             for group in optimizer.param_groups:
                 group["lr"] = lr * one_cycle(share)
+            with explaining(f"{type(small).__name__} cannot learn on a batch"):
+                value = _total(*run(x), loss, block_weight)
             optimizer.zero_grad()
-            _total(*run(x), loss, block_weight).backward()
+            value.backward()
             average([p.grad for p in learning if p.grad is not None])
             optimizer.step()
             progress.advance()
             on_step()
-    student = recalibrate_batch_norm(student, seen, inputs=as_tuple)
+    student = recalibrate_batch_norm(student, seen)
     average([buffer for buffer in student.buffers() if buffer.is_floating_point()])
     start, end = (
         mean_over_ranks(partial(divergence_from, dense, model, judges, loss))
         for model in (small, student)
     )
-    result = student if end < start else copy.deepcopy(small)
+    result = student if end < start else swap(small, {})
     for module, source in zip(result.modules(), small.modules(), strict=True):
         module.training = source.training
     progress.forget()
@@ -171,7 +178,7 @@ def divergence_from(
     Args:
         dense: the teacher.
         model: any network with the same outputs.
-        batches: positional inputs.
+        batches: what the networks are called with.
         loss: see `distill`.
     """
     values: list[float] = []
@@ -312,8 +319,8 @@ def _side_by_side(
 
         def run(inputs: Inputs) -> tuple[list[Pair], list[Pair]]:
             with torch.no_grad():
-                targets = output_tensors(dense(*inputs))
-            outputs = output_tensors(model(*inputs))
+                targets = output_tensors(inputs.run(dense))
+            outputs = output_tensors(inputs.run(model))
             pairs = zip(outputs, targets, strict=True) if len(outputs) == len(targets) else ()
             blocks = [
                 (learned[name], taught[name])

@@ -6,6 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deeptwist.errors import DeepTwistError
+
+_SUFFIXES = {
+    *(".onnx", ".pt2", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tflite", ".engine"),
+    *(".mlpackage", ".mlmodel", ".json", ".npz", ".h5"),
+}
+
+
+def check_suffix(path: Path, own: str = "") -> None:
+    """Check that a file, or a folder, is not named as another format's.
+
+    Args:
+        path: what is to be written.
+        own: the suffix of its format; none for a folder.
+
+    Raises:
+        DeepTwistError: if it is, with the name to give.
+    """
+    if path.suffix.lower() in _SUFFIXES - {own}:
+        what = f"a {own} file" if own else "a folder"
+        raise DeepTwistError(f"{path} is to be {what}: name it {path.with_suffix(own)}")
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

@@ -28,7 +28,8 @@ from deeptwist.decompose import (
 )
 from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.files import atomic_write
+from deeptwist.files import atomic_write, check_suffix
+from deeptwist.inspection.run import check_unwrapped
 from deeptwist.inspection.swap import stored_modules
 from deeptwist.inspection.weights import get_layer
 from deeptwist.layers.geometry import ConvGeometry
@@ -66,6 +67,7 @@ class Saved:
     layers: dict[str, _Layer]
     channels_last: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
+    extra_states: dict[str, str] = field(default_factory=dict)  # as JSON: `get_extra_state`'s
 
     def planned(self) -> tuple[CompressedLayer, ...]:
         """Return the layers as a plan's."""
@@ -98,6 +100,7 @@ def save(
         DeepTwistError: if the model has no factored layer, or one whose tensors are no longer
             those that it was made with, or if the folder cannot be written, or the metadata.
     """
+    check_unwrapped(model)
     factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
     if not factored:
         raise DeepTwistError(
@@ -107,6 +110,7 @@ def save(
     states = model.state_dict()._metadata  # type: ignore[attr-defined]
     versions = {name: values.get("version") for name, values in states.items()}
     folder = Path(path)
+    check_suffix(folder)
     config = Saved(
         format_version=FORMAT_VERSION,
         deeptwist_version=__version__,
@@ -117,6 +121,7 @@ def save(
         layers={name: _Layer(m.convolution, m.decomposition) for name, m in factored.items()},
         channels_last=is_channels_last(model),
         metadata=dict(metadata or {}),
+        extra_states=_extra_states(model),
     )
     try:
         json.dumps(encode(config.metadata), allow_nan=False)
@@ -211,6 +216,8 @@ def deduplicate(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[int, str] = {}
     taken: set[int] = set()  # memory that a tensor before holds: safetensors refuses to share it
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            continue
         owner = first.setdefault(id(tensor), name)
         if owner != name:
             aliases[name] = owner
@@ -221,6 +228,25 @@ def deduplicate(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[name] = own if is_whole and memory.data_ptr() not in taken else own.clone()
         taken.add(memory.data_ptr())
     return tensors, aliases
+
+
+def _extra_states(model: nn.Module) -> dict[str, str]:
+    """Return what `get_extra_state` gives besides tensors, as JSON by its name in a state dict."""
+    states = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            continue
+        try:
+            states[name] = json.dumps(value)
+            is_plain = json.loads(states[name]) == value
+        except (TypeError, ValueError):
+            is_plain = False
+        if not is_plain:
+            raise DeepTwistError(
+                f"the extra state {name!r} ({type(value).__name__}) cannot be kept as JSON: have "
+                "get_extra_state return plain numbers, strings, lists and dicts, or a tensor"
+            )
+    return states
 
 
 def _check_readable(module: nn.Module, layer: CompressedLayer) -> None:
@@ -291,7 +317,9 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: Saved) 
             raise DeepTwistError(
                 f"{CONFIG} is damaged: {alias!r} is to be {name!r}, and {WEIGHTS} does not agree"
             )
-    state = OrderedDict(tensors | {alias: tensors[name] for alias, name in config.aliases.items()})
+    state: OrderedDict[str, Any] = OrderedDict(tensors)
+    state |= {alias: tensors[name] for alias, name in config.aliases.items()}
+    state |= {name: json.loads(text) for name, text in config.extra_states.items()}
     expected = model.state_dict(keep_vars=True)
     stranger = f"the saved model is another one ({config.base_model!r})"
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
@@ -302,6 +330,8 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: Saved) 
         )
     for name, tensor in expected.items():
         saved = state[name]
+        if not isinstance(saved, Tensor) or not isinstance(tensor, Tensor):
+            continue  # a module's extra state, which is its own to check
         if saved.shape != tensor.shape:
             raise DeepTwistError(
                 f"{stranger}: {name!r} is {tuple(saved.shape)} there and {tuple(tensor.shape)} here"

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
-from deeptwist.export.program import Exported, inference_copy, reason_of, trace, writing
-from deeptwist.export.verify import Inputs, Run, Signature, make_signature, run_model, verify
-from deeptwist.files import atomic_write
-from deeptwist.measure.runtimes import METADATA, onnxruntime_session, suppress_output
+from deeptwist.export.program import (
+    Exported,
+    by_argument,
+    inference_copy,
+    reason_of,
+    trace,
+    writing,
+)
+from deeptwist.export.verify import Run, Signature, Tensors, make_signature, run_model, verify
+from deeptwist.files import atomic_write, check_suffix
+from deeptwist.inspection.run import ExampleInput, Inputs, of_tensors, read_batches
+from deeptwist.measure.runtimes import METADATA, feed, onnxruntime_session, suppress_output
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 
@@ -24,7 +32,7 @@ _LARGEST_ONNX = 2**31  # bytes of one protobuf message
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    example_input: Tensor | Inputs,
+    example_input: ExampleInput,
     *,
     batch: int | None = None,
     dynamic_size: bool = False,
@@ -37,8 +45,9 @@ def export_onnx(
     Args:
         model: any network; exported in evaluation mode, from a copy on the processor.
         path: the file.
-        example_input: a batch of any size, or the tuple of the model's positional inputs. Only
-            shapes and types are read, and the rows of integer inputs, which verification repeats.
+        example_input: a batch of any size, or more arguments, see `deeptwist.plan`. Of tensors only
+            shapes and types are read, and the rows of integer ones, which verification repeats;
+            they are the file's inputs, in order. Numbers and other arguments are fixed in it.
         batch: the batch size that the file takes, for networks whose outputs have no batch in
             front, as detectors; free if not given. Where torch's exporter cannot convert a
             network, its older one is tried.
@@ -66,9 +75,10 @@ def export_onnx(
             f"the weights take {size / 2**30:.1f} GB and one ONNX file holds less than 2 GB: "
             "export a program or a state dict"
         )
-    plain = inference_copy(model)
-    signature = make_signature(model, example_input, batch, dynamic_size)
-    with writing(Path(path)) as temporary:
+    inputs = Inputs.of(example_input).to("cpu")
+    plain, tensors = of_tensors(inference_copy(model), inputs)
+    signature = make_signature(model, tensors, batch, dynamic_size)
+    with writing(Path(path), ".onnx") as temporary:
         proto, reason = _convert(plain, signature, opset)
         version = next(entry.version for entry in proto.opset_import if not entry.domain)
         if opset not in (None, version):
@@ -127,7 +137,10 @@ def _convert_program(plain: nn.Module, signature: Signature, options: dict[str, 
     try:
         with suppress_output():
             converted = torch.onnx.export(
-                program, dynamo=True, dynamic_shapes=tuple(signature.free_axes), **options
+                program,
+                dynamo=True,
+                dynamic_shapes=by_argument(plain, signature.free_axes),
+                **options,
             )
         assert converted is not None
     except Exception as error:
@@ -189,10 +202,9 @@ def _onnxruntime(path: Path) -> Run:
     session = onnxruntime_session(path, torch.get_num_threads())
     names = [value.name for value in session.get_inputs()]
 
-    def run(inputs: Inputs) -> list[Tensor]:
-        arrays = [x.numpy() for x in inputs]
+    def run(inputs: Tensors) -> list[Tensor]:
         try:
-            outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+            outputs = session.run(None, feed(names, inputs))
         except Exception as error:  # its types are not public
             reason = first_line(error)
             raise DeepTwistError(f"onnxruntime cannot run the graph: {reason}") from error
@@ -202,33 +214,41 @@ def _onnxruntime(path: Path) -> Run:
 
 
 def quantize_onnx(
-    source: str | Path, path: str | Path, batches: Iterable[Tensor], **options: Any
+    source: str | Path,
+    path: str | Path,
+    batches: Iterable[Any],
+    *,
+    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    **options: Any,
 ) -> Path:
     """Write an ONNX file in int8, weights by channel and activations by the range they take.
 
     Args:
-        source: what `deeptwist.export.export_onnx` wrote of a network of one input.
+        source: what `deeptwist.export.export_onnx` wrote of a network.
         path: the file.
-        batches: inputs as the network gets them, to learn the ranges from.
+        batches: to learn the ranges from, see `deeptwist.calibrate`.
+        inputs: see `deeptwist.calibrate`.
         options: of onnxruntime's `quantize_static`: `calibrate_method`, `nodes_to_exclude`, …
 
     Returns:
         The path.
 
     Raises:
-        DeepTwistError: if the extra 'onnx' is missing, or onnxruntime cannot quantise the graph.
+        DeepTwistError: if the extra 'onnx' is missing, if there is no batch, or if onnxruntime
+            cannot quantise the graph.
     """
+    check_suffix(Path(path), ".onnx")
     with require_extra("onnx"):
         from onnxruntime.quantization import CalibrationDataReader, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches = iter(batches)
+    names = [value.name for value in onnxruntime_session(Path(source), 1).get_inputs()]
+    read = read_batches(batches, inputs)
+    feeds = (feed(names, [x for x in call.tensors if x.dim()]) for call in read)
 
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> Any:
-            batch = next(self._batches, None)
-            return None if batch is None else {"input": batch.cpu().contiguous().numpy()}
+            return next(feeds, None)
 
     path = Path(path)
     prepared = path.with_suffix(".prepared.onnx")
@@ -237,6 +257,8 @@ def quantize_onnx(
             quant_pre_process(source, prepared)
             options = {"per_channel": True, **options}
             quantize_static(prepared, temporary, Reader(), **options)
+    except DeepTwistError:
+        raise
     except Exception as error:  # its types are not public
         reason = first_line(error)
         raise DeepTwistError(f"onnxruntime cannot quantise {source}: {reason}") from error

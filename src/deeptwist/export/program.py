@@ -5,21 +5,21 @@ A file takes its name only after it is complete and, where it can be run, verifi
 
 import contextlib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.export.verify import Inputs, Signature, make_signature, run_model, verify
-from deeptwist.files import atomic_write
-from deeptwist.inspection.run import output_tensors
+from deeptwist.export.verify import Signature, make_signature, run_model, verify
+from deeptwist.files import atomic_write, check_suffix
+from deeptwist.inspection.run import ExampleInput, Inputs, TensorCall, of_tensors, output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
 from deeptwist.measure.runtimes import suppress_output
 from deeptwist.save import deduplicate, explaining_writes
@@ -51,7 +51,7 @@ class Exported:
 def export_program(
     model: nn.Module,
     path: str | Path,
-    example_input: Tensor | Inputs,
+    example_input: ExampleInput,
     *,
     batch: int | None = None,
     dynamic_size: bool = False,
@@ -74,9 +74,10 @@ def export_program(
         DeepTwistError: if the model cannot be traced with free axes, if the program computes
             something else than the model, or if the file cannot be written.
     """
-    plain = inference_copy(model)
-    signature = make_signature(model, example_input, batch, dynamic_size)
-    with writing(Path(path)) as temporary:
+    inputs = Inputs.of(example_input).to("cpu")
+    plain, tensors = of_tensors(inference_copy(model), inputs)
+    signature = make_signature(model, tensors, batch, dynamic_size)
+    with writing(Path(path), ".pt2") as temporary:
         program = trace(plain, signature)
         with temporary.open("wb") as file, suppress_output():
             torch.export.save(program, file)
@@ -101,7 +102,7 @@ def export_state_dict(model: nn.Module, path: str | Path) -> Exported:
     """
     tensors, aliases = deduplicate(inference_copy(model))
     copies = {alias: tensors[name].clone() for alias, name in aliases.items()}
-    with writing(Path(path)) as temporary:
+    with writing(Path(path), ".safetensors") as temporary:
         save_file({**tensors, **copies}, temporary)
     return Exported(Path(path), Path(path).stat().st_size)
 
@@ -121,7 +122,7 @@ def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
     shapes = tuple({a: dims.get(name, Dim.DYNAMIC) for a, name in x.items()} for x in axes)
     try:
         with suppress_output():
-            program = torch.export.export(plain, zeros, dynamic_shapes=shapes)
+            program = torch.export.export(plain, zeros, dynamic_shapes=by_argument(plain, shapes))
     except Exception as error:  # a forward may fail to be traced in any way
         free = " and ".join(sorted({name for x in axes for name in x.values()}))
         raise DeepTwistError(
@@ -131,6 +132,12 @@ def trace(plain: nn.Module, signature: Signature) -> ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine are nobody's business
     return program
+
+
+def by_argument(plain: nn.Module, axes: Iterable[Any]) -> tuple[Any, ...]:
+    """Return what holds of each tensor as torch.export wants it: by argument of the forward."""
+    each = tuple(axes)
+    return (each,) if isinstance(plain, TensorCall) else each
 
 
 def reason_of(error: BaseException) -> str:
@@ -162,8 +169,9 @@ def inference_copy(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of `path`, renamed to it at the end."""
+def writing(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield a temporary neighbour of `path`, renamed to it at the end; named as the format's."""
+    check_suffix(path, suffix)
     if path.is_dir() or not path.parent.is_dir():  # said before the work, not after it
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise DeepTwistError(f"cannot write {path}: {reason}")

@@ -19,15 +19,15 @@ BATCHES = 1, 2, 5  # one, the one that is traced, another
 _GROWTHS = 1, 8, 32  # by which a free height is larger, twice that a width, where the model runs
 _SPATIAL = {3: {2: "length"}, 4: {2: "height", 3: "width"}, 5: {3: "height", 4: "width"}}
 
-Inputs = tuple[Tensor, ...]
-Run = Callable[[Inputs], list[Tensor]]
+Tensors = tuple[Tensor, ...]
+Run = Callable[[Tensors], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Signature:
     """What a file takes: the example's shapes, with free axes among them."""
 
-    example: Inputs
+    example: Tensors
     batch: int | None  # `None` where it is free
     dynamic_size: bool
 
@@ -42,7 +42,7 @@ class Signature:
         batch = {0: "batch"} if self.batch is None else {}
         return [{**batch, **self._spatial(x)} for x in self.example]
 
-    def inputs(self, batch: int, growth: int = 0) -> Inputs:
+    def inputs(self, batch: int, growth: int = 0) -> Tensors:
         """Standard normal numbers, the same every time; the example's rows for integers."""
         generator = torch.Generator().manual_seed(0)
 
@@ -56,8 +56,8 @@ class Signature:
 
         return tuple(of(x) for x in self.example)
 
-    def probes(self, plain: nn.Module) -> list[Inputs]:
-        """Inputs to compare outputs on: every batch size, and larger sizes that the model takes.
+    def probes(self, plain: nn.Module) -> list[Tensors]:
+        """Tensors to compare outputs on: every batch size, and larger sizes that the model takes.
 
         Raises:
             DeepTwistError: if sizes are to be free and the model takes none but the example's.
@@ -84,18 +84,17 @@ class Signature:
 
 
 def make_signature(
-    model: nn.Module, example_input: Tensor | Inputs, batch: int | None, dynamic_size: bool
+    model: nn.Module, example: Tensors, batch: int | None, dynamic_size: bool
 ) -> Signature:
     """Return what a file of this model takes; for the arguments see `export_onnx`.
 
     Raises:
         DeepTwistError: if an input has no batch in front, or none has a size that can be free.
     """
-    example = example_input if isinstance(example_input, tuple) else (example_input,)
-    if not all(isinstance(x, Tensor) and x.dim() > 0 and len(x) > 0 for x in example):
+    if not example or not all(map(len, example)):
         raise DeepTwistError(
             f"{type(model).__name__} is exported for tensors with a batch in front: "
-            "give a tensor of at least one example, or a tuple of such"
+            "give at least one example"
         )
     if batch is not None:
         check_int("batch", batch)
@@ -105,7 +104,7 @@ def make_signature(
     return signature
 
 
-def run_model(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def run_model(model: nn.Module, inputs: Tensors) -> list[Tensor]:
     """Return the model's outputs, in order."""
     shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
     with explaining(f"{type(model).__name__} cannot run on inputs {shapes}"), torch.no_grad():
@@ -139,7 +138,7 @@ def verify(
 
 
 def _differences(
-    expected: list[Tensor], outputs: list[Tensor], inputs: Inputs, tolerance: float | None
+    expected: list[Tensor], outputs: list[Tensor], inputs: Tensors, tolerance: float | None
 ) -> list[float]:
     """Return the relative difference of every output that holds numbers, none too large."""
     shapes = [[tuple(y.shape) for y in tensors] for tensors in (expected, outputs)]

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.run import as_tuple, explaining, output_tensors, preserving_state
+from deeptwist.inspection.run import (
+    Argument,
+    ExampleInput,
+    Inputs,
+    explaining,
+    output_tensors,
+    preserving_state,
+)
 from deeptwist.inspection.weights import get_layer
 
 logger = logging.getLogger("deeptwist")
@@ -25,13 +32,13 @@ _STORED = (
 
 
 def run_counted(
-    model: nn.Module, inputs: tuple[Tensor, ...], modules: Iterable[nn.Module] = ()
+    model: nn.Module, inputs: Inputs, modules: Iterable[nn.Module] = ()
 ) -> tuple[list[Tensor], Counter[nn.Module]]:
     """Run a model in evaluation mode and count how often each of these modules runs in it.
 
     Args:
         model: any network; left as it was.
-        inputs: its positional inputs.
+        inputs: what it is called with.
         modules: of this model or of another one.
 
     Returns:
@@ -43,7 +50,7 @@ def run_counted(
 
 def _run_hooked(
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
     modules: Iterable[nn.Module],
     hook: Callable[[nn.Module, tuple[Any], dict[str, Any]], None],
 ) -> list[Tensor]:
@@ -52,14 +59,14 @@ def _run_hooked(
         stack.enter_context(preserving_state(model, inputs))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        return output_tensors(model(*inputs))
+        return output_tensors(inputs.run(model))
 
 
 def check_runs(
     model: nn.Module,
     small: nn.Module,
     calls: Mapping[str, int | None],
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
 ) -> None:
     """Prove that a decomposed model runs its factored layers, and no dense original.
 
@@ -67,7 +74,7 @@ def check_runs(
         model: the dense network; not run.
         small: the decomposed one.
         calls: by the name of a factored layer, how often it should run; at least once if `None`.
-        inputs: the models' positional inputs.
+        inputs: what the models are called with.
 
     Raises:
         DeepTwistError: if a factored layer does not run as often, a dense original runs, or the
@@ -82,7 +89,7 @@ def check_equivalent(
     model: nn.Module,
     small: nn.Module,
     calls: Mapping[str, int],
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
 ) -> float | None:
     """Prove that a decomposed model computes what the distorted one does.
 
@@ -90,7 +97,7 @@ def check_equivalent(
         model: the dense network, which holds the approximations as its weights.
         small: the decomposed one.
         calls: by the name of a factored layer, how often the plan says that it runs.
-        inputs: the models' positional inputs.
+        inputs: what the models are called with.
 
     Returns:
         The largest ‖y − y′‖ / ‖y‖ of any output; where outputs cannot be compared number by
@@ -129,7 +136,7 @@ def check_equivalent(
 
 
 def _run_factored(
-    small: nn.Module, dense: Mapping[str, nn.Module], inputs: tuple[Tensor, ...]
+    small: nn.Module, dense: Mapping[str, nn.Module], inputs: Inputs
 ) -> tuple[list[Tensor], Mapping[str, int]]:
     """Run a decomposed model; its outputs, and the number of calls of each factored layer."""
     factored = {name: small.get_submodule(name) for name in dense}
@@ -177,7 +184,7 @@ def _worst_layer(
     model: nn.Module,
     small: nn.Module,
     dense: Mapping[str, nn.Module],
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
 ) -> tuple[str, float]:
     """The layer whose factors give the most different output, on random inputs of its own shape."""
     seen: dict[nn.Module, Tensor] = {}
@@ -213,28 +220,34 @@ def coarsest_eps(tensors: Sequence[Tensor]) -> float:
 
 def example_inputs(
     model: nn.Module,
-    shapes: Sequence[tuple[tuple[int, ...], str]],
-    example_input: Tensor | tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, ...]:
+    arguments: Sequence[Argument],
+    keywords: Sequence[str] = (),
+    example_input: ExampleInput | None = None,
+) -> Inputs:
     """Return inputs on the model's device: those given, or standard normal numbers, or zeros.
 
     Args:
         model: one that is of one floating-point type as a whole gets it in place of another.
-        shapes: the shape of each random input, with the name of its type in torch.
+        arguments: what it is called with; of a tensor, its shape and the name of its type.
+        keywords: the names of the last of them, which are keyword arguments.
         example_input: what is taken instead, if given.
     """
     device = next(model.parameters()).device
     if example_input is not None:
-        return tuple(x.to(device) for x in as_tuple(example_input))
+        return Inputs.of(example_input).to(device)
     types = {p.dtype for p in model.parameters() if p.is_floating_point()}
     generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for shape, name in shapes:
-        dtype: torch.dtype = getattr(torch, name)
+    given: list[Any] = []
+    for argument in arguments:
+        if not isinstance(argument, tuple):
+            given.append(argument)
+            continue
+        shape, dtype = argument[0], cast(torch.dtype, getattr(torch, argument[1]))
         if dtype.is_floating_point and len(types) == 1:
             (dtype,) = types
         x = torch.zeros(shape)
         if dtype.is_floating_point or dtype.is_complex:
             x = torch.randn(shape, generator=generator, device="cpu")
-        inputs.append(x.to(device, dtype))
-    return tuple(inputs)
+        given.append(x.to(device, dtype))
+    count = len(given) - len(keywords)
+    return Inputs(tuple(given[:count]), dict(zip(keywords, given[count:], strict=True)))

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.inspection.run import check_unwrapped
 from deeptwist.inspection.tracing import has_compiled_forward
 from deeptwist.inspection.weights import InProjection, get_layer
 from deeptwist.layers.factored import FactoredLayer
@@ -33,8 +34,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
         replacements: by the name of a module, the one that takes its place wherever it is used.
 
     Raises:
-        DeepTwistError: if the model cannot be copied.
+        DeepTwistError: if the model wraps another one, or cannot be copied.
     """
+    check_unwrapped(model)
     # Seeded with the replacements, deepcopy never copies the weights that they replace.
     dense = {name: get_layer(model, name) for name in replacements}
     memo: dict[int, Any] = {id(dense[name]): new for name, new in replacements.items()}

@@ -17,7 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.run import FORWARD_ERRORS, explaining, preserving_state
+from deeptwist.inspection.run import (
+    FORWARD_ERRORS,
+    Inputs,
+    check_unwrapped,
+    explaining,
+    preserving_state,
+)
 from deeptwist.inspection.tracing import FunctionCall, FunctionWatch, has_compiled_forward
 from deeptwist.inspection.weights import Kept, Weight, named_layers, weight_of
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
@@ -62,16 +68,18 @@ class Inspection:
     macs: int | None
 
 
-def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...]) -> Inspection:
+def inspect_model(model: nn.Module, inputs: Inputs) -> Inspection:
     """Find a model's layers and how an example input uses them.
 
     Args:
         model: any network; run once on `inputs`, in evaluation mode, and left as it was.
-        inputs: the model's positional inputs.
+        inputs: what the model is called with.
 
     Raises:
-        DeepTwistError: if the model has layers to initialise, or cannot run on the inputs.
+        DeepTwistError: if the model wraps another one, has layers to initialise, or cannot run on
+            the inputs.
     """
+    check_unwrapped(model)
     names, weights = _find_weights(model)
     holders: dict[Tensor, list[nn.Module]] = {}
     for module, weight in weights.items():
@@ -142,7 +150,7 @@ def _reason(weight: Weight | Kept) -> str | None:
 
 
 def _trace_usage(
-    model: nn.Module, inputs: tuple[Tensor, ...], usage: Callable[[], "_Usage"]
+    model: nn.Module, inputs: Inputs, usage: Callable[[], "_Usage"]
 ) -> tuple["_Usage", int | None]:
     """Run a model once; what it does with its layers, and all its MACs, where they can be counted.
 
@@ -154,8 +162,7 @@ def _trace_usage(
         return usage().follow(model, inputs, counter), int(counter.get_total_flops()) // 2
     except FORWARD_ERRORS:
         # Either the model or the counter failed.
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        with explaining(f"{type(model).__name__} cannot run on the example input {shapes}"):
+        with explaining(f"{type(model).__name__} cannot run on the example input {inputs}"):
             return usage().follow(model, inputs, nullcontext()), None
 
 
@@ -182,7 +189,7 @@ class _Usage:
     def follow(
         self,
         model: nn.Module,
-        inputs: tuple[Tensor, ...],
+        inputs: Inputs,
         counter: AbstractContextManager[object],
     ) -> "_Usage":
         """Run a model, and return this."""
@@ -199,7 +206,7 @@ class _Usage:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(counter)
             stack.enter_context(FunctionWatch(self._see))
-            model(*inputs)
+            inputs.run(model)
         return self
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,6 +214,8 @@ class _Usage:
         arguments, (dims, padding) = [*args, *kwargs.values()], self._layers[module]
         if len(arguments) != 1 or not isinstance(x := arguments[0], Tensor):
             self.unsupported[module] = "is called with more than its input"
+        elif kwargs and "input" not in kwargs:
+            self.unsupported[module] = f"is called with a keyword of its own ({min(kwargs)}=)"
         elif dims == 0:
             self._add_call(module, x.shape[:-1].numel())
         else:

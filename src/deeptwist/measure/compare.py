@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.run import ExampleInput, Inputs
 from deeptwist.measure.runtimes import Run, Setting, make_runner
 from deeptwist.measure.timing import Samples, Timing, median_ratio, summarize, time_interleaved
 
 # Returns the milliseconds of modules on the same inputs: `time_modules`, but in tests.
-Clock = Callable[[Sequence[nn.Module], tuple[Tensor, ...], Setting], Sequence[Samples]]
+Clock = Callable[[Sequence[nn.Module], Inputs, Setting], Sequence[Samples]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Comparison:
 
 def time_modules(
     modules: Sequence[nn.Module],
-    inputs: Tensor | tuple[Tensor, ...],
+    inputs: ExampleInput | Inputs,
     setting: Setting,
     *,
     rounds: int = 15,
@@ -57,7 +58,7 @@ def time_modules(
 def time_models(
     dense: nn.Module,
     decomposed: nn.Module,
-    inputs: Tensor | tuple[Tensor, ...],
+    inputs: ExampleInput | Inputs,
     setting: Setting,
     *,
     rounds: int = 15,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
+from deeptwist.inspection.run import Inputs
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.compare import Clock, time_modules
 from deeptwist.measure.latency import LatencyCache
@@ -173,7 +174,7 @@ class LayerClock:
             x = random_input(convolution, call, reference)
             layers = [random_dense(convolution, reference)]
             layers += [random_factored(convolution, form, reference) for form in forms]
-            samples = self._clock(layers, (x,), self._setting)
+            samples = self._clock(layers, Inputs.of(x), self._setting)
             self._known[key] = [*map(statistics.median, samples)]
             if self._cache is not None:
                 self._cache.add(key, self._known[key])

@@ -8,7 +8,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -23,6 +22,8 @@ from deeptwist.errors import (
     require_extra,
     unknown_name_error,
 )
+from deeptwist.inspection.run import ExampleInput, Inputs, of_tensors
+from deeptwist.inspection.swap import swap
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -71,46 +72,48 @@ class Setting:
             torch.set_num_threads(before)
 
 
-def make_runner(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], setting: Setting) -> Run:
+def make_runner(model: nn.Module, inputs: ExampleInput | Inputs, setting: Setting) -> Run:
     """Return a function that runs the model once on the inputs; call it with `setting.applied()`.
 
     Args:
         model: on the inputs' device; it is copied, and stays as it is.
-        inputs: the model's positional inputs, of the setting's batch.
+        inputs: what the model is called with, of the setting's batch.
         setting: images run in channels_last, but in onnxruntime.
 
     Raises:
         DeepTwistError: if the runtime cannot run this type or device, or cannot compile.
     """
-    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    inputs = Inputs.of(inputs)
     if setting.runtime == "onnxruntime":
-        if setting.dtype != "float32" or inputs[0].is_cuda:
+        if setting.dtype != "float32" or inputs.tensors[0].is_cuda:
             raise DeepTwistError(
                 f"onnxruntime is measured on processors in float32, not {setting.dtype}"
             )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            _write_onnx(model, path, inputs)
-            return OnnxNetwork(path, setting.threads).make_runner(*inputs)
+            network, tensors = of_tensors(model, inputs)
+            _write_onnx(network, path, tensors)
+            return OnnxNetwork(path, setting.threads).make_runner(*tensors)
     dtype = getattr(torch, setting.dtype)
-    ready = deepcopy(model).to(dtype).eval()
-    typed = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-    if any(x.dim() == 4 for x in typed):
+    ready = swap(model, {}).to(dtype).eval()
+    typed = inputs.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    if any(x.dim() == 4 for x in typed.tensors):
         ready = ready.to(memory_format=torch.channels_last)
-        typed = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in typed]
+        last = torch.channels_last
+        typed = typed.map(lambda x: x.to(memory_format=last) if x.dim() == 4 else x)
     if setting.runtime == "compile":
         return _compiled(ready, typed)
 
     def run() -> object:
         with torch.inference_mode():
-            return ready(*typed)
+            return typed.run(ready)
 
     return run
 
 
 def _write_onnx(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
     """Write a network as it is for these inputs; nothing in it is verified."""
-    model = deepcopy(model).eval().requires_grad_(False)
+    model = swap(model, {}).eval().requires_grad_(False)
     with require_extra("onnx"):
         import onnxscript  # noqa: F401
     failures = []
@@ -125,7 +128,7 @@ def _write_onnx(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> Non
     raise DeepTwistError(f"torch.onnx cannot write {type(model).__name__}: {failures[-1]}")
 
 
-def _compiled(model: nn.Module, inputs: Sequence[Tensor]) -> Run:
+def _compiled(model: nn.Module, inputs: Inputs) -> Run:
     """Compiled for deployment: batch norm is folded into weights, which are packed once."""
     from torch._inductor import config  # takes seconds
 
@@ -133,7 +136,7 @@ def _compiled(model: nn.Module, inputs: Sequence[Tensor]) -> Run:
 
     def run() -> object:
         with torch.no_grad():  # weights are not frozen in inference mode
-            return compiled(*inputs)
+            return inputs.run(compiled)
 
     try:
         with config.patch(freezing=True):
@@ -164,6 +167,11 @@ def onnxruntime_session(path: Path, threads: int) -> Any:
         raise DeepTwistError(f"onnxruntime cannot load the graph: {first_line(error)}") from error
 
 
+def feed(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Return arrays by the names of an ONNX file's inputs."""
+    return {n: x.cpu().contiguous().numpy() for n, x in zip(names, tensors, strict=True)}
+
+
 class OnnxNetwork(nn.Module):
     """An exported network as a module: onnxruntime computes, on the processor."""
 
@@ -188,8 +196,8 @@ class OnnxNetwork(nn.Module):
     def make_runner(self, *inputs: Tensor) -> Callable[[], list[Any]]:
         """Return a function that runs the network once on the inputs."""
         names = [each.name for each in self._session.get_inputs()]
-        feed = {n: x.cpu().contiguous().numpy() for n, x in zip(names, inputs, strict=True)}
-        return lambda: self._session.run(None, feed)
+        arrays = feed(names, inputs)
+        return lambda: self._session.run(None, arrays)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the first output for a batch."""

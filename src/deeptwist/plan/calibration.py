@@ -16,7 +16,14 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.run import eval_mode
+from deeptwist.files import check_suffix
+from deeptwist.inspection.run import (
+    ExampleInput,
+    Inputs,
+    explaining,
+    preserving_state,
+    read_batches,
+)
 from deeptwist.inspection.usage import inspect_model
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.moments import SecondMoment
@@ -25,8 +32,6 @@ _CHUNK_NUMEL = 2**24  # patches that are laid out at once: 64 MB in fp32
 _PATCHES_PER_SIDE = 32  # of a batch, for each row of a moment: more tell hardly more
 _MIN_PATCHES = 8192
 _KEY = "deeptwist_calibration"
-
-Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, of every moment its upper triangle; `load` reads it."""
+        check_suffix(Path(path), ".safetensors")
         shapes = {name: [list(m.kernel_size), m.axes] for name, m in self.moments.items()}
         tensors = {name: m.values[:, *_upper(m.values)].cpu() for name, m in self.moments.items()}
         save_file(tensors, path, metadata={_KEY: json.dumps(shapes)})
@@ -81,7 +87,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    inputs: Callable[[Any], Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
     max_side: int = 4608,
 ) -> Calibration:
     """Gather the second moment of what every layer's lowered kernel multiplies.
@@ -92,9 +98,11 @@ def calibrate(
 
     Args:
         model: any network.
-        batches: tensors, or tuples and lists whose first element is the input, as data loaders
-            give them; labels are not needed. All of them are run.
-        inputs: a batch → the tuple of the model's positional inputs, for anything else.
+        batches: tensors, dicts of keyword arguments (``label`` and ``labels`` are left out), or
+            tuples and lists that begin with one of these, as data loaders give them; labels are
+            not needed. All of them are run.
+        inputs: a batch → a tensor, the tuple of the model's arguments or a dict of its keyword
+            arguments, for anything else.
         max_side: of a layer's moment, which holds its square in fp32: 4,608 (a 3×3 kernel over
             512 channels) is 85 MB. Beyond it, fewer kernel axes are resolved.
 
@@ -102,13 +110,11 @@ def calibrate(
         DeepTwistError: if there is no batch, or a layer's inputs are not finite.
     """
     check_int("max_side", max_side)
-    read = inputs or default_inputs
     device = next(model.parameters()).device
     collectors: dict[str, _Collector] = {}
     handles: list[RemovableHandle] = []
     try:
-        for batch in batches:
-            x = tuple(tensor.to(device) for tensor in read(batch))
+        for x in read_batches(batches, inputs, device):
             if not handles:
                 for layer in inspect_model(model, x).layers:
                     if layer.weight is not None:
@@ -116,14 +122,16 @@ def calibrate(
                         axes = _resolved_axes(geometry, max_side)
                         collector = _Collector(geometry, axes, layer.weight.padding)
                         collectors[layer.names[0]] = collector
-                        handles.append(layer.module.register_forward_pre_hook(collector))
-            with torch.no_grad(), eval_mode(model):
-                model(*x)
+                        handles.append(
+                            layer.module.register_forward_pre_hook(collector, with_kwargs=True)
+                        )
+            with preserving_state(model, x), explaining("the model cannot run on a batch"):
+                x.run(model)
     finally:
         for handle in handles:
             handle.remove()
     if not handles:
-        raise DeepTwistError("there is nothing to calibrate: no batch, or no supported layer")
+        raise DeepTwistError(f"there is nothing to calibrate: {type(model).__name__} has no layer")
     moments = {}
     for name, collector in collectors.items():
         if collector.total is None:  # its weight is read by another module, or not in use
@@ -137,21 +145,6 @@ def calibrate(
 def to_device(moment: SecondMoment | None, kernel: Tensor) -> SecondMoment | None:
     """Return a moment where its kernel is."""
     return None if moment is None else replace(moment, values=moment.values.to(kernel.device))
-
-
-def default_inputs(batch: Any) -> Inputs:
-    """Return a network's input in a batch: the batch itself, or its first element.
-
-    Raises:
-        DeepTwistError: if that is no tensor.
-    """
-    x = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(x, Tensor):
-        raise DeepTwistError(
-            f"a batch is a {type(batch).__name__} without a tensor first: say with inputs= how "
-            "to read it"
-        )
-    return (x,)
 
 
 def _resolved_axes(convolution: ConvGeometry, max_side: int) -> int:
@@ -180,9 +173,10 @@ class _Collector:
         unresolved = self.convolution.kernel_size[: self.convolution.dims - self.axes]
         self._unresolved = list(product(*map(range, unresolved)))
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        with torch.autocast(args[0].device.type, enabled=False):
-            x = args[0] if self.padding is None else self.padding(args[0])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (x,) = *args, *kwargs.values()
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if self.padding is None else self.padding(x)
             self._add(x.float() if x.dtype != torch.float64 else x)
 
     def _add(self, x: Tensor) -> None:

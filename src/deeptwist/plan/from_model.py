@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.run import as_tuple
+from deeptwist.inspection.run import ExampleInput, Inputs
 from deeptwist.inspection.usage import Layer, inspect_model
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
 
-def plan_from_model(
-    decomposed: nn.Module, model: nn.Module, example_input: Tensor | tuple[Tensor, ...]
-) -> Plan:
+def plan_from_model(decomposed: nn.Module, model: nn.Module, example_input: ExampleInput) -> Plan:
     """Return the plan that a decomposed model carries out, read from its factored layers.
 
     Args:
@@ -32,7 +30,7 @@ def plan_from_model(
         for name, module in decomposed.named_modules()
         if isinstance(module, FactoredLayer)
     }
-    unplanned, layers = inspect_for_plan(model, as_tuple(example_input))
+    unplanned, layers = inspect_for_plan(model, Inputs.of(example_input))
     planned: list[PlannedLayer] = []
     for layer in layers:
         module = factored.pop(layer.names[0], None)
@@ -56,20 +54,18 @@ def first_convolution(layers: Sequence[Layer]) -> Layer | None:
     return min(convolutions, key=lambda layer: layer.call_order, default=None)
 
 
-def batch_of(inputs: tuple[Tensor, ...], layers: Sequence[Layer]) -> int | None:
+def batch_of(inputs: Inputs, layers: Sequence[Layer]) -> int | None:
     """Return how many examples the inputs hold; `None` where they have no batch in front."""
-    first, x = first_convolution(layers), inputs[0]
-    if x.dim() < 2:
-        return None
+    first, x = first_convolution(layers), inputs.tensors[0]
+    if x.dim() < 2 or not any(x is each for each in (*inputs.args, *inputs.kwargs.values())):
+        return None  # a list of images is one example
     if first is not None and first.convolution and first.calls and first.calls[0].count == 1:
         # It saw one image: of a batch of one, or (c, h, w) without a batch.
         return 1 if len(x) == 1 and x.dim() != first.convolution.dims + 1 else None
     return len(x)
 
 
-def inspect_for_plan(
-    model: nn.Module, inputs: tuple[Tensor, ...]
-) -> tuple[Plan, tuple[Layer, ...]]:
+def inspect_for_plan(model: nn.Module, inputs: Inputs) -> tuple[Plan, tuple[Layer, ...]]:
     """Return what a plan says of the model whatever becomes of its layers; and these."""
     inspection = inspect_model(model, inputs)
     counted = sum(layer.weight_numel for layer in inspection.layers)
@@ -78,7 +74,8 @@ def inspect_for_plan(
         (),
         other_parameters=sum(p.numel() for p in model.parameters()) - counted,
         examples=examples,
-        inputs=tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs),
+        inputs=inputs.arguments,
+        keywords=tuple(inputs.kwargs) if inputs.arguments else (),
         network_macs=None if inspection.macs is None else inspection.macs // examples,
     )
     return plan, inspection.layers

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.run import Inputs
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import get_weight
 from deeptwist.layers.geometry import LayerCall
@@ -30,7 +31,7 @@ _USED = 0.95  # of the time allowed: a plan that takes as much is not improved
 
 def time_network(
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
     plan: Plan,
     setting: Setting,
     clock: Clock = time_modules,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.inspection.run import Argument
 from deeptwist.measure.compare import Comparison
 from deeptwist.plan.codec import decode, encode
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
@@ -25,7 +26,9 @@ class Plan:
         layers: all layers, in the model's order.
         other_parameters: parameters that are no layer's weight: biases, normalisation.
         examples: how many the example input holds; costs are per example.
-        inputs: the shape and type of each of the example input's tensors.
+        inputs: what the example input calls the model with: of a tensor its shape and type, other
+            arguments as they are; empty where JSON cannot hold them.
+        keywords: the names of the last of them, which are keyword arguments.
         network_macs: MACs of one example through the whole dense network, attention and other
             products of matrices included; `None` where torch could not count them.
         latency: what a budget of time promises of the whole network; `None` where none was given.
@@ -37,7 +40,8 @@ class Plan:
     layers: tuple[PlannedLayer, ...]
     other_parameters: int = 0
     examples: int = 1
-    inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
+    inputs: tuple[Argument, ...] = ()
+    keywords: tuple[str, ...] = ()
     network_macs: int | None = None
     latency: Comparison | None = None
 
@@ -46,7 +50,9 @@ class Plan:
         check_int("examples", self.examples)
         if self.network_macs is not None:
             check_int("network_macs", self.network_macs, 0)
-        for shape, dtype in self.inputs:
+        if len(self.keywords) > len(self.inputs):
+            raise DeepTwistError("there are more keywords than inputs")
+        for shape, dtype in (x for x in self.inputs if isinstance(x, tuple)):
             for side in shape:
                 check_int("a side of an input", side, 0)
             if math.prod(shape) > _LARGEST_INPUT:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, find_method
 from deeptwist.errors import DeepTwistError, check_int, check_ratio
-from deeptwist.inspection.run import as_tuple
+from deeptwist.inspection.run import ExampleInput, Inputs
 from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.compare import Clock, time_modules
@@ -33,7 +33,7 @@ def plan(
     model: nn.Module,
     decomposition: Decomposition | str | Sequence[Decomposition | str],
     *,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     ratio: float | None = None,
     weights: float | None = None,
     macs: float | None = None,
@@ -52,7 +52,8 @@ def plan(
         model: any network; it is run once on the example input, in evaluation mode.
         decomposition: how layers are held, or its name (``"spatial_svd"``). Of several, each layer
             takes the one that loses least: at the ratio, or for its cost under budgets.
-        example_input: one batch, or the tuple of the model's positional inputs.
+        example_input: one batch, the tuple of the model's arguments, or a dict of its keyword
+            arguments; numbers, `None` and lists of tensors may be among them.
         ratio: dense ÷ factored weights that every compressed layer keeps at least: the paper's
             rule.
         weights: dense ÷ factored weights that the layers to compress keep together.
@@ -94,7 +95,7 @@ class Planner:
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor | tuple[Tensor, ...],
+        example_input: ExampleInput,
         decompositions: Sequence[Decomposition],
         layers: LayerChoice = _LAYERS,
         rank_multiple: int | None = None,
@@ -106,7 +107,7 @@ class Planner:
             raise DeepTwistError("there is no decomposition to plan with: give at least one")
         if rank_multiple is not None:
             check_int("rank_multiple", rank_multiple)
-        self._model, self._inputs = model, as_tuple(example_input)
+        self._model, self._inputs = model, Inputs.of(example_input)
         self._decompositions, self._clock = decompositions, clock
         self._rank_multiple = rank_multiple
         self._unplanned, found = inspect_for_plan(model, self._inputs)
@@ -175,15 +176,15 @@ class Planner:
                     f"{choice} has no rank: give it one, or give ratio, weights, macs or latency"
                 )
 
-    def _timed_inputs(self, latency: Latency) -> tuple[tuple[Tensor, ...], Setting]:
+    def _timed_inputs(self, latency: Latency) -> tuple[Inputs, Setting]:
         """Return the example input at the batch that the network is timed at, and the setting."""
         setting = latency.setting(next(self._model.parameters()).dtype)
         batch = batch_of(self._inputs, [errors.layer for errors in self._errors])
         if batch is None:  # timed as they are
             return self._inputs, replace(setting, batch=1)
-        rows = torch.arange(setting.batch, device=self._inputs[0].device) % batch
-        inputs = (x[rows] if x.dim() and len(x) == batch else x for x in self._inputs)
-        return tuple(inputs), setting
+        rows = torch.arange(setting.batch, device=self._inputs.tensors[0].device) % batch
+        inputs = self._inputs.map(lambda x: x[rows] if x.dim() and len(x) == batch else x)
+        return inputs, setting
 
     def _skip_reason(self, layer: Layer) -> str | None:
         """Return why a layer is kept, whatever an override says aside."""

@@ -24,6 +24,7 @@ from deeptwist.decompose import (
 from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspection.proof import check_equivalent, example_inputs
+from deeptwist.inspection.run import ExampleInput
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
@@ -84,7 +85,7 @@ class DeepTwist:
         plan: Plan,
         interval: int,
         *,
-        example_input: Tensor | tuple[Tensor, ...] | None = None,
+        example_input: ExampleInput | None = None,
         perturb: Perturb | None = None,
     ):
         """Attach to a model; nothing is changed until the first distortion.
@@ -316,7 +317,9 @@ class DeepTwist:
     def _compare(self, small: nn.Module) -> float | None:
         calls = {layer.name: len(layer.calls) for layer in self.plan.compressed}
         dense = materialize_weights(self.model, self._written)
-        inputs = example_inputs(self.model, self.plan.inputs, self._example_input)
+        inputs = example_inputs(
+            self.model, self.plan.inputs, self.plan.keywords, self._example_input
+        )
         prefer_channels_last(small, inputs)
         try:
             difference = check_equivalent(dense, small, calls, inputs)

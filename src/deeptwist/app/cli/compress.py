@@ -35,7 +35,6 @@ from deeptwist.compress import CALIBRATION, DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose
 from deeptwist.distill import HELD_OUT, distill
 from deeptwist.errors import DeepTwistError, check_int, require_extra
-from deeptwist.inspection.run import as_tuple
 from deeptwist.measure.runtimes import Setting
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.plan import Plan
@@ -287,7 +286,7 @@ class ImageJob:
         calibration = self.steps.calibration
         self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
         minutes = self.options.distill_minutes
-        values = self.steps.distill(inputs, as_tuple, steps=steps, minutes=minutes)
+        values = self.steps.distill(inputs, steps=steps, minutes=minutes)
         return {**values, "images": inputs.count}
 
     def train(self, dense: Values) -> Values:
