@@ -1,5 +1,6 @@
 """Approximation in the metric of the outputs, against dense least squares and the data itself."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -200,3 +201,35 @@ def test_the_outputs_errors_at_all_ranks_are_near_what_is_lost(name: str) -> Non
 
 def test_a_kernel_of_zeros_loses_nothing() -> None:
     assert TiledSVD().errors_at_all_ranks(torch.zeros(1, 4, 4, 3, 3)).max() == 0
+
+
+@given(
+    st.sampled_from([*METHODS.values()]),
+    st.sampled_from(["3x3", "groups", "1x1", "linear"]),
+    st.integers(0, 2),
+    st.integers(-45, 36),
+    st.sampled_from([0.0, 1e-6, 0.3]),
+    SEED,
+)
+def test_any_moment_is_factored(
+    method: Decomposition, geometry: str, rank: int, exponent: int, noise: float, seed: int
+) -> None:
+    """Of any rank and scale, each group of its own; with rounding that leaves it indefinite."""
+    convolution, kernel = read(build(geometry)[0])
+    torch.manual_seed(seed)
+    groups, _, into, *size = convolution.kernel_shape
+    side = into * convolution.kernel_numel
+    patches = torch.randn(groups, rank, side)
+    values = patches.mT @ patches + noise * torch.randn(groups, side, side)
+    values = (values + values.mT) / 2
+    values.diagonal(dim1=1, dim2=2).clamp_(min=0)  # a sum of squares
+    values = (
+        values.clamp(-30, 30) * 10.0 ** (exponent * torch.arange(1, 0, -1 / groups))[:, None, None]
+    )
+    moment = SecondMoment(values, tuple(size), len(size))
+    resolved = at(method, convolution, 0.4)
+    approximation = resolved.decompose(kernel, second_moment=moment).reconstruct()
+    assert approximation.isfinite().all()
+    assert moment.relative_error(kernel, approximation) < math.inf
+    errors = resolved.without_rank().errors_at_all_ranks(kernel, moment)
+    assert errors is None or (errors.isfinite().all() and errors.min() >= 0)

@@ -145,3 +145,11 @@ def test_batch_norms_take_the_mean_over_the_batches() -> None:
     assert torch.allclose(recalibrated[1].running_mean, y.mean((0, 2, 3)), atol=1e-5)
     assert torch.equal(model[1].running_mean, torch.zeros(24))
     assert recalibrated[1].momentum == model[1].momentum
+
+
+@pytest.mark.parametrize("exponent", [-30, -25, 0, 25, 30])
+def test_inputs_of_any_scale_are_gathered(exponent: int) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 6, 6)
+    one, scaled = (dt.calibrate(model, [y]).moments["0"].values for y in (x, x * 10.0**exponent))
+    assert torch.allclose(scaled.double() / 10.0 ** (2 * exponent), one.double(), rtol=1e-4)
+    assert one.dtype == torch.float32

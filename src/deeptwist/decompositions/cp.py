@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deeptwist.decompositions.base import Decomposition, SingleRankDecomposition, Tensors
 from deeptwist.decompositions.linalg import (
+    cholesky,
     leading_subspace,
-    regularized,
     relative_error,
     to_unit_scale,
 )
@@ -102,7 +102,7 @@ class CP(SingleRankDecomposition):
         tensor, scale = to_unit_scale(kernel.to(dtype).flatten(3), 3)
         root = None
         if second_moment is not None:
-            root = torch.linalg.cholesky(regularized(second_moment.channels)).to(dtype)
+            root = cholesky(second_moment.channels).to(dtype)
             tensor = torch.einsum("goik,gij->gojk", tensor, root)
         if start is not None:
             # Channels and the axes that have more than one tap.

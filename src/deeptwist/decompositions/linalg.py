@@ -31,7 +31,7 @@ def truncated_svd(
     dtype = compute_dtype(matrix.dtype)
     unit, scale = to_unit_scale(matrix.double(), 2)
     if second_moment is not None:
-        left, right = _weighted_svd(unit, rank, regularized(second_moment))
+        left, right = _weighted_svd(unit, rank, second_moment)
     elif matrix.shape[-2] > matrix.shape[-1]:
         right, left = (side.mT for side in _plain_svd(unit.mT, rank, dtype))
     else:
@@ -63,9 +63,9 @@ def _weighted_svd(
 ) -> tuple[Tensor, Tensor]:  # (…, m, rank), (…, rank, n)
     if unit.shape[-2] <= unit.shape[-1]:
         # The best W′ is U Uᵀ W, with the leading eigenvectors U of W M Wᵀ.
-        basis = leading_eigenvectors(unit @ second_moment @ unit.mT, rank)
+        basis = leading_eigenvectors(unit @ regularized(second_moment) @ unit.mT, rank)
         return basis, basis.mT @ unit
-    root = torch.linalg.cholesky(second_moment)
+    root = cholesky(second_moment)
     whitened = unit @ root
     basis = leading_eigenvectors(whitened.mT @ whitened, rank)
     return whitened @ basis, torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)
@@ -82,10 +82,9 @@ def squared_singular_values(
         second_moment: M, whose scale is taken out; the identity where it is `None`.
     """
     if second_moment is not None:
-        moment = regularized(second_moment)
         if matrix.shape[-2] <= matrix.shape[-1]:
-            return _descending(matrix @ moment @ matrix.mT)
-        matrix = matrix @ torch.linalg.cholesky(moment)
+            return _descending(matrix @ regularized(second_moment) @ matrix.mT)
+        matrix = matrix @ cholesky(second_moment)
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = matrix.mT
     return _descending(matrix @ matrix.mT)
@@ -170,6 +169,21 @@ def solve_gram(
     factor, _ = torch.linalg.cholesky_ex(gram + ridge * identity)
     solution: Tensor = torch.cholesky_solve(target, factor)
     return solution
+
+
+def cholesky(second_moment: Tensor) -> Tensor:  # (b, n, n) → (b, n, n)
+    """Return the triangular L of a regularized M = L Lᵀ, damped as far as it takes to have one.
+
+    Of inputs that all but vanish, what rounding leaves need not be positive definite.
+    """
+    moment = regularized(second_moment)
+    more = moment.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp_min(_MIN_RIDGE) * _RIDGE  # (b,)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(moment)
+        if not failed.any():
+            return root
+        moment = moment + torch.diag_embed((more * (failed > 0))[:, None].expand(moment.shape[:-1]))
+        more = more * 10
 
 
 def to_unit_scale(

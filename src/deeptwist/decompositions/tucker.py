@@ -24,9 +24,9 @@ from deeptwist.decompositions.base import (
     rescale_to_moment,
 )
 from deeptwist.decompositions.linalg import (
+    cholesky,
     leading_subspace,
     power_step,
-    regularized,
     solve_gram,
     to_unit_scale,
 )
@@ -146,7 +146,7 @@ class Tucker(Decomposition):
         tensor, scale = to_unit_scale(kernel.flatten(3), 3)
         root = None
         if second_moment is not None:
-            root = torch.linalg.cholesky(regularized(second_moment.channels))
+            root = cholesky(second_moment.channels)
             tensor = torch.einsum("goik,gij->gojk", tensor.double(), root)
         if start is None:
             basis_out, core, basis_in = _hooi(tensor, *ranks)
@@ -173,7 +173,7 @@ class Tucker(Decomposition):
         tensor, scale = to_unit_scale(kernel.detach().double().flatten(3), 4)
         root = None
         if second_moment is not None:
-            root = torch.linalg.cholesky(regularized(second_moment.channels))
+            root = cholesky(second_moment.channels)
             tensor = torch.einsum("goik,gij->gojk", tensor, root)
         by_out, by_in = _unfoldings(tensor)
         basis_out = leading_subspace(by_out, tensor.shape[1])

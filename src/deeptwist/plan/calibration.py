@@ -31,6 +31,7 @@ from deeptwist.layers.moments import SecondMoment
 _CHUNK_NUMEL = 2**24  # patches that are laid out at once: 64 MB in fp32
 _PATCHES_PER_SIDE = 32  # of a batch, for each row of a moment: more tell hardly more
 _MIN_PATCHES = 8192
+_LEAST, _MOST = 1e-15, 1e15  # whose squares, summed, fp32 holds in full precision
 _KEY = "deeptwist_calibration"
 
 
@@ -167,6 +168,7 @@ class _Collector:
     padding: nn.Module | None
     total: Tensor | None = None
     count: int = 0
+    dtype: torch.dtype = torch.float32  # of what it sees
     _unresolved: list[tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,8 +178,10 @@ class _Collector:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (x,) = *args, *kwargs.values()
         with torch.autocast(x.device.type, enabled=False):
-            x = x if self.padding is None else self.padding(x)
-            self._add(x.float() if x.dtype != torch.float64 else x)
+            x, self.dtype = x if self.padding is None else self.padding(x), x.dtype
+            # Beyond these, squares leave the range of fp32, or lose their digits.
+            is_usual = x.numel() == 0 or _LEAST <= float(x.abs().amax()) <= _MOST
+            self._add(x.float() if x.dtype != torch.float64 and is_usual else x.double())
 
     def _add(self, x: Tensor) -> None:
         convolution, groups = self.convolution, self.convolution.groups
@@ -210,7 +214,9 @@ class _Collector:
         if self.total is None:
             side = patches.shape[-1]
             self.total = patches.new_zeros(len(patches), side, side)
-        self.total += patches.mT @ patches
+        product = patches.mT @ patches
+        self.total = self.total.to(torch.promote_types(self.total.dtype, product.dtype))
+        self.total += product
         self.count += patches.shape[1]
 
     def _slices(self, x: Tensor) -> Iterator[list[Tensor]]:
@@ -256,12 +262,15 @@ class _Collector:
         """Return the mean over all patches, of all processes."""
         if self.total is None:
             raise DeepTwistError("a layer that was inspected is not called on these batches")
-        total, count = self.total, torch.tensor(float(self.count), device=self.total.device)
+        total, count = self.total.double(), self.total.new_tensor(float(self.count))
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
             distributed.all_reduce(count)
         half = (total / count).triu()  # products of matrices are symmetric up to rounding
-        return SecondMoment(half + half.triu(1).mT, self.convolution.kernel_size, self.axes)
+        values = half + half.triu(1).mT
+        if self.dtype != torch.float64 and _LEAST**2 <= float(values.abs().amax()) <= _MOST**2:
+            values = values.float()
+        return SecondMoment(values, self.convolution.kernel_size, self.axes)
 
 
 def _spread(x: Tensor, dim: int, stride: int) -> Tensor:
