@@ -17,7 +17,7 @@ from tests.cases import (
 )
 from torch import Tensor, nn
 
-from deeptwist import CP, SVD, Decomposition, DeepTwist, Layers, TiledSVD, decompose, fuse, plan
+from deeptwist import CP, SVD, Decomposition, DeepTwist, Layers, TiledSVD, decompose, plan
 from deeptwist.decompose import factorize
 from deeptwist.decompositions import FactoredLayer
 from deeptwist.networks.build import build_model
@@ -387,28 +387,6 @@ def test_equal_inputs_give_equal_factors() -> None:
         zip(first.parameters(), second.parameters(), strict=True)
     )
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("geometry", ["3x3", "1d", "grouped", "transposed"])
-@EACH_METHOD
-def test_batch_norm_folds_into_the_last_factors(method: Decomposition, geometry: str) -> None:
-    layers = {
-        "3x3": (nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), X),
-        "1d": (nn.Conv1d(8, 12, 3, bias=False), nn.BatchNorm1d(12), X[..., 0]),
-        "grouped": (nn.Conv2d(8, 12, 3, groups=2), nn.BatchNorm2d(12, affine=False), X),
-        "transposed": (nn.ConvTranspose2d(8, 12, 3, stride=2), nn.BatchNorm2d(12), X),
-    }
-    layer, norm, x = layers[geometry]
-    norm.running_mean, norm.running_var = torch.randn(12), torch.rand(12) + 0.5
-    model = nn.Sequential(layer, norm, nn.ReLU()).eval()
-    made = plan(model, method, ratio=1.3, example_input=x, layers=EVERY_LAYER)
-    if not made.compressed:
-        pytest.skip(str(made.kept[0].reason))
-    small = decompose(model, made)
-    fused = fuse(small)
-    assert isinstance(fused[1], nn.Identity)
-    assert isinstance(small[1], nn.modules.batchnorm._BatchNorm)
-    assert difference(small(x), fused(x)) < 1e-5
 
 
 def test_layers_that_autocast_runs_are_compared_in_their_own_type() -> None:

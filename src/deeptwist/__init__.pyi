@@ -12,7 +12,7 @@ from deeptwist.decompositions import TiledSVD as TiledSVD
 from deeptwist.decompositions import Tucker as Tucker
 from deeptwist.distill import distill as distill
 from deeptwist.errors import DeepTwistError as DeepTwistError
-from deeptwist.inspection.swap import fuse as fuse
+from deeptwist.inspection.fuse import fuse as fuse
 from deeptwist.measure.latency import Latency as Latency
 from deeptwist.plan.calibration import Calibration as Calibration
 from deeptwist.plan.calibration import calibrate as calibrate

@@ -248,7 +248,8 @@ def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tens
         weight = planned_weight(model, layer)
         if weight.has_hooks:
             logger.warning("layer %r carries hooks, which its factors will not", layer.name)
-        factored[layer.name] = _make_factored(weight, layer, kernels[layer.name])
+        factored[layer.name] = new = _make_factored(weight, layer, kernels[layer.name])
+        new.planned_call = plan.inputs, plan.keywords
     small = swap(model, factored)
     if is_channels_last(model):
         set_channels_last(small)

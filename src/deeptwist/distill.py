@@ -171,25 +171,25 @@ def kullback_leibler(
 
 @torch.no_grad()
 def divergence_from(
-    dense: nn.Module, model: nn.Module, batches: Iterable[Inputs], loss: Loss | None = None
+    dense: nn.Module, model: nn.Module, batches: Iterable[Any], loss: Loss | None = None
 ) -> float:
     """Return the mean loss of a network's outputs, as it is deployed, against the dense one's.
 
     Args:
         dense: the teacher.
         model: any network with the same outputs.
-        batches: what the networks are called with.
+        batches: see `deeptwist.calibrate`.
         loss: see `distill`.
     """
     values: list[float] = []
     with eval_mode(dense), eval_mode(model), _side_by_side(model, dense) as run:
-        for inputs in batches:
+        for inputs in read_batches(batches, device=next(model.parameters()).device):
             outputs, blocks = run(inputs)
             losses = [(loss or _default_loss(y))(x, y) for x, y in outputs]
             # Where outputs are sorted, filtered or integers, the blocks' tell.
             losses = losses or [squared_error(*pair) for pair in blocks]
             values.append(sum(map(float, losses)))
-    return math.fsum(values) / max(1, len(values))
+    return math.fsum(values) / len(values)
 
 
 def one_cycle(share: float) -> float:

@@ -29,7 +29,7 @@ from deeptwist.decompose import (
 from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import atomic_write, check_suffix
-from deeptwist.inspection.run import check_unwrapped
+from deeptwist.inspection.run import Argument, check_unwrapped
 from deeptwist.inspection.swap import stored_modules
 from deeptwist.inspection.weights import get_layer
 from deeptwist.layers.geometry import ConvGeometry
@@ -67,12 +67,15 @@ class Saved:
     layers: dict[str, _Layer]
     channels_last: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[Argument, ...] = ()  # that the network was planned on
+    keywords: tuple[str, ...] = ()
     extra_states: dict[str, str] = field(default_factory=dict)  # as JSON: `get_extra_state`'s
 
-    def planned(self) -> tuple[CompressedLayer, ...]:
-        """Return the layers as a plan's."""
+    def plan(self) -> Plan:
+        """Return the plan of what is factored alone."""
         held = self.layers.items()
-        return tuple(CompressedLayer(n, "", x.convolution, x.decomposition) for n, x in held)
+        layers = (CompressedLayer(n, "", x.convolution, x.decomposition) for n, x in held)
+        return Plan(tuple(layers), inputs=self.inputs, keywords=self.keywords)
 
 
 def save(
@@ -109,6 +112,7 @@ def save(
     tensors, aliases = deduplicate(model)
     states = model.state_dict()._metadata  # type: ignore[attr-defined]
     versions = {name: values.get("version") for name, values in states.items()}
+    inputs, keywords = next(iter(factored.values())).planned_call
     folder = Path(path)
     check_suffix(folder)
     config = Saved(
@@ -121,13 +125,15 @@ def save(
         layers={name: _Layer(m.convolution, m.decomposition) for name, m in factored.items()},
         channels_last=is_channels_last(model),
         metadata=dict(metadata or {}),
+        inputs=inputs,
+        keywords=keywords,
         extra_states=_extra_states(model),
     )
     try:
         json.dumps(encode(config.metadata), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DeepTwistError(f"the metadata is not JSON's: {first_line(error)}") from error
-    for layer in config.planned():
+    for layer in config.plan().compressed:
         _check_readable(factored[layer.name], layer)
     with explaining_writes(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +177,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     """
     folder = Path(path)
     config = read_saved(folder)
-    layers = config.planned()
+    plan = config.plan()
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise DeepTwistError(f"no {WEIGHTS} in {folder}")
@@ -187,10 +193,10 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
             f"this {type(base).__name__} is on the meta device, where nothing can be read into it: "
             "make it on the CPU"
         )
-    for layer in layers:  # before anything takes the memory that the file says it needs
+    for layer in plan.compressed:  # before anything takes the memory that the file says it needs
         planned_weight(base, layer)
-    kernels = {layer.name: _empty_kernels(layer) for layer in layers}
-    small = replace_layers(base, Plan(layers), kernels).cpu()
+    kernels = {layer.name: _empty_kernels(layer) for layer in plan.compressed}
+    small = replace_layers(base, plan, kernels).cpu()
     if config.channels_last:
         set_channels_last(small)
     try:
@@ -199,7 +205,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
         raise DeepTwistError(
             f"{weights} is not a valid safetensors file: {first_line(error)}"
         ) from error
-    stored = stored_modules(small, {x.name: get_layer(base, x.name) for x in layers})
+    stored = stored_modules(small, {x.name: get_layer(base, x.name) for x in plan.compressed})
     if stored:
         raise DeepTwistError(
             f"a function stored on this {type(base).__name__} refers to the dense layer "
@@ -284,7 +290,7 @@ def read_saved(folder: Path) -> Saved:
         )
     try:
         saved: Saved = decode(Saved, values)
-        saved.planned()  # refuses what no layer can be
+        saved.plan()  # refuses what no layer can be
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DeepTwistError(f"{path} is damaged: {first_line(error)}") from error
     return saved

@@ -179,6 +179,7 @@ def cholesky(second_moment: Tensor) -> Tensor:  # (b, n, n) → (b, n, n)
     moment = regularized(second_moment)
     more = moment.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp_min(_MIN_RIDGE) * _RIDGE  # (b,)
     while True:
+        root: Tensor
         root, failed = torch.linalg.cholesky_ex(moment)
         if not failed.any():
             return root

@@ -114,7 +114,7 @@ def check_equivalent(
         expected, dense_counts = run_counted(model, inputs, dense.values())
     outputs, counts = _run_factored(small, dense, inputs)
     limit = coarsest_eps([*model.parameters(), *expected]) ** 0.5
-    worst = _worst_difference(expected, outputs)
+    worst = worst_difference(expected, outputs)
     if any(y.is_floating_point() and y.isnan().any() for y in (*expected, *outputs)):
         raise DeepTwistError("the outputs on the example input are NaN: nothing can be compared")
     is_met = worst is not None and worst <= limit
@@ -167,7 +167,7 @@ def _check_counts(counts: Mapping[str, int], right: Mapping[str, set[int] | None
             )
 
 
-def _worst_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float | None:
+def worst_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float | None:
     """Return the largest relative difference of any output; `None` if they are not comparable."""
     if [y.shape for y in expected] != [y.shape for y in outputs]:
         return None

@@ -1,21 +1,17 @@
-"""A copy of a model in which some modules are others, or batch norms folded into factors."""
+"""A copy of a model in which some modules are others."""
 
 import copy
 import gc
 from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.inspection.run import check_unwrapped
 from deeptwist.inspection.tracing import has_compiled_forward
 from deeptwist.inspection.weights import InProjection, get_layer
-from deeptwist.layers.factored import FactoredLayer
-from deeptwist.layers.routing import ChannelPermutation, SplitConcat
 
 _ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None)),
@@ -101,76 +97,3 @@ def _is_copyable(value: object) -> bool:
     except Exception:  # it says so in ways of its own
         return False
     return True
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, FactoredLayer) or super().is_leaf_module(m, module_qualified_name)
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """Return a copy for inference with batch norm folded into the last factors before it.
-
-    Args:
-        model: what `decompose`, `DeepTwist.finish` or `load` returned. Save it before: a fused
-            network is for export and use, and cannot be saved for `load`.
-
-    Returns:
-        The copy, in evaluation mode; batch norms that are folded are `nn.Identity` in it. Dense
-        convolutions keep theirs.
-
-    Raises:
-        DeepTwistError: if torch.fx cannot trace the model.
-    """
-    small = swap(model, {}).eval().requires_grad_(False)
-    try:
-        graph = _Tracer().trace(small)
-    except Exception as error:  # a forward may fail to be traced in any way
-        raise DeepTwistError(
-            f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}"
-        ) from error
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    targets = [small.get_submodule(str(node.target)) for node in calls]
-    for node, norm in zip(calls, targets, strict=True):
-        source = node.args[0]
-        if not isinstance(norm, _BatchNorm) or not isinstance(source, fx.Node):
-            continue
-        if source.op != "call_module" or len(source.users) > 1 or norm.running_mean is None:
-            continue
-        layer = small.get_submodule(str(source.target))
-        is_used_once = targets.count(layer) == 1 and targets.count(norm) == 1
-        if isinstance(layer, FactoredLayer) and layer.convolution.dims and is_used_once:
-            _fold(list(layer), norm)
-            parent, _, name = str(node.target).rpartition(".")
-            setattr(small.get_submodule(parent), name, nn.Identity())
-    return small
-
-
-@torch.no_grad()
-def _fold(stages: list[nn.Module], norm: _BatchNorm) -> None:
-    """Fold a batch norm over the output channels into the last module with weights."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    while isinstance(stages[-1], ChannelPermutation):
-        order = cast(ChannelPermutation, stages.pop()).order.argsort()
-        scale, shift = scale[order], shift[order]
-    layers = [*stages[-1].layers] if isinstance(stages[-1], SplitConcat) else [stages[-1]]
-    convolutions = [cast(nn.Conv2d, layer) for layer in layers]  # all have what is used here
-    sizes = [layer.out_channels for layer in convolutions]
-    parts = zip(convolutions, scale.split(sizes), shift.split(sizes), strict=True)
-    for layer, factor, bias in parts:
-        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-        if transposed and layer.groups > 1:
-            raise DeepTwistError("a grouped transposed convolution cannot take batch norm's scale")
-        if layer.bias is not None:
-            bias = layer.bias * factor + bias
-        shape = (1, -1) if transposed else (-1, 1)
-        weight = layer.weight * factor.view(*shape, *[1] * (layer.weight.dim() - 2))
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)

@@ -21,7 +21,10 @@ class FactoredLayer(nn.Sequential):
     Attributes:
         convolution: the geometry of the layer that it stands in for.
         decomposition: the `deeptwist.Decomposition` whose factors it holds (a later room's type).
+        planned_call: what the network was planned on, as a plan's `inputs` and `keywords`.
     """
+
+    planned_call: tuple[tuple[Any, ...], tuple[str, ...]] = ((), ())
 
     def __init__(self, modules: Sequence[nn.Module], convolution: ConvGeometry, decomposition: Any):
         super().__init__(*modules)

@@ -1,0 +1,162 @@
+"""Batch norm folded into the convolutions before it, as a run on an example shows them."""
+
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.proof import coarsest_eps, example_inputs, worst_difference
+from deeptwist.inspection.run import (
+    ExampleInput,
+    Inputs,
+    explaining,
+    output_tensors,
+    preserving_state,
+)
+from deeptwist.inspection.swap import swap
+from deeptwist.inspection.tracing import FunctionCall, FunctionWatch
+from deeptwist.inspection.weights import Weight, weight_of
+from deeptwist.layers.factored import FactoredLayer
+from deeptwist.layers.routing import ChannelPermutation, SplitConcat
+
+
+def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Module:
+    """Return a copy for inference with batch norm folded into the convolutions before it.
+
+    Which norm follows which convolution, and that nothing else uses what is between them, is seen
+    on one run; no tracer is needed.
+
+    Args:
+        model: what `decompose`, `DeepTwist.finish` or `load` returned. Save it before: a fused
+            network is for export and use, and cannot be saved for `load`.
+        example_input: see `plan`; without it, standard normal numbers of the shapes that the
+            network was planned on.
+
+    Returns:
+        The copy, in evaluation mode; batch norms that are folded are `nn.Identity` in it.
+
+    Raises:
+        DeepTwistError: if the model cannot run on the example, there is none, or the copy computes
+            something else on it.
+    """
+    planned = [m.planned_call for m in model.modules() if isinstance(m, FactoredLayer)]
+    arguments, keywords = next(filter(any, planned), ((), ()))
+    if example_input is None and not arguments:
+        raise DeepTwistError(
+            f"it is not known what this {type(model).__name__} is called with: give example_input"
+        )
+    inputs = example_inputs(model, arguments, keywords, example_input)
+    with explaining(f"{type(model).__name__} cannot run on {inputs}", "give example_input"):
+        expected, pairs = _follow(model, inputs)
+    small = swap(model, {norm: nn.Identity() for norm in pairs}).eval().requires_grad_(False)
+    for norm, name in pairs.items():
+        layer = small.get_submodule(name)
+        stages = [*layer] if isinstance(layer, FactoredLayer) else [layer]
+        _fold(stages, cast(_BatchNorm, model.get_submodule(norm)))
+    with preserving_state(small, inputs):
+        worst = worst_difference(expected, output_tensors(inputs.run(small)))
+    # Beside integers, numbers may be in another order: boxes by their scores.
+    is_comparable = all(y.is_floating_point() for y in expected) and worst is not None
+    if is_comparable and worst > coarsest_eps([*model.parameters(), *expected]) ** 0.5:
+        raise DeepTwistError(
+            f"{type(model).__name__} uses its layers in ways that a run does not show: with batch "
+            f"norm folded its outputs differ by {worst:.1e}"
+        )
+    return small
+
+
+def _follow(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, str]]:
+    """Run a model; its outputs, and by the name of a norm the convolution that it alone follows."""
+    names = {module: name for name, module in model.named_modules()}
+    inner = {part for m in names if isinstance(m, FactoredLayer) for part in [*m.modules()][1:]}
+    layers = [m for m in names if m not in inner and _is_convolution(m)]
+    norms = [m for m in names if isinstance(m, _BatchNorm) and _is_foldable(m)]
+    calls: list[nn.Module] = []
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # by its id, and who made it; so it is kept
+    users: dict[nn.Module, list[nn.Module | None]] = {layer: [] for layer in layers}
+    running: list[nn.Module] = []
+
+    def use(tensors: Any) -> None:
+        for x in tensors:
+            if id(x) in made:
+                users[made[id(x)][0]].append(running[-1] if running else None)
+
+    def see(call: FunctionCall) -> None:
+        given = [*call.args, *call.kwargs.values()]
+        use(chain(*(x if isinstance(x, list | tuple) else [x] for x in given)))
+
+    def leave(module: nn.Module, args: object, output: Tensor) -> None:
+        calls.append(module)
+        made[id(output)] = module, output
+
+    def leave_norm(module: nn.Module, args: object, output: object) -> None:
+        calls.append(running.pop())
+
+    with ExitStack() as stack:
+        stack.enter_context(preserving_state(model, inputs))
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(leave).remove)
+        for norm in norms:
+            enter = norm.register_forward_pre_hook(lambda module, _: running.append(module))
+            stack.callback(enter.remove)
+            stack.callback(norm.register_forward_hook(leave_norm).remove)
+        with FunctionWatch(see):
+            outputs = output_tensors(inputs.run(model))
+        use(outputs)
+    pairs = {}
+    for layer, seen in users.items():
+        user = seen[0] if len(seen) == 1 else None
+        if user is not None and calls.count(layer) == calls.count(user) == 1:
+            pairs[names[user]] = names[layer]
+    return outputs, pairs
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    if isinstance(module, FactoredLayer):
+        return module.convolution.dims > 0
+    weight = weight_of(module)
+    is_plain = type(weight) is Weight and not weight.has_hooks
+    return is_plain and weight.geometry is not None and weight.geometry.dims > 0
+
+
+def _is_foldable(norm: _BatchNorm) -> bool:
+    """Whether a norm is torch's own and nothing more: a subclass may hold an activation."""
+    is_plain = type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
+    return is_plain and norm.running_mean is not None and not norm._forward_hooks
+
+
+@torch.no_grad()
+def _fold(stages: list[nn.Module], norm: _BatchNorm) -> None:
+    """Fold a batch norm over the output channels into the last module with weights."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    while isinstance(stages[-1], ChannelPermutation):
+        order = cast(ChannelPermutation, stages.pop()).order.argsort()
+        scale, shift = scale[order], shift[order]
+    layers = [*stages[-1].layers] if isinstance(stages[-1], SplitConcat) else [stages[-1]]
+    convolutions = [cast(nn.Conv2d, layer) for layer in layers]  # all have what is used here
+    sizes = [layer.out_channels for layer in convolutions]
+    parts = zip(convolutions, scale.split(sizes), shift.split(sizes), strict=True)
+    for layer, factor, bias in parts:
+        if layer.bias is not None:
+            bias = layer.bias * factor + bias
+        weight = layer.weight
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (groups · i, o, *k)
+            by_group = weight.unflatten(0, (layer.groups, -1))
+            ones = [1] * (weight.dim() - 2)
+            weight = (by_group * factor.view(layer.groups, 1, -1, *ones)).flatten(0, 1)
+        else:
+            weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
+        dtype = layer.weight.dtype
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
