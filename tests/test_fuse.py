@@ -1,21 +1,23 @@
 """Batch norm folds into the convolution that it alone follows, and nowhere else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.cases import EVERY_LAYER, PLANNED_METHODS, difference, error_of
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from deeptwist import SVD, Decomposition, decompose, fuse, load, plan, save
+from deeptwist.decompositions import FactoredLayer
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 EACH_METHOD = pytest.mark.parametrize("method", PLANNED_METHODS.values(), ids=PLANNED_METHODS)
 
 
-def norm_of(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels)
+def norm_of(channels: int, kind: type = nn.BatchNorm2d) -> nn.Module:
+    norm = kind(channels)
     norm.running_mean, norm.running_var = torch.randn(channels), torch.rand(channels) + 0.5
     return norm
 
@@ -41,6 +43,30 @@ def test_batch_norm_folds_into_the_last_factors(method: Decomposition, geometry:
     assert isinstance(fused[1], nn.Identity)
     assert isinstance(small[1], nn.modules.batchnorm._BatchNorm)
     assert difference(small(x), fused(x)) < 1e-5
+
+
+@EACH_METHOD
+@pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
+def test_other_people_s_folding_works_on_factored_layers(
+    method: Decomposition, linear: bool
+) -> None:
+    torch.manual_seed(0)
+    layer, x = (nn.Linear(8, 12), X[:, :, 0, 0]) if linear else (nn.Conv2d(8, 12, 3), X)
+    model = nn.Sequential(layer, norm_of(12, nn.BatchNorm1d if linear else nn.BatchNorm2d)).eval()
+    made = plan(model, method, ratio=1.3, example_input=x, layers=EVERY_LAYER)
+    if not made.compressed:
+        pytest.skip(str(made.kept[0].reason))
+    small = decompose(model, made).requires_grad_(False)
+    expected = small(x)
+    theirs: Any = fuse_linear_bn_eval if linear else fuse_conv_bn_eval
+    folded = theirs(*small)
+    assert isinstance(folded, FactoredLayer)
+    assert difference(expected, folded(x)) < 1e-5
+    assert difference(expected, small(x)) == 0  # theirs is a copy
+    norm = fuse(small, x)[1]
+    assert linear or difference(folded(x), theirs(folded, norm)(x)) == 0  # again
+    with pytest.raises(AttributeError, match="needs a dense weight"):
+        folded.weight * torch.ones(5)
 
 
 class Graph(nn.Module):

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.proof import coarsest_eps, example_inputs, worst_difference
@@ -21,7 +23,19 @@ from deeptwist.inspection.swap import swap
 from deeptwist.inspection.tracing import FunctionCall, FunctionWatch
 from deeptwist.inspection.weights import Weight, weight_of
 from deeptwist.layers.factored import FactoredLayer
-from deeptwist.layers.routing import ChannelPermutation, SplitConcat
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a norm was folded; to a tool that folds it again, one that does nothing."""
+
+    weight = bias = None
+    eps = 0.0
+
+    def __init__(self, norm: _BatchNorm):
+        super().__init__()
+        mean = cast(Tensor, norm.running_mean)
+        self.register_buffer("running_mean", torch.zeros_like(mean), persistent=False)
+        self.register_buffer("running_var", torch.ones_like(mean), persistent=False)
 
 
 def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Module:
@@ -37,7 +51,7 @@ def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Modu
             network was planned on.
 
     Returns:
-        The copy, in evaluation mode; batch norms that are folded are `nn.Identity` in it.
+        The copy, in evaluation mode; batch norms that are folded are of the class `nn.Identity`.
 
     Raises:
         DeepTwistError: if the model cannot run on the example, there is none, or the copy computes
@@ -52,11 +66,15 @@ def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Modu
     inputs = example_inputs(model, arguments, keywords, example_input)
     with explaining(f"{type(model).__name__} cannot run on {inputs}", "give example_input"):
         expected, pairs = _follow(model, inputs)
-    small = swap(model, {norm: nn.Identity() for norm in pairs}).eval().requires_grad_(False)
-    for norm, name in pairs.items():
-        layer = small.get_submodule(name)
-        stages = [*layer] if isinstance(layer, FactoredLayer) else [layer]
-        _fold(stages, cast(_BatchNorm, model.get_submodule(norm)))
+    norms = {name: FoldedNorm(cast(_BatchNorm, model.get_submodule(name))) for name in pairs}
+    small = swap(model, norms).eval()
+    for name, layer_name in pairs.items():
+        layer, norm = small.get_submodule(layer_name), cast(_BatchNorm, model.get_submodule(name))
+        fold: Any = fuse_conv_bn_weights  # its annotations know of tensors alone
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        is_transposed = isinstance(layer, _ConvTransposeNd)
+        layer.weight, layer.bias = fold(layer.weight, layer.bias, *statistics, is_transposed)
+    small.requires_grad_(False)
     with preserving_state(small, inputs):
         worst = worst_difference(expected, output_tensors(inputs.run(small)))
     # Beside integers, numbers may be in another order: boxes by their scores.
@@ -119,44 +137,13 @@ def _is_convolution(module: nn.Module) -> bool:
     if isinstance(module, FactoredLayer):
         return module.convolution.dims > 0
     weight = weight_of(module)
-    is_plain = type(weight) is Weight and not weight.has_hooks
-    return is_plain and weight.geometry is not None and weight.geometry.dims > 0
+    if type(weight) is not Weight or weight.has_hooks:
+        return False
+    geometry = weight.geometry  # torch takes no groups in a transposed one
+    return geometry.dims > 0 and not (geometry.transposed and geometry.groups > 1)
 
 
 def _is_foldable(norm: _BatchNorm) -> bool:
     """Whether a norm is torch's own and nothing more: a subclass may hold an activation."""
     is_plain = type(norm).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
     return is_plain and norm.running_mean is not None and not norm._forward_hooks
-
-
-@torch.no_grad()
-def _fold(stages: list[nn.Module], norm: _BatchNorm) -> None:
-    """Fold a batch norm over the output channels into the last module with weights."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    while isinstance(stages[-1], ChannelPermutation):
-        order = cast(ChannelPermutation, stages.pop()).order.argsort()
-        scale, shift = scale[order], shift[order]
-    layers = [*stages[-1].layers] if isinstance(stages[-1], SplitConcat) else [stages[-1]]
-    convolutions = [cast(nn.Conv2d, layer) for layer in layers]  # all have what is used here
-    sizes = [layer.out_channels for layer in convolutions]
-    parts = zip(convolutions, scale.split(sizes), shift.split(sizes), strict=True)
-    for layer, factor, bias in parts:
-        if layer.bias is not None:
-            bias = layer.bias * factor + bias
-        weight = layer.weight
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (groups · i, o, *k)
-            by_group = weight.unflatten(0, (layer.groups, -1))
-            ones = [1] * (weight.dim() - 2)
-            weight = (by_group * factor.view(layer.groups, 1, -1, *ones)).flatten(0, 1)
-        else:
-            weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
-        dtype = layer.weight.dtype
-        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)

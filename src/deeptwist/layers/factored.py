@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.layers.routing import stages_bias
+from deeptwist.layers.routing import set_outputs, stages_bias
 from deeptwist.layers.weight_view import WeightView
 
 
@@ -38,9 +38,18 @@ class FactoredLayer(nn.Sequential):
 
     __jit_unused_properties__ = ("weight", "bias")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a bias, or the weight times a number an output: what tools fold batch norm by."""
+        if name == "weight" and isinstance(value, WeightView):
+            set_outputs(self, scale=value.scale)
+        elif name == "bias" and isinstance(value, Tensor):
+            set_outputs(self, bias=value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def weight(self) -> WeightView:
-        """Return what stands for the dense weight; it takes no memory."""
+        """Return what stands for the dense weight; it takes no memory. It can be set, scaled."""
         return WeightView(self, self.convolution.weight_shape)
 
     @property

@@ -59,6 +59,38 @@ class PointwiseOnLastDim(nn.Sequential):
         return y.reshape(x.shape[:-1] + y.shape[1:2])
 
 
+@torch.no_grad()
+def set_outputs(
+    stages: Iterable[nn.Module],
+    scale: Tensor | None = None,  # (out_channels,)
+    bias: Tensor | None = None,  # (out_channels,)
+) -> None:
+    """Scale what modules one after the other put out, their bias aside, and set the bias."""
+    *before, last = stages
+    if isinstance(last, ChannelPermutation):
+        order = last.order.argsort()
+        scale, bias = (None if x is None else x[order] for x in (scale, bias))
+        return set_outputs(before, scale, bias)
+    if isinstance(last, PointwiseOnLastDim):
+        return set_outputs(last, scale, bias)
+    layers = [*last.layers] if isinstance(last, SplitConcat) else [last]
+    start = 0
+    for layer in cast(list[nn.Conv2d | nn.Linear], layers):  # all have what is used here
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        own = slice(start, start := start + outputs)
+        weight = layer.weight
+        if scale is not None and isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            by_group = weight.unflatten(0, (layer.groups, -1))  # (g, i, o, *k)
+            factors = scale[own].reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+            layer.weight = nn.Parameter((by_group * factors).flatten(0, 1).to(weight.dtype))
+        elif scale is not None:
+            factors = scale[own].reshape(-1, *[1] * (weight.dim() - 1))
+            layer.weight = nn.Parameter((weight * factors).to(weight.dtype))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias[own].to(weight.dtype))
+    return None
+
+
 def stages_bias(stages: Iterable[nn.Module]) -> Tensor | None:  # (out_channels,)
     """Return what modules one after the other add to each output channel; the last has the bias."""
     bias: Tensor | None = None

@@ -7,7 +7,7 @@ of it works, and no dense weight is made for it.
 import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from deeptwist.layers.factored import FactoredLayer
 
 # Torch's attention asks at its door for a `__torch_function__` to hand over to; this copy does
 # not, and goes on to its linear functions, which do.
@@ -32,11 +34,30 @@ class WeightView:
 
     Attributes:
         shape: of the dense weight.
+        scale: what each output is multiplied by besides; `None` for nothing.
     """
 
     def __init__(self, layer: "nn.Module", shape: tuple[int, ...], rows: slice = slice(None)):
         self._layer, self._rows = layer, rows
         self.shape = torch.Size(shape)
+        self.scale: Tensor | None = None
+
+    @property
+    def _outputs(self) -> int:
+        return cast("FactoredLayer", self._layer).convolution.out_channels
+
+    def __mul__(self, scale: Tensor) -> "WeightView":
+        """Return the weight times a number an output, as folding batch norm asks for it."""
+        if not isinstance(scale, Tensor) or scale.numel() != self._outputs:
+            raise self._error("a product")
+        view = WeightView(self._layer, self.shape)
+        view.scale = scale.flatten() if self.scale is None else self.scale * scale.flatten()
+        return view
+
+    def _itself(self, *_: object, **__: object) -> "WeightView":
+        return self
+
+    to = detach = requires_grad_ = _itself  # `nn.Parameter(weight * scale)` asks for these
 
     def split(self, sizes: Sequence[int]) -> "tuple[WeightView, ...]":
         """Return views of so many outputs each; the layer computes all of them for each."""
