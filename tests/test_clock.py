@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import deeptwist as dt
+from deeptwist.inspection.run import Inputs
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.compare import Comparison, time_models
 from deeptwist.measure.latency import Latency, LatencyCache
@@ -40,7 +41,7 @@ def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_macs(
     modules: Sequence[nn.Module],
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
     setting: Setting,
     overhead: float = OVERHEAD,
 ) -> list[list[float]]:
@@ -48,8 +49,8 @@ def by_macs(
     times = []
     for module in modules:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(*inputs)
-        macs = counter.get_total_flops() / 2 / len(inputs[0])
+            inputs.run(module)
+        macs = counter.get_total_flops() / 2 / len(inputs.tensors[0])
         times.append([macs / 1e3 + overhead] * 2)
     return times
 
@@ -85,7 +86,7 @@ def test_every_call_counts() -> None:
 
 
 def counted(*networks: nn.Module, overhead: float = OVERHEAD) -> list[float]:
-    return [times[0] for times in by_macs(networks, (X,), Setting(2, 1), overhead)]
+    return [times[0] for times in by_macs(networks, Inputs.of(X), Setting(2, 1), overhead)]
 
 
 @pytest.mark.parametrize("factor", [1.5, 3.0])
@@ -208,9 +209,7 @@ def test_what_was_timed_is_kept_in_a_file_that_names_the_machine(
 
 @pytest.mark.parametrize("width", [1, 8, 16])
 def test_ranks_are_multiples_of_what_vectors_hold(width: int) -> None:
-    def stairs(
-        modules: Sequence[nn.Module], inputs: tuple[Tensor, ...], setting: Setting
-    ) -> list[list[float]]:
+    def stairs(modules: Sequence[nn.Module], inputs: Inputs, setting: Setting) -> list[list[float]]:
         ranks = [getattr(module, "decomposition", dt.SVD(rank=100)).rank for module in modules]
         return [[10.0 + -(-rank // width) * width] for rank in ranks]
 

@@ -393,7 +393,8 @@ def test_a_tolerance_is_kept(export: Callable[..., Exported], tmp_path: Path) ->
 
 @pytest.mark.parametrize("example", [torch.zeros(0, 8, 9, 9), torch.tensor(1.0), "x", (1,)])
 def test_an_example_without_a_batch(example: Any, tmp_path: Path) -> None:
-    assert "batch in front" in error_of(export_onnx, convolution(), tmp_path / "small", example)
+    message = error_of(export_onnx, convolution(), tmp_path / "small", example)
+    assert "batch in front" in message or "neither a tensor" in message
 
 
 @pytest.mark.parametrize("place", ["", "nowhere/small"])

@@ -146,7 +146,7 @@ def test_a_wrapper_is_refused_by_every_door(wrap: object, tmp_path: Path) -> Non
         lambda: dt.calibrate(wrapped, [X]),
         lambda: dt.recalibrate_batch_norm(wrapped, [X]),
         lambda: dt.save(wrap(dt.decompose(model, plan)), tmp_path / "small"),
-        lambda: dt.fuse(wrapped),
+        lambda: dt.fuse(wrapped, X),
         lambda: export_onnx(wrapped, tmp_path / "a.onnx", X),
         lambda: make_runner(wrapped, X, Setting(4, 1)),
     ):
