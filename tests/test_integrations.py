@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -616,3 +617,34 @@ def test_an_example_runs(example: str, tmp_path: Path) -> None:
     accuracies = {name: float(row.split("%")[0]) for name, row in rows.items()}
     assert accuracies["dense"] > {"segmentation": 75, "detection": 50}.get(example, 90)
     assert accuracies["DeepTwist"] > accuracies["untrained"]
+
+
+@needs("ultralytics")
+def test_yolo_is_trained_predicts_and_leaves_decomposed(tmp_path: Path) -> None:
+    from ultralytics import YOLO
+
+    yolo, x = YOLO("yolov8n.yaml"), torch.rand(2, 3, 64, 64)
+    with pytest.raises(dt.DeepTwistError, match=r"give its \.model"):
+        dt.plan(yolo, dt.SVD(), ratio=2, example_input=x)
+    model = yolo.model.eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    small = dt.decompose(model, dt.plan(model, dt.SpatialSVD(), ratio=2, example_input=x))
+    expected = small(x)[0]
+    folded = dt.fuse(small)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        for own in (folded, small.fuse(verbose=False), folded.fuse(verbose=False)):
+            assert own is folded or own.is_fused()
+            assert torch.allclose(own(x)[0], expected, rtol=1e-4, atol=1e-4)
+    example = [sys.executable, EXAMPLES / "ultralytics_yolo.py"]
+    environment = {**os.environ, "YOLO_OFFLINE": "true", "YOLO_CONFIG_DIR": str(tmp_path)}
+    printed = subprocess.run(
+        example, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
+    ).stdout
+    rows = {words[0]: words[1:] for line in printed.splitlines() if (words := line.split())}
+    sizes = [int(rows[name][0].replace(",", "")) for name in ("dense", "fine-tuned", "DeepTwist")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert sizes[2] < 0.55 * sizes[0]
+    assert rows["exported"] == ["best.onnx"]
+    assert int(rows["DeepTwist"][-2]) > 1

@@ -49,7 +49,7 @@ def describe(path: Path) -> Values:
     folder = saved_folder(path)
     saved = read_saved(folder)
     # Without MACs, which hang on the size of the input.
-    rows = [layer_row(layer, 0, 0) for layer in saved.planned()]
+    rows = [layer_row(layer, 0, 0) for layer in saved.plan().compressed]
     keys = "layer", "shape", "lowered", "decomposition", "rank", "weights"
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in [*file.keys()]]

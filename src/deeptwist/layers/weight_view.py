@@ -7,7 +7,7 @@ of it works, and no dense weight is made for it.
 import itertools
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from deeptwist.layers.factored import FactoredLayer
 
 # Torch's attention asks at its door for a `__torch_function__` to hand over to; this copy does
 # not, and goes on to its linear functions, which do.
@@ -38,17 +36,14 @@ class WeightView:
     """
 
     def __init__(self, layer: "nn.Module", shape: tuple[int, ...], rows: slice = slice(None)):
-        self._layer, self._rows = layer, rows
+        self._layer: Any = layer
+        self._rows = rows
         self.shape = torch.Size(shape)
         self.scale: Tensor | None = None
 
-    @property
-    def _outputs(self) -> int:
-        return cast("FactoredLayer", self._layer).convolution.out_channels
-
     def __mul__(self, scale: Tensor) -> "WeightView":
         """Return the weight times a number an output, as folding batch norm asks for it."""
-        if not isinstance(scale, Tensor) or scale.numel() != self._outputs:
+        if not isinstance(scale, Tensor) or scale.numel() != self._layer.convolution.out_channels:
             raise self._error("a product")
         view = WeightView(self._layer, self.shape)
         view.scale = scale.flatten() if self.scale is None else self.scale * scale.flatten()
