@@ -1,5 +1,6 @@
 """Batch norm folds into the convolution that it alone follows, and nowhere else."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from tests.cases import EVERY_LAYER, PLANNED_METHODS, difference, error_of
 from torch import Tensor, nn
+from torch.ao.quantization import fuse_modules, get_default_qat_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from deeptwist import SVD, Decomposition, decompose, fuse, load, plan, save
@@ -144,4 +147,28 @@ def test_a_loaded_network_knows_what_it_is_called_with(tmp_path: Path) -> None:
     small = load(save(decompose(model, made), tmp_path / "small"), Graph("loop"))
     fused = fuse(small)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert difference(small(X), fused(X)) < 1e-5
+
+
+def test_quantisation_aware_training_follows_the_decomposition() -> None:
+    """In this order: decompose, prepare (batch norm is fused then), train, convert."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(8, 16, 3), norm_of(16), nn.ReLU(), nn.Conv2d(16, 16, 3), norm_of(16)
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)).eval()
+    small = decompose(model, plan(model, SVD(), ratio=2, example_input=X, layers=EVERY_LAYER))
+    mapping = get_default_qat_qconfig_mapping("x86")
+    prepared = prepare_qat_fx(copy.deepcopy(small).train(), mapping, (X,))
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        prepared(X).square().mean().backward()
+        optimizer.step()
+    expected = prepared.eval()(X)
+    quantised = convert_fx(prepared)
+    kinds = [type(module).__module__ for module in quantised.modules()]
+    assert sum("quantized" in kind for kind in kinds) >= 6  # two factors of each layer
+    assert difference(expected, quantised(X)) < 0.1
+    # Eager mode's: by the name of the last factor.
+    fused = fuse_modules(small, [["0.1", "1"], ["3.1", "4"]])
+    assert isinstance(fused[1], nn.Identity)
     assert difference(small(X), fused(X)) < 1e-5

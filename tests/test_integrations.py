@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.integrations.optimizer_hooks import after_each_step
+from deeptwist.integrations.optimizer_hooks import after_each_step, use_averages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IMAGES, BATCH, INTERVAL, EPOCHS = 64, 8, 3, 2
@@ -648,3 +648,47 @@ def test_yolo_is_trained_predicts_and_leaves_decomposed(tmp_path: Path) -> None:
     assert sizes[2] < 0.55 * sizes[0]
     assert rows["exported"] == ["best.onnx"]
     assert int(rows["DeepTwist"][-2]) > 1
+
+
+@needs_lightning
+def test_an_average_that_comes_too_late_is_refused() -> None:
+    import lightning
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    from deeptwist.integrations.lightning import DeepTwistCallback
+
+    module = lightning.LightningModule()
+    for last in (True, False):
+        callback = DeepTwistCallback(twist_of(model := network()))
+        trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        pair = [StochasticWeightAveraging(0.1), callback]
+        trainer.callbacks = pair if last else pair[::-1]  # type: ignore[attr-defined]
+        trainer.strategy.optimizers = [sgd(model)]
+        if last:
+            callback.on_train_start(trainer, module)
+        else:
+            with pytest.raises(dt.DeepTwistError, match="list DeepTwistCallback after it"):
+                callback.on_train_start(trainer, module)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Trains at points of its own, and puts the average in place where `eval` is called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+        self.param_groups[0]["train_mode"] = True
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(0.5)
+        self.param_groups[0]["train_mode"] = False
+
+
+def test_a_schedule_free_optimizer_puts_its_average_in_place() -> None:
+    model = network()
+    before = model[0].weight.detach().clone()
+    optimizer = ScheduleFree(model)
+    for _ in range(2):  # the second time there is nothing to do
+        use_averages([optimizer, sgd(model)])
+    assert torch.equal(model[0].weight, before * 0.5)

@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from deeptwist.errors import require_extra
-from deeptwist.integrations.optimizer_hooks import after_each_step
+from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.integrations.optimizer_hooks import after_each_step, use_averages
 from deeptwist.twist.distortion import DeepTwist
 
 with require_extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+
+_AVERAGES = "EMA", "Ema", "Averag"  # in the names of callbacks that average weights
 
 
 class DeepTwistCallback(Callback):
@@ -30,6 +32,14 @@ class DeepTwistCallback(Callback):
         self._listening = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for later in callbacks[callbacks.index(self) + 1 :]:
+            if any(word in kind.__name__ for kind in type(later).__mro__ for word in _AVERAGES):
+                raise DeepTwistError(
+                    f"{type(later).__name__} would put its average in place after the network is "
+                    "decomposed: list DeepTwistCallback after it"
+                )
+
         def step() -> None:
             if self.twist.step():
                 self._log(trainer)
@@ -39,6 +49,7 @@ class DeepTwistCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listening.close()
+        use_averages(trainer.optimizers)
         self.small = self.twist.finish()
         self._log(trainer)
 

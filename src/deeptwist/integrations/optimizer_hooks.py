@@ -40,6 +40,13 @@ def after_each_step(
     )
 
 
+def use_averages(optimizers: Sequence[Optimizer]) -> None:
+    """Have schedule-free optimizers put what they average into the weights, as for evaluation."""
+    for optimizer in optimizers:
+        if any(group.get("train_mode") for group in optimizer.param_groups):
+            optimizer.eval()  # type: ignore[attr-defined]
+
+
 def _unless_skipped(call: Callable[[], object]) -> Callable[..., None]:
     def hook(optimizer: Optimizer, *_: Any) -> None:
         # GradScaler calls a fused optimizer with infinite gradients too; it skips them inside.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deeptwist.errors import DeepTwistError, require_extra
-from deeptwist.integrations.optimizer_hooks import after_each_step
+from deeptwist.integrations.optimizer_hooks import after_each_step, use_averages
 from deeptwist.twist.distortion import DeepTwist
 
 with require_extra("transformers"):
@@ -47,8 +47,9 @@ class DeepTwistCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._listening.close()  # of a run that an exception ended
         self._listening.enter_context(handle)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **has: Any) -> None:
         self._listening.close()
+        use_averages([has["optimizer"].optimizer])
         # AMP's forward is bound to the model itself: a copy would go on calling this one.
         extract_model_from_parallel(self.twist.model, keep_fp32_wrapper=False)
         self.small = self.twist.finish()
