@@ -124,6 +124,16 @@ def loops(folder: Path) -> dict[str, Any]:
     }
 
 
+def pretrained(x: Tensor) -> dict[str, Any]:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    )
+    plan = dt.plan(model, dt.SVD(), ratio=2, example_input=x)
+    return {"model": model, "small": dt.decompose(model, plan)}
+
+
 def exports(folder: Path) -> dict[str, Any]:
     from PIL import Image
 
@@ -153,6 +163,8 @@ def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     for block in blocks(ROOT / name, "python"):
         if "Trainer(model, args" in block:
             names["model"] = names["huggingface_model"]
+        if "from_pretrained" in block:
+            names |= pretrained(names["x"])
         if "accelerator.prepare" in block:
             names |= {
                 "plan": dt.plan(

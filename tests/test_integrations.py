@@ -692,3 +692,44 @@ def test_a_schedule_free_optimizer_puts_its_average_in_place() -> None:
     for _ in range(2):  # the second time there is nothing to do
         use_averages([optimizer, sgd(model)])
     assert torch.equal(model[0].weight, before * 0.5)
+
+
+# --- from_pretrained
+
+
+@needs_transformers
+@pytest.mark.parametrize("method", [dt.SVD(), dt.TiledSVD(tile=(4, 18)), dt.Tucker()], ids=str)
+def test_from_pretrained_makes_the_factored_layers(
+    method: dt.Decomposition, tmp_path: Path
+) -> None:
+    """In transformers' own folder, and once more; the dense network's config says nothing."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    import deeptwist.integrations.transformers  # noqa: F401 (from_pretrained knows them then)
+
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    dense = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    small = dt.decompose(dense, dt.plan(dense, method, ratio=1.5, example_input=x))
+    small.save_pretrained(tmp_path / "once")
+    read = ResNetForImageClassification.from_pretrained(tmp_path / "once")
+    read.save_pretrained(tmp_path / "twice")
+    again = ResNetForImageClassification.from_pretrained(tmp_path / "twice")
+    for model in (read, again):
+        assert model.state_dict().keys() == small.state_dict().keys()
+        torch.testing.assert_close(model(x).logits, small(x).logits)
+        assert not model.is_quantized  # a Trainer would refuse to train it
+    assert not hasattr(dense.config, "quantization_config")
+
+
+def test_what_another_from_pretrained_does_not_make_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Hub(nn.Sequential):
+        def save_pretrained(self, folder: Path) -> None:
+            torch.save(self.state_dict(), folder / "model.pt")
+
+    model, x = Hub(*network()), torch.randn(2, 1, 8, 8)
+    dt.decompose(model, dt.plan(model, dt.SVD(), ratio=1.5, example_input=x))
+    assert "from_pretrained does not make: use deeptwist.save and deeptwist.load" in caplog.text

@@ -25,6 +25,7 @@ from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, we
 from deeptwist.layers.geometry import compute_dtype, weight_to_kernel
 from deeptwist.measure.layer_clock import random_kernels
 from deeptwist.plan.calibration import Calibration, to_device
+from deeptwist.plan.codec import encode
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer
 
@@ -253,7 +254,30 @@ def replace_layers(model: nn.Module, plan: Plan, kernels: Mapping[str, list[Tens
     small = swap(model, factored)
     if is_channels_last(model):
         set_channels_last(small)
+    if hasattr(small, "save_pretrained"):
+        _mark_pretrained(small)
     return small
+
+
+def _mark_pretrained(small: nn.Module) -> None:
+    """Have transformers' config name the factored layers, for `from_pretrained` to make them.
+
+    It knows them once `deeptwist.integrations.transformers` is imported, and warns until then.
+    """
+    config: Any = getattr(small, "config", None)
+    if not hasattr(config, "to_diff_dict"):  # diffusers', say
+        logger.warning(
+            "save_pretrained of this %s leaves factored layers that from_pretrained does not make: "
+            "use deeptwist.save and deeptwist.load",
+            type(small).__name__,
+        )
+        return
+    layers = {
+        name: {"convolution": encode(m.convolution), "decomposition": encode(m.decomposition)}
+        for name, m in small.named_modules()
+        if isinstance(m, FactoredLayer)
+    }
+    config.quantization_config = {"quant_method": "deeptwist", "layers": layers}
 
 
 def _make_factored(dense: Weight, layer: CompressedLayer, kernels: list[Tensor]) -> FactoredLayer:

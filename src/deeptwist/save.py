@@ -44,7 +44,7 @@ _LARGEST_CONFIG = 16 * 2**20  # bytes; a network of ten thousand layers takes a 
 
 
 @dataclass(frozen=True)
-class _Layer:
+class SavedLayer:
     """A factored layer, as the configuration holds it under its name."""
 
     convolution: ConvGeometry
@@ -64,7 +64,7 @@ class Saved:
     weights_sha256: str
     aliases: dict[str, str]  # of tensors: the other names of those that are shared
     module_versions: dict[str, int]  # where not 1: what a state dict has as metadata
-    layers: dict[str, _Layer]
+    layers: dict[str, SavedLayer]
     channels_last: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[Argument, ...] = ()  # that the network was planned on
@@ -73,9 +73,8 @@ class Saved:
 
     def plan(self) -> Plan:
         """Return the plan of what is factored alone."""
-        held = self.layers.items()
-        layers = (CompressedLayer(n, "", x.convolution, x.decomposition) for n, x in held)
-        return Plan(tuple(layers), inputs=self.inputs, keywords=self.keywords)
+        layers = plan_layers(self.layers)
+        return Plan(layers, inputs=self.inputs, keywords=self.keywords)
 
 
 def save(
@@ -122,7 +121,7 @@ def save(
         weights_sha256="",
         aliases=aliases,
         module_versions={name: n for name, n in versions.items() if n not in (None, 1)},
-        layers={name: _Layer(m.convolution, m.decomposition) for name, m in factored.items()},
+        layers={name: SavedLayer(m.convolution, m.decomposition) for name, m in factored.items()},
         channels_last=is_channels_last(model),
         metadata=dict(metadata or {}),
         inputs=inputs,
@@ -193,10 +192,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
             f"this {type(base).__name__} is on the meta device, where nothing can be read into it: "
             "make it on the CPU"
         )
-    for layer in plan.compressed:  # before anything takes the memory that the file says it needs
-        planned_weight(base, layer)
-    kernels = {layer.name: _empty_kernels(layer) for layer in plan.compressed}
-    small = replace_layers(base, plan, kernels).cpu()
+    small = make_layers(base, plan).cpu()
     if config.channels_last:
         set_channels_last(small)
     try:
@@ -309,6 +305,24 @@ def _build_named(saved: Saved, folder: Path) -> nn.Module:
             f"{folder} does not say how to build {saved.base_model!r} ({first_line(error)}): give "
             "the network that was decomposed, load(path, model)"
         ) from error
+
+
+def plan_layers(layers: Mapping[str, SavedLayer]) -> tuple[CompressedLayer, ...]:
+    """Return saved layers as a plan has them."""
+    held = layers.items()
+    return tuple(CompressedLayer(n, "", x.convolution, x.decomposition) for n, x in held)
+
+
+def make_layers(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of a model in which planned layers are made, their numbers not yet read.
+
+    Raises:
+        DeepTwistError: if the model has no such layers.
+    """
+    for layer in plan.compressed:  # before anything takes the memory that the file says it needs
+        planned_weight(model, layer)
+    kernels = {layer.name: _empty_kernels(layer) for layer in plan.compressed}
+    return replace_layers(model, plan, kernels)
 
 
 def _empty_kernels(layer: CompressedLayer, device: str = "cpu") -> list[Tensor]:
