@@ -17,7 +17,7 @@ from tests.cases import every_layer
 
 import deeptwist as dt
 from deeptwist import Plan
-from deeptwist.app.cli import main
+from deeptwist.app.cli import console, main
 from deeptwist.app.cli.commands import train
 from deeptwist.app.data import load_digits
 from deeptwist.app.training.evaluation import evaluate
@@ -285,7 +285,9 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
         "--out",
         out,
     ]
-    summary = json.loads(run(*words, "--json").stdout)
+    done = run(*words, "--json")
+    assert re.search(r"^epoch 2/2: loss \d.* test accuracy .*%.* 0.0 s left$", done.stderr, re.M)
+    summary = json.loads(done.stdout)
     assert summary["mode"] == "deeptwist"
     assert summary["steps"] == 22
     assert summary["output_difference"] < 1e-5
@@ -397,3 +399,15 @@ def test_what_no_decomposition_takes_is_refused() -> None:
 def test_a_rank_beside_a_ratio_is_refused() -> None:
     words = "plan", "resnet20", "--image-size", "8", "--decomposition", "svd", "--ratio", "4"
     assert "rank 3 beside ratio 4.0: give one" in refused(*words, "--rank", "3")
+
+
+def test_long_work_is_told_of_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    with console.progress_bar("time", 3) as advance:
+        advance()
+        advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(",")[0] for line in lines] == ["time: 1 of 3", "time: 2 of 3"]
+    assert all(line.endswith(" s left") for line in lines)

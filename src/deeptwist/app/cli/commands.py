@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.app.cli.console import (
+    epoch_lines,
     is_main_process,
     layer_rows,
     plan_counts,
@@ -197,7 +198,8 @@ def train(
     data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
     with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
-        summary = train(run, out, resume=resume, on_step=advance)
+        tell = epoch_lines(recipe.schedule.epochs)
+        summary = train(run, out, resume=resume, on_step=advance, on_record=tell)
     print_result(summary, as_json, partial(print_summary, f"{recipe.model} on {data.name}"))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from deeptwist.measure.compare import Comparison
     from deeptwist.plan.plan import Plan
 
+_SECONDS_BETWEEN_LINES = 20.0  # of progress, in a pipe
 # A pipe has no width to fit: a table there keeps its lines whole.
 _WIDE = None if sys.stdout.isatty() else 200
 
@@ -50,17 +52,61 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show progress on standard error, if that is a terminal; give the call that moves it."""
+    """Show progress on standard error; give the call that moves it.
+
+    On a terminal it is a bar; elsewhere a line now and then, where the work takes that long.
+    """
     console = Console(stderr=True, quiet=not is_main_process())
+    if not console.is_terminal:
+        yield _lines(label, total) if is_main_process() else lambda: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)
+
+
+def _lines(label: str, total: int) -> Callable[[], None]:
+    """Return the call that counts, and every so many seconds tells how much there is left."""
+    started = told = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, told
+        done, now = done + 1, time.monotonic()
+        if now - told >= _SECONDS_BETWEEN_LINES:
+            told = now
+            left = (now - started) / done * max(0, total - done)
+            print(f"{label}: {done:,} of {total:,}, {_duration(left)} left", file=sys.stderr)
+
+    return advance
+
+
+def epoch_lines(epochs: int) -> Callable[[Values], None]:
+    """Return what tells of each epoch's record in a line, on standard error."""
+
+    def tell(values: Values) -> None:
+        if values["event"] != "epoch":
+            return
+        left = max(0, epochs - values["epoch"]) * values["seconds"]
+        print(
+            f"epoch {values['epoch']}/{epochs}: loss {values['train_loss']:.4f}, test accuracy "
+            f"{percent(values['test']['accuracy'])}, learning rate {values['lr']:.3g}, "
+            f"{_duration(values['seconds'])}, {_duration(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return tell
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 # --- plans and their times
