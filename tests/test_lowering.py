@@ -1,3 +1,5 @@
+"""Lowered kernels and their tiles, and the layers that raw tiles become."""
+
 from itertools import product
 
 import pytest
@@ -5,8 +7,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.cases import every_layer
+from torch import nn
 
-from deeptwist.layers.lowering import lower, lower_spatial, unlower, unlower_spatial
+from deeptwist import TiledSVD, decompose, plan
+from deeptwist.layers.geometry import ConvGeometry
+from deeptwist.layers.lowering import (
+    Grid,
+    Segment,
+    lower,
+    lower_spatial,
+    segments,
+    unlower,
+    unlower_spatial,
+)
+from deeptwist.plan.from_model import plan_from_model
 
 SHAPES = st.integers(0, 3).flatmap(lambda dims: st.tuples(*[st.integers(1, 5)] * (3 + dims)))
 
@@ -54,3 +69,94 @@ def test_in_three_axes_the_first_goes_with_the_outputs() -> None:
 @pytest.mark.parametrize("shape", [(1, 4, 3), (2, 4, 3, 5)])
 def test_below_two_axes_there_is_but_one_lowering(shape: tuple[int, ...]) -> None:
     assert torch.equal(lower_spatial(counting(*shape)), lower(counting(*shape)))
+
+
+SIDE = st.integers(1, 40)
+GRIDS = st.builds(Grid, st.tuples(SIDE, SIDE), st.tuples(st.integers(1, 60), st.integers(1, 60)))
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "spans"),
+    [
+        (64, 64, [(0, 64, 1)]),
+        (128, 64, [(0, 64, 2)]),
+        (130, 64, [(0, 64, 2), (128, 2, 1)]),
+        (10, 64, [(0, 10, 1)]),
+        (3, 1, [(0, 1, 3)]),
+    ],
+)
+def test_cutting(size: int, length: int, spans: list[tuple[int, int, int]]) -> None:
+    assert segments(size, length) == tuple(Segment(*span) for span in spans)
+
+
+@given(st.integers(1, 200), st.integers(1, 250))
+def test_the_pieces_cover_the_axis_once(size: int, length: int) -> None:
+    pieces = [
+        range(span.offset + i * span.length, span.offset + (i + 1) * span.length)
+        for span in segments(size, length)
+        for i in range(span.count)
+    ]
+    assert [place for piece in pieces for place in piece] == list(range(size))
+    assert all(len(piece) == min(size, length) for piece in pieces[:-1])
+
+
+@given(GRIDS, st.integers(1, 3))
+def test_splitting_and_assembling(grid: Grid, groups: int) -> None:
+    matrix = torch.arange(groups * grid.shape[0] * grid.shape[1]).reshape(groups, *grid.shape)
+    patches = grid.split(matrix)
+    assert torch.equal(grid.assemble(patches), matrix)
+    assert sum(patch[0, ..., 0, 0].numel() for patch in patches) == grid.num_tiles
+    assert 1 <= len(patches) <= 4
+
+
+@given(GRIDS)
+def test_every_tile_is_its_rectangle(grid: Grid) -> None:
+    matrix = torch.arange(grid.shape[0] * grid.shape[1]).reshape(grid.shape)
+    for (row, col), patch in zip(grid.patches, grid.split(matrix), strict=True):
+        assert patch.shape == (row.count, col.count, row.length, col.length)
+        for r, c in [(0, 0), (row.count - 1, col.count - 1)]:
+            top, left = row.offset + r * row.length, col.offset + c * col.length
+            rectangle = matrix[top : top + row.length, left : left + col.length]
+            assert torch.equal(patch[r, c], rectangle)
+
+
+def test_windows_hold_the_channels_that_their_tile_touches() -> None:
+    """The zero-padded weight, against the tile's columns laid out by hand."""
+    layer = nn.Conv2d(5, 4, 3, bias=False)
+    decomposition = TiledSVD(tile=(4, 12), rank=4)  # full rank
+    geometry = ConvGeometry.from_module(layer)
+    kernels = decomposition.decompose(layer.weight.detach()[None]).kernels()
+    built = decomposition.make_layer(geometry, kernels, None)
+    full = next(part for part in built.modules() if isinstance(part, nn.Conv2d))
+    # Columns 0-11, 12-23, 24-35 of 45 touch channels 0-1, 1-2, 2-3; 36-44 are channel 4.
+    branch = next(part for part in built.modules() if type(part).__name__ == "SplitConcat")
+    convolutions = list(branch.layers)
+    assert [part.weight.shape[1] for part in convolutions] == [2, 1]
+    weight = convolutions[0].weight.detach().reshape(3, 4, 18)
+    for tile, before in enumerate((0, 3, 6)):  # taps of the window before the tile
+        assert torch.equal(weight[tile, :, before : before + 12], kernels[0][tile, :, :, 0, 0])
+        assert weight[tile].count_nonzero() == kernels[0][tile].count_nonzero()
+    assert full is convolutions[0]
+
+
+def test_the_plan_of_a_decomposed_model_is_the_plan_that_made_it() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 24, 3),
+        nn.Conv2d(24, 16, 1),
+    ).eval()
+    x = torch.randn(2, 16, 9, 9)
+    before = plan(
+        network,
+        TiledSVD(tile=(8, 20)),
+        ratio=1.5,
+        example_input=x,
+        layers=every_layer(exclude=["3"]),
+    )
+    read_back = plan_from_model(decompose(network, before), network, x)
+    assert [(x.name, x.decomposition) for x in read_back.compressed] == [
+        (x.name, x.decomposition) for x in before.compressed
+    ]
+    assert [x.name for x in read_back.layers] == [x.name for x in before.layers]
+    assert read_back.macs == before.macs
