@@ -18,9 +18,10 @@ import deeptwist as dt
 from deeptwist.app.data import batches, load_digits, normalize
 from deeptwist.app.folders import read_run
 from deeptwist.app.training.evaluation import AugmentedInputs, evaluate
-from deeptwist.compress import RATIOS, SMALL, Compressed, Job, largest_ratio
+from deeptwist.compress import SMALL, Compressed, Job
 from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.networks.build import build_model
+from deeptwist.search import RATIOS, largest_ratio
 
 DIGITS = load_digits()
 

@@ -29,6 +29,7 @@ LIBRARY = [
     "distill",
     "save",
     "export",
+    "search",
     "compress",
     "integrations",
 ]

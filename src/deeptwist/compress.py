@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,10 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
 from deeptwist.save import load, save
+from deeptwist.search import LEARNING_ROUNDS, RATIOS, ROUNDS, search_ratio
 
 CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
 DISTILLING, DISTILLED = "distilling.pt", "distilled"
-RATIOS = (1.2, 16.0)  # that a goal is searched between
-BISECTIONS = 6  # to a factor of 1.04
-# Where networks learn, a tenth of it tells which ratio is the first to be kept, and three tenths
-# which one up to twice that: to a factor of 1.09.
-SHARES, REFINEMENTS = (0.1, 0.3), 3
 BUDGETS = ("ratio", "weights", "macs", "latency")  # arguments of `plan` that say how small
 
 Values = dict[str, Any]  # what a step came to, as JSON holds it
@@ -201,8 +197,7 @@ class Job:
         Args:
             score: a network → its score, the higher the better.
             least: the goal.
-            learns: whether the one chosen will learn from the dense network: then candidates do
-                a little, and the best of them more (successive halving).
+            learns: whether the one chosen will learn from the dense network, see `search_ratio`.
 
         Returns:
             Whether any ratio keeps it, the largest that does or else the smallest there is, and
@@ -215,15 +210,8 @@ class Job:
             advance()
             return tried[-1][1]
 
-        first, second = SHARES if learns else (0.0, None)
-        rounds = 2 + BISECTIONS + (2 + REFINEMENTS if second else 0)
-        with self.progress("search", rounds) as advance:
-            ratio = largest_ratio(partial(score_after, first), least)
-            if second is not None and ratio != RATIOS[1]:
-                low = ratio or RATIOS[0]
-                bounds = low, min(2 * low, RATIOS[1])
-                score_at = partial(score_after, second)
-                ratio = largest_ratio(score_at, least, bounds, REFINEMENTS) or ratio
+        with self.progress("search", LEARNING_ROUNDS if learns else ROUNDS) as advance:
+            ratio = search_ratio(score_after, least, learns=learns)
         kept = ratio is not None
         return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
 
@@ -355,31 +343,6 @@ class Job:
         if self.folder is None:
             raise DeepTwistError(f"a job without a folder has no {name}")
         return self.folder / name
-
-
-def largest_ratio(
-    score: Callable[[float], float],
-    goal: float,
-    bounds: tuple[float, float] = RATIOS,
-    bisections: int = BISECTIONS,
-) -> float | None:
-    """Return the largest ratio whose network keeps a score, by bisection; `None` if none does.
-
-    Args:
-        score: a ratio → the score of the network compressed by it, which falls with the ratio.
-        goal: the least score.
-        bounds: the least and the largest ratio.
-        bisections: scores that are asked for between them.
-    """
-    low, high = bounds
-    if score(low) < goal:
-        return None
-    if score(high) >= goal:
-        return high
-    for _ in range(bisections):
-        middle = round((low * high) ** 0.5, 2)
-        low, high = (middle, high) if score(middle) >= goal else (low, middle)
-    return low
 
 
 def size_rows(sizes: Values) -> Table:
