@@ -79,7 +79,7 @@ def compress(
     distill_steps: int = 0,
     train_fn: Callable[[nn.Module], object] | None = None,
     calibration_batches: int = 8,
-    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput] | None = None,
     **options: Any,
 ) -> Compressed:
     """Make a trained network smaller and tell what it cost; the network itself stays as it is.
@@ -239,7 +239,7 @@ class Job:
     def distill(
         self,
         batches: Iterable[Any],
-        inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+        inputs: Callable[[Any], ExampleInput] | None = None,
         *,
         steps: int,
         minutes: float | None = None,

@@ -304,7 +304,7 @@ def recalibrate_batch_norm(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput] | None = None,
 ) -> nn.Module:
     """Return a copy whose batch norms hold the mean statistics of these batches.
 

@@ -58,7 +58,7 @@ def distill(
     block_weight: float = 10.0,
     held_out: int = HELD_OUT,
     loss: Loss | None = None,
-    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput] | None = None,
     on_step: Callable[[], None] = lambda: None,
     checkpoint: Path | None = None,
 ) -> nn.Module:

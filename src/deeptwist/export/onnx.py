@@ -218,7 +218,7 @@ def quantize_onnx(
     path: str | Path,
     batches: Iterable[Any],
     *,
-    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput] | None = None,
     **options: Any,
 ) -> Path:
     """Write an ONNX file in int8, weights by channel and activations by the range they take.

@@ -54,7 +54,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-ExampleInput = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Argument = tuple[tuple[int, ...], str] | float | bool | str | None  # a tensor's shape and type
 _LABELS = "label", "labels"
 
@@ -72,7 +71,7 @@ class Inputs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, example_input: "ExampleInput | Inputs") -> "Inputs":
+    def of(cls, example_input: "ExampleInput") -> "Inputs":
         """Return the call that a tensor, a tuple of arguments or a dict of keyword arguments makes.
 
         Raises:
@@ -126,9 +125,12 @@ class Inputs:
         return ", ".join(str(tuple(x.shape)) for x in self.tensors)
 
 
+ExampleInput = Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs
+
+
 def read_batches(
     batches: Iterable[Any],
-    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Inputs]:
     """Yield what a network is called with for each batch; see `deeptwist.calibrate`.
@@ -146,7 +148,7 @@ def read_batches(
         )
 
 
-def _first_input(batch: Any) -> ExampleInput | Inputs:
+def _first_input(batch: Any) -> ExampleInput:
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(x, Mapping):
         return {name: value for name, value in x.items() if name not in _LABELS}

@@ -44,7 +44,7 @@ class Comparison:
 
 def time_modules(
     modules: Sequence[nn.Module],
-    inputs: ExampleInput | Inputs,
+    inputs: ExampleInput,
     setting: Setting,
     *,
     rounds: int = 15,
@@ -58,7 +58,7 @@ def time_modules(
 def time_models(
     dense: nn.Module,
     decomposed: nn.Module,
-    inputs: ExampleInput | Inputs,
+    inputs: ExampleInput,
     setting: Setting,
     *,
     rounds: int = 15,

@@ -72,7 +72,7 @@ class Setting:
             torch.set_num_threads(before)
 
 
-def make_runner(model: nn.Module, inputs: ExampleInput | Inputs, setting: Setting) -> Run:
+def make_runner(model: nn.Module, inputs: ExampleInput, setting: Setting) -> Run:
     """Return a function that runs the model once on the inputs; call it with `setting.applied()`.
 
     Args:

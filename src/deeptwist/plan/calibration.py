@@ -19,7 +19,6 @@ from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import check_suffix
 from deeptwist.inspection.run import (
     ExampleInput,
-    Inputs,
     explaining,
     preserving_state,
     read_batches,
@@ -88,7 +87,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    inputs: Callable[[Any], ExampleInput | Inputs] | None = None,
+    inputs: Callable[[Any], ExampleInput] | None = None,
     max_side: int = 4608,
 ) -> Calibration:
     """Gather the second moment of what every layer's lowered kernel multiplies.
@@ -262,7 +261,8 @@ class _Collector:
         """Return the mean over all patches, of all processes."""
         if self.total is None:
             raise DeepTwistError("a layer that was inspected is not called on these batches")
-        total, count = self.total.double(), self.total.new_tensor(float(self.count))
+        total = self.total.double()  # of one type in all processes
+        count = total.new_tensor(self.count)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
             distributed.all_reduce(count)
