@@ -17,4 +17,5 @@ bench:
 bench-training:
 	$(PYTHON) benchmarks/distortion.py --record vgg19_bn --data $(DATA)
 	$(PYTHON) benchmarks/tiles.py --weights $(WEIGHTS)/resnet32-cifar10.safetensors --vgg runs/trajectories/vgg19_bn
+	$(PYTHON) benchmarks/factors.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors --out results/factors/tucker-4x.jsonl
 	$(PYTHON) examples/compress_resnet32.py --data $(DATA) --weights $(WEIGHTS)/resnet32-cifar10.safetensors
