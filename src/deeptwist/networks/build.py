@@ -109,8 +109,8 @@ def downloading(what: str, page: str) -> Iterator[None]:
         yield
     except Exception as error:  # of the network, of caches, of formats
         raise DeepTwistError(
-            f"cannot get {what} ({first_line(error)}): download its weights from {page} where "
-            "there is a net, and give the file: --weights FILE"
+            f"cannot get {what} ({first_line(error).rstrip('. ')}): download its weights from "
+            f"{page} where there is a net, and give the file: --weights FILE"
         ) from error
     finally:
         if offline is not None:
