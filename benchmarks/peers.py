@@ -207,7 +207,9 @@ def measure_speed(
     x, batch = torch.randn(options.batch, 3, SIDE, SIDE), options.batch
     dense, *keys = [(name, *pair, batch) for pair in options.wanted]
     keys = [key for key in keys if key not in read(path)]
-    keys = [dense, *keys] if keys else []
+    if not keys:
+        return
+    keys.insert(0, dense)
     networks = [make_smaller(model, way, ratio, images) for _, ratio, way, _ in keys]
     rows = [dict(zip(("network", "ratio", "way", "batch"), key, strict=True)) for key in keys]
     plain = [copy.deepcopy(m).to(memory_format=torch.contiguous_format) for m in networks]
