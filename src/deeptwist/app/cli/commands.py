@@ -3,10 +3,9 @@
 Heavy imports wait inside the commands, so that help answers at once.
 """
 
-from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
@@ -14,13 +13,8 @@ from deeptwist._version import __version__
 from deeptwist.app.cli.console import (
     epoch_lines,
     is_main_process,
-    layer_rows,
     plan_counts,
-    print_benchmark,
     print_compressed,
-    print_exported,
-    print_info,
-    print_predictions,
     print_result,
     print_summary,
     print_sweep,
@@ -30,24 +24,21 @@ from deeptwist.app.cli.options import (
     NO_CALIBRATION,
     NO_SWEEP,
     AsJson,
-    BenchmarkOptions,
     CalibrationOptions,
     CompressOptions,
     NetworkOptions,
     PlanOptions,
     SweepOptions,
-    WeightOptions,
     check_size,
     make_job,
-    make_small_job,
     values_of_recipe,
 )
+from deeptwist.app.cli.saved import benchmark, evaluate, export, info, predict
 from deeptwist.app.folders import writing
-from deeptwist.app.training.recipe import CompressionRecipe, DataRecipe, Recipe
-from deeptwist.errors import DeepTwistError
+from deeptwist.app.training.recipe import CompressionRecipe, Recipe
 from deeptwist.files import write_text
 
-_BENCHMARK, _COMPRESS = BenchmarkOptions(), CompressOptions()
+_COMPRESS = CompressOptions()
 app = App(
     name="deeptwist",
     version=__version__,
@@ -243,173 +234,6 @@ def decompose(
 
 
 @app.command
-def evaluate(
-    network: WeightOptions,
-    *,
-    data: Annotated[DataRecipe | None, Parameter(name="*")] = None,
-    small: Path | None = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure accuracy and loss on the test images: of a dense network or of a saved small one.
-
-    ```
-    deeptwist evaluate resnet32 --data cifar10 --weights resnet32.safetensors
-    deeptwist evaluate resnet32 --data cifar10 --small runs/tucker/model
-    ```
-
-    Args:
-        small: A folder that deeptwist saved, instead of --weights.
-    """
-    from deeptwist.app.data import load_data
-    from deeptwist.app.training.evaluation import batch_size_for, evaluate
-    from deeptwist.save import load
-
-    if data is None:
-        raise DeepTwistError("name the images: --data digits, or a folder")
-    if (small is None) == (network.weights is None):
-        raise DeepTwistError("give either --weights of the dense network or --small of a small one")
-    dataset = load_data(data)
-    count = len(dataset.test.labels)
-    built = network.build(dataset, bare=small is not None)
-    if small is not None:
-        built = load(small, model=built)
-    with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:
-        result = evaluate(built, dataset.test, dataset, on_batch=advance)
-    values = {"data": dataset.name, "images": count, **asdict(result)}
-    text = "accuracy {accuracy:.2%}, loss {loss:.4f} on {images:,} images of {data}"
-    print_result(values, as_json, lambda values: print(text.format(**values)))
-
-
-@app.command
-def benchmark(
-    network: NetworkOptions,
-    *,
-    small: Path | None = None,
-    options: PlanOptions = None,
-    settings: BenchmarkOptions = _BENCHMARK,
-    as_json: AsJson = False,
-) -> None:
-    """Time a network dense and decomposed, in turn, in one process: each layer, then the whole.
-
-    ```
-    deeptwist benchmark torchvision/resnet34 --decomposition spatial-svd --ratio 4
-    deeptwist benchmark resnet32 --small runs/tucker/model --batch 1 64 --threads 1 2
-    deeptwist benchmark torchvision/resnet34 --ratio 4 --runtime eager onnxruntime
-    ```
-
-    Args:
-        small: A folder that deeptwist saved; without it the network is decomposed here.
-    """
-    from deeptwist.plan.latency import time_plan
-
-    combinations, rounds, layers = settings.settings(), settings.rounds, []
-    job = make_small_job(network, options, small)
-    if settings.layers:
-        reference, eager = next(job.model.parameters()), replace(combinations[0], runtime="eager")
-        with progress_bar("layers", len(job.plan.compressed)) as advance:
-            times = time_plan(job.plan, reference, eager, rounds=rounds, on_layer=advance)
-        layers = layer_rows(job.plan, times)
-    timed = job.time(network.example_input, combinations, rounds)
-    names = [field.name for field in fields(combinations[0])]
-    networks = [
-        {"setting": {name: row.pop(name) for name in names}, "reason": None, **row}
-        for row in timed["settings"]
-    ]
-    values = {**plan_counts(job.plan), "networks": networks, "layers": layers}
-    result = {"machine": timed["machine"], **values}
-    print_result(result, as_json, partial(print_benchmark, network.model))
-
-
-@app.command
-def export(
-    network: NetworkOptions,
-    *,
-    out: Path,
-    small: Path | None = None,
-    format: Literal["onnx", "program", "state-dict"] = "onnx",
-    batch: int | None = None,
-    dynamic_size: bool = False,
-    opset: int | None = None,
-    options: PlanOptions = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a decomposed network for use without deeptwist, and verify what was written.
-
-    ```
-    deeptwist export resnet32 --small runs/tucker/model --out small.onnx
-    deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
-    deeptwist export my_nets:unet --small runs/unet/model --dynamic-size --out small.onnx
-    deeptwist export my_nets:detector --small runs/det/model --batch 1 --out small.onnx
-    ```
-
-    Args:
-        out: The file.
-        small: A folder that deeptwist saved; without it the network is decomposed here.
-        format: ONNX, a torch.export program (.pt2), or the tensors alone (.safetensors).
-        batch: A fixed batch size, as detectors need; free if not given.
-        dynamic_size: Leave height and width free too.
-        opset: Version of ONNX's operators; torch's choice if not given.
-    """
-    from deeptwist.export import export_onnx, export_program, export_state_dict
-
-    if opset is not None and format != "onnx":
-        raise DeepTwistError(f"--opset applies to ONNX only: leave it out with --format {format}")
-    if format == "state-dict" and (batch is not None or dynamic_size):
-        raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
-    if small is not None and network.weights is not None:
-        raise DeepTwistError("the network in --small has weights: leave out --weights")
-    job = make_small_job(network, options, small)
-    decomposed = job.small
-    example = network.example_input(batch or 2).to(next(decomposed.parameters()).dtype)
-    if format == "state-dict":
-        written = export_state_dict(decomposed, out)
-    else:
-        onnx = partial(export_onnx, opset=opset, metadata=job.metadata)
-        write = export_program if format == "program" else onnx
-        written = write(decomposed, out, example, batch=batch, dynamic_size=dynamic_size)
-    result = {**asdict(written), "path": str(out), "format": format}
-    print_result(result, as_json, print_exported)
-
-
-@app.command
-def info(folder: Path, *, as_json: AsJson = False) -> None:
-    """Tell what a saved network is: what it was made from, its layers, classes and images.
-
-    ```
-    deeptwist info runs/tucker/model
-    ```
-
-    Args:
-        folder: What 'deeptwist decompose', 'train' or 'compress' saved, or a folder of theirs.
-    """
-    from deeptwist.app.serving import describe
-
-    print_result(describe(folder), as_json, print_info)
-
-
-@app.command
-def predict(
-    network: Path, images: tuple[Path, ...], /, *, top: int = 3, as_json: AsJson = False
-) -> None:
-    """Classify images as the network was trained to: by PyTorch, or by onnxruntime.
-
-    ```
-    deeptwist predict runs/tucker/model photo.jpg other.png
-    deeptwist predict runs/r18/small-int8.onnx photo.jpg --top 1
-    ```
-
-    Args:
-        network: A saved folder, which PyTorch runs, or an ONNX file.
-        images: Files.
-        top: How many classes of each are told.
-    """
-    from deeptwist.app.serving import predict
-
-    values = predict(network, images, top=top)
-    print_result({"images": values}, as_json, print_predictions)
-
-
-@app.command
 def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist") -> None:
     """Turn finished runs into one page that opens offline.
 
@@ -425,3 +249,7 @@ def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist
     from deeptwist.app.report import write_report
 
     print(write_report(runs, out, title=title))
+
+
+for command in (evaluate, benchmark, export, info, predict):
+    app.command(command)
