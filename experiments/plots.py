@@ -107,8 +107,9 @@ def draw(
         axes = canvas.subplots()
         for curve, points in drawn:
             if curve.band:
-                bounds, color = zip(*curve.band, strict=True), curve.look["color"]
-                axes.fill_between(*bounds, color=color, alpha=0.2, linewidth=0)
+                xs, lowest, highest = zip(*curve.band, strict=True)
+                color = curve.look["color"]
+                axes.fill_between(xs, lowest, highest, color=color, alpha=0.2, linewidth=0)
             often = math.ceil(len(points) / 12) if curve.line else 1
             x_y = zip(*points, strict=True)
             axes.plot(*x_y, **curve.look, label=curve.name, markevery=often)

@@ -86,14 +86,14 @@ def report(table: pd.DataFrame, epochs: pd.DataFrame) -> Report:
     table = table.assign(
         run=table.index.str.replace(r"-s\d+$", "", regex=True), train_loss=last["train_loss"]
     )
-    variants = [column for column in table if column.startswith("accuracy_")]
+    variants = [column for column in map(str, table) if column.startswith("accuracy_")]
     variants = [each for each in variants if each not in ("accuracy_before", "accuracy_untrained")]
     seeds = sorted(table["seed"].unique())
     compared = [key for key in ("model", "lr", "image_size", "test_images") if key in table]
     table["setting"] = [str(tuple(row)) for row in table[compared].to_numpy()]
     dense = table[(table["mode"] == "dense") & (table["state"] == FINISHED)]
     rows = []
-    for run, group in table.groupby("run", sort=True):
+    for run, group in ((str(run), group) for run, group in table.groupby("run", sort=True)):
         alike = dense["setting"] == group["setting"].iloc[0]
         for column in ("accuracy", *variants):
             if column == "accuracy" or group[column].notna().any():
@@ -117,7 +117,7 @@ def _row(
         row["seed"]: f"{100 * row[column]:.2f}"
         if row["state"] == FINISHED
         else f"{100 * last['accuracy'][name]:.2f} (after {last['epoch'][name]})"
-        for name, row in group.iterrows()
+        for name, row in zip(group.index.astype(str), group.to_dict("records"), strict=True)
         if not (row["state"] == FINISHED and pd.isna(row[column]))
     }
     finished = group[group["state"] == FINISHED]
