@@ -36,7 +36,7 @@ TOGETHER = {
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     [
         *("deeptwist.app.training.run", "deeptwist.app.cli.commands", "sklearn.datasets"),
-        *("lightning.pytorch", "transformers.trainer", "timm", "tests.test_distributed"),
+        "tests.test_distributed",
     ]
 )
 
@@ -52,6 +52,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return TOGETHER.get(Path(file).name, nodeid)
 
     return Scheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Start one more than there are cores: tests wait for files and for other processes."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.fixture(autouse=True)

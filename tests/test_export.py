@@ -434,7 +434,11 @@ def images(split: str, per_class: int) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [SpatialSVD(), TiledSVD(tile=(16, 144))], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [SpatialSVD(), pytest.param(TiledSVD(tile=(16, 144)), marks=pytest.mark.sweep)],
+    ids=str,
+)
 def test_resnet32_leaves_as_onnx_and_int8_stays_near(
     method: Decomposition, tmp_path: Path, resnet32_weights: dict[str, Tensor]
 ) -> None:

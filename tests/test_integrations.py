@@ -598,10 +598,11 @@ def run_example(path: Path, folder: Path) -> None:
     [
         "plain_loop",
         pytest.param("lightning_trainer", marks=needs_lightning),
-        pytest.param("huggingface_trainer", marks=needs_transformers),
-        pytest.param("accelerate_loop", marks=needs_accelerate),
-        "timm_loop",
-        "segmentation",
+        # What these show of their libraries is tested above, batch by batch.
+        pytest.param("huggingface_trainer", marks=[needs_transformers, pytest.mark.sweep]),
+        pytest.param("accelerate_loop", marks=[needs_accelerate, pytest.mark.sweep]),
+        pytest.param("timm_loop", marks=pytest.mark.sweep),
+        pytest.param("segmentation", marks=pytest.mark.sweep),
         "detection",
     ],
 )
