@@ -354,7 +354,7 @@ def test_the_demo_erases_only_what_is_its_own(tmp_path: Path) -> None:
     assert users.is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # a build runs the demo itself, as the README says
 def test_the_demo_shows_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deeptwist.app.cli.demo._BATCH", 8)  # .ci/run times the whole batch
     for name in ("dense/recipe.yaml", "small/compress.json"):

@@ -603,7 +603,7 @@ def run_example(path: Path, folder: Path) -> None:
         pytest.param("accelerate_loop", marks=[needs_accelerate, pytest.mark.sweep]),
         pytest.param("timm_loop", marks=pytest.mark.sweep),
         pytest.param("segmentation", marks=pytest.mark.sweep),
-        "detection",
+        pytest.param("detection", marks=pytest.mark.sweep),
     ],
 )
 def test_an_example_runs(example: str, tmp_path: Path) -> None:
