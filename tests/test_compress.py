@@ -198,6 +198,12 @@ def test_a_ratio_is_judged_by_what_networks_learn(
     assert {share for *_, share in found["tried"]} == ({0.1, 0.3} if learns else {0.0})
 
 
+def test_a_score_that_the_least_ratio_does_not_keep_may_be_kept_by_a_larger_one() -> None:
+    ratio = largest_ratio(lambda ratio: float(1.5 <= ratio <= 3), goal=1.0)
+    assert ratio is not None
+    assert 3 / 1.06 < ratio <= 3
+
+
 WORDS = ["compress", "tests.test_compress:network", "--data", "digits", "--calibration-images", 128]
 FAST = ["--rounds", 2, "--threads", 1, "--batch", 8]
 

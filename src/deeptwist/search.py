@@ -6,8 +6,9 @@ from functools import partial
 RATIOS = (1.2, 16.0)  # that are searched between
 _BISECTIONS = 6  # to a factor of 1.04
 _SHARES, _REFINEMENTS = (0.1, 0.3), 3  # of what there is to learn; to a factor of 1.09
-ROUNDS = 2 + _BISECTIONS  # scores that a search asks for, at most
-LEARNING_ROUNDS = ROUNDS + 2 + _REFINEMENTS
+_STEPS = (1.4, 2.0, 2.8)  # of the least ratio, tried where it does not keep the score itself
+ROUNDS = 2 + len(_STEPS) + _BISECTIONS  # scores that a search asks for, at most
+LEARNING_ROUNDS = ROUNDS + 2 + len(_STEPS) + _REFINEMENTS
 
 
 def search_ratio(
@@ -41,14 +42,19 @@ def largest_ratio(
     """Return the largest ratio whose network keeps a score, by bisection; `None` if none does.
 
     Args:
-        score: a ratio → the score of the network compressed by it, which falls with the ratio.
+        score: a ratio → the score of the network compressed by it, which mostly falls with it.
         goal: the least score.
         bounds: the least and the largest ratio.
         bisections: scores that are asked for between them.
     """
     low, high = bounds
     if score(low) < goal:
-        return None
+        # A network near its teacher may learn nothing, and one that is farther more than it lost.
+        steps = (low * step for step in _STEPS if low * step < high)
+        nearest = next((ratio for ratio in steps if score(ratio) >= goal), None)
+        if nearest is None:
+            return None
+        low = nearest
     if score(high) >= goal:
         return high
     for _ in range(bisections):
