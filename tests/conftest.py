@@ -35,7 +35,9 @@ TOGETHER = {
 }
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     [
-        *("deeptwist.app.training.run", "deeptwist.app.cli.commands", "sklearn.datasets"),
+        "deeptwist.app.training.run",
+        "deeptwist.app.cli.commands",
+        "sklearn.datasets",
         "tests.test_distributed",
     ]
 )

@@ -85,10 +85,8 @@ def _precondition_together(layers: list[FactoredLayer], damping: float) -> None:
         steps = decomposition.tangent(stack(weights), stack(gradients), damping)
     chunks = zip(*(step.chunk(len(layers)) for step in steps), strict=True)
     for layer, of_layer, tensors in zip(layers, gradients, chunks, strict=True):
-        kernels, parts = (
-            decomposition.kernels(tensors, shape),
-            decomposition.parts(layer.convolution),
-        )
+        kernels = decomposition.kernels(tensors, shape)
+        parts = decomposition.parts(layer.convolution)
         for gradient, kernel, part in zip(of_layer, kernels, parts, strict=True):
             gradient.copy_(kernel_to_weight(kernel, part).reshape(gradient.shape))
 
