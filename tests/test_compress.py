@@ -21,7 +21,7 @@ from deeptwist.app.training.evaluation import AugmentedInputs, evaluate
 from deeptwist.compress import SMALL, Compressed, Job
 from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.networks.build import build_model
-from deeptwist.search import RATIOS, largest_ratio
+from deeptwist.search import LEARNING, RATIOS, UNTRAINED, most_scores, search_ratio
 
 DIGITS = load_digits()
 
@@ -151,7 +151,7 @@ def test_what_a_step_made_is_read_by_a_job_that_skips_it(
     told = [job.calibrate(), job.search(lambda _: 1.0, least=0.5), job.choose_plan(2)]
     small = job.decompose()
     assert json.loads(json.dumps(told)) == told  # plain values
-    assert [told[0]["layers"], told[1]["ratio"], asked] == [4, RATIOS[1], [*RATIOS, 2]]
+    assert [told[0]["layers"], told[1]["ratio"], asked[-1]] == [4, RATIOS[-1], 2]
     assert torch.equal(small[-1].bias, trained[-1].bias / 2)  # recovered, as in the search
     dt.save(small, tmp_path / SMALL)
 
@@ -163,23 +163,31 @@ def test_what_a_step_made_is_read_by_a_job_that_skips_it(
     assert Job(trained, make_plan, list).calibration is None
 
 
-@given(st.floats(1.0, 20.0))
-def test_bisection_meets_a_threshold_from_below(threshold: float) -> None:
-    """Of a score that falls with the ratio; the oracle is the threshold that it falls at."""
-    ratio_kept = largest_ratio(lambda ratio: float(ratio <= threshold), goal=1.0)
-    if threshold < RATIOS[0]:
-        assert ratio_kept is None
+@given(st.floats(1.0, 20.0), st.floats(1.0, 1.4), st.booleans())
+def test_a_search_meets_a_threshold_from_below(threshold: float, gain: float, learns: bool) -> None:
+    """Of a score that falls with the ratio; the oracle is where it falls after all is learned."""
+    asked = []
+
+    def score(share: float, ratio: float) -> float:
+        asked.append(share)
+        return float(ratio <= threshold * gain**share)
+
+    rungs = LEARNING if learns else UNTRAINED
+    kept, falls_at = search_ratio(score, 1.0, rungs), threshold * gain ** rungs[-1][0]
+    assert len(asked) <= most_scores(rungs)
+    if falls_at < RATIOS[0]:
+        assert kept is None
     else:
-        assert ratio_kept is not None
-        assert ratio_kept <= threshold
-        assert ratio_kept == RATIOS[1] or threshold / ratio_kept < 1.06
+        assert kept is not None
+        assert kept <= falls_at
+        assert kept == RATIOS[-1] or falls_at / kept < 1.07
 
 
-@pytest.mark.parametrize(("learns", "threshold"), [(False, 2.0), (True, 5.0)])
+@pytest.mark.parametrize(("learns", "threshold"), [(False, 2.0), (True, 3.5)])
 def test_a_ratio_is_judged_by_what_networks_learn(
     trained: nn.Module, learns: bool, threshold: float
 ) -> None:
-    """Of a network that keeps its score up to 2×, and 10× higher for all that it can learn."""
+    """Of a network that keeps its score up to 2×, and 3.5× for all that it can learn."""
     x, asked = next(iter(loader()))[0], []
 
     def make_plan(calibration: dt.Calibration | None, ratio: float | None) -> dt.Plan:
@@ -187,7 +195,7 @@ def test_a_ratio_is_judged_by_what_networks_learn(
         return dt.plan(trained, "svd", ratio=ratio, example_input=x)
 
     def learn(network: nn.Module, share: float) -> nn.Module:
-        network.keeps_its_score = asked[-1] <= 2 + 10 * share
+        network.keeps_its_score = asked[-1] <= 2 + 1.5 * share
         return network
 
     job = Job(trained, make_plan, list, learn)
@@ -195,13 +203,13 @@ def test_a_ratio_is_judged_by_what_networks_learn(
     found = job.search(lambda network: float(network.keeps_its_score), 1.0, learns=learns)
     assert found["kept"]
     assert threshold / 1.1 < found["ratio"] <= threshold
-    assert {share for *_, share in found["tried"]} == ({0.1, 0.3} if learns else {0.0})
+    assert {share for *_, share in found["tried"]} == ({0.1, 0.3, 1.0} if learns else {0.0})
 
 
 def test_a_score_that_the_least_ratio_does_not_keep_may_be_kept_by_a_larger_one() -> None:
-    ratio = largest_ratio(lambda ratio: float(1.5 <= ratio <= 3), goal=1.0)
+    ratio = search_ratio(lambda share, ratio: float(1.4 <= ratio <= 5), 1.0, LEARNING)
     assert ratio is not None
-    assert 3 / 1.06 < ratio <= 3
+    assert 5 / 1.07 < ratio <= 5
 
 
 WORDS = ["compress", "tests.test_compress:network", "--data", "digits", "--calibration-images", 128]

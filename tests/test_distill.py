@@ -120,6 +120,8 @@ def test_a_result_that_is_worse_on_the_batches_held_out_is_not_taken() -> None:
     kept = distill(small, dense, batches(4), steps=5, lr=1e3)
     assert kept is not small
     assert equal(state(kept), state(small))
+    taken = distill(small, dense, batches(4), steps=5, lr=1e3, held_out=0)
+    assert not equal(state(taken), state(small))
 
 
 def test_labels_are_not_read_and_a_generator_is_gone_through_again() -> None:

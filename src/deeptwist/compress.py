@@ -31,7 +31,7 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
 from deeptwist.save import load, save
-from deeptwist.search import LEARNING_ROUNDS, RATIOS, ROUNDS, search_ratio
+from deeptwist.search import LEARNING, RATIOS, UNTRAINED, most_scores, search_ratio
 
 CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
 DISTILLING, DISTILLED = "distilling.pt", "distilled"
@@ -119,7 +119,8 @@ def compress(
         steps = math.ceil(share * distill_steps)
         if not steps:
             return network
-        return distill(network, model, train_loader, steps=steps, inputs=inputs)
+        # Judged by what it learned, not by whether that is nearer to the dense network.
+        return distill(network, model, train_loader, steps=steps, held_out=0, inputs=inputs)
 
     job = Job(model, make_plan, batches=lambda: batches, recover=recover)
     before, ratio = eval_fn(model), None
@@ -210,8 +211,9 @@ class Job:
             advance()
             return tried[-1][1]
 
-        with self.progress("search", LEARNING_ROUNDS if learns else ROUNDS) as advance:
-            ratio = search_ratio(score_after, least, learns=learns)
+        rungs = LEARNING if learns else UNTRAINED
+        with self.progress("search", most_scores(rungs)) as advance:
+            ratio = search_ratio(score_after, least, rungs)
         kept = ratio is not None
         return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
 

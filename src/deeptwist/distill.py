@@ -80,7 +80,7 @@ def distill(
         lr: the highest learning rate.
         block_weight: of the blocks' loss beside the outputs'.
         held_out: the first so many batches are not learned from, unless the loader shuffles: on
-            them it is decided whether the result is better than the start.
+            them it is decided whether the result is better than the start; 0 to take it anyway.
         loss: of an output against the dense network's, both (examples, …) → a scalar; without it
             the Kullback-Leibler divergence for logits (examples, classes), and ‖x − y‖² / ‖y‖²
             for every other shape.
@@ -95,7 +95,7 @@ def distill(
             be read or is of other networks.
     """
     _check_budget(steps, minutes)
-    check_int("held_out", held_out)
+    check_int("held_out", held_out, 0)
     device = next(small.parameters()).device
     stream = read_batches(_repeated(batches, held_out), inputs, device)
     judges = [*islice(stream, held_out)]
@@ -127,10 +127,10 @@ def distill(
     student = recalibrate_batch_norm(student, seen)
     average([buffer for buffer in student.buffers() if buffer.is_floating_point()])
     start, end = (
-        mean_over_ranks(partial(divergence_from, dense, model, judges, loss))
+        mean_over_ranks(partial(divergence_from, dense, model, judges, loss)) if judges else 0.0
         for model in (small, student)
     )
-    result = student if end < start else swap(small, {})
+    result = student if end < start or not judges else swap(small, {})
     for module, source in zip(result.modules(), small.modules(), strict=True):
         module.training = source.training
     progress.forget()

@@ -351,10 +351,10 @@ class ImageJob:
         title = f"deeptwist compress {self.recipe.model.rpartition(':')[2]}"  # without its module
         return {"path": str(write_report([self.folder], self.folder / REPORT, title=title))}
 
-    def _inputs_to_distill(self) -> AugmentedInputs:
+    def _inputs_to_distill(self, held_out: int = HELD_OUT) -> AugmentedInputs:
         """Return the images that the small network learns on, from the first round on."""
         count, seed = self.options.distill_images, self.recipe.seed
-        return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=HELD_OUT)
+        return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=held_out)
 
     def _recover(self, small: nn.Module, share: float) -> nn.Module:
         """Return a network that a ratio is judged by: a share of what the one chosen will get."""
@@ -363,9 +363,10 @@ class ImageJob:
         return distill(
             small,
             self.model,
-            self._inputs_to_distill(),
+            self._inputs_to_distill(held_out=0),  # its score is its judge
             steps=math.ceil(share * (self.options.distill_steps or 0)),
             minutes=share * self.options.distill_minutes,
+            held_out=0,
         )
 
     def _make_plan(self, calibration: Calibration | None, ratio: float | None) -> Plan:
