@@ -1,10 +1,12 @@
 """Second moments gathered by hooks, against the layers' own outputs."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.cases import EVERY_LAYER, GEOMETRIES, difference, error_of, every_layer
 from torch import Tensor, nn
 
@@ -111,6 +113,16 @@ def test_a_calibration_survives_the_disk(tmp_path: Path) -> None:
         assert torch.equal(again.values, moment.values)
         assert replace(again, values=moment.values) == moment
     assert "cannot read calibration" in error_of(dt.Calibration.load, tmp_path / "none")
+
+
+@pytest.mark.parametrize("values", [torch.zeros(1, 5), torch.zeros(3), torch.zeros(1, 2, 2)])
+def test_a_file_whose_moments_are_laid_out_in_another_way_is_refused(
+    tmp_path: Path, values: torch.Tensor
+) -> None:
+    path = tmp_path / "moments.safetensors"
+    save_file({"0": values}, path, metadata={"deeptwist_calibration": json.dumps({"0": [[], 0]})})
+    error = error_of(dt.Calibration.load, path)
+    assert error.startswith(f"cannot read calibration {path}: ")
 
 
 @pytest.mark.parametrize("side", [8, 300])

@@ -3,17 +3,17 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import check_suffix
@@ -65,7 +65,7 @@ class Calibration:
                     name: SecondMoment(_whole(file.get_tensor(name)), tuple(size), axes)
                     for name, (size, axes) in shapes.items()
                 }
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # damaged files surface as a dozen types
             raise DeepTwistError(f"cannot read calibration {path}: {first_line(error)}") from error
         return cls(moments)
 
@@ -112,25 +112,18 @@ def calibrate(
     check_int("max_side", max_side)
     device = next(model.parameters()).device
     collectors: dict[str, _Collector] = {}
-    handles: list[RemovableHandle] = []
-    try:
+    with ExitStack() as stack:
         for x in read_batches(batches, inputs, device):
-            if not handles:
-                for layer in inspect_model(model, x).layers:
-                    if layer.weight is not None:
-                        geometry = layer.weight.geometry
-                        axes = _resolved_axes(geometry, max_side)
-                        collector = _Collector(geometry, axes, layer.weight.padding)
-                        collectors[layer.names[0]] = collector
-                        handles.append(
-                            layer.module.register_forward_pre_hook(collector, with_kwargs=True)
-                        )
+            for layer in () if collectors else inspect_model(model, x).layers:
+                if (weight := layer.weight) is not None:
+                    axes = _resolved_axes(weight.geometry, max_side)
+                    hook = _Collector(weight.geometry, axes, weight.padding)
+                    collectors[layer.names[0]] = hook
+                    handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.enter_context(handle)
             with preserving_state(model, x), explaining("the model cannot run on a batch"):
                 x.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not handles:
+    if not collectors:
         raise DeepTwistError(f"there is nothing to calibrate: {type(model).__name__} has no layer")
     moments = {}
     for name, collector in collectors.items():
