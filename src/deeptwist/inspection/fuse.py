@@ -117,11 +117,11 @@ def _follow(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, s
     with ExitStack() as stack:
         stack.enter_context(preserving_state(model, inputs))
         for layer in layers:
-            stack.callback(layer.register_forward_hook(leave).remove)
+            stack.enter_context(layer.register_forward_hook(leave))
         for norm in norms:
             enter = norm.register_forward_pre_hook(lambda module, _: running.append(module))
-            stack.callback(enter.remove)
-            stack.callback(norm.register_forward_hook(leave_norm).remove)
+            stack.enter_context(enter)
+            stack.enter_context(norm.register_forward_hook(leave_norm))
         with FunctionWatch(see):
             outputs = output_tensors(inputs.run(model))
         use(outputs)

@@ -58,7 +58,7 @@ def _run_hooked(
     with ExitStack() as stack:
         stack.enter_context(preserving_state(model, inputs))
         for module in modules:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         return output_tensors(inputs.run(model))
 
 

@@ -196,12 +196,9 @@ class _Usage:
         with ExitStack() as stack:
             stack.enter_context(preserving_state(model, inputs))
             for module in self._layers:
-                enter = module.register_forward_pre_hook(
-                    self._enter, with_kwargs=True, prepend=True
-                )
-                leave = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(enter.remove)
-                stack.callback(leave.remove)
+                options = {"with_kwargs": True, "prepend": True}
+                stack.enter_context(module.register_forward_pre_hook(self._enter, **options))
+                stack.enter_context(module.register_forward_hook(self._leave, always_call=True))
             # The counter knows not every fused attention, the processor's for one.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(counter)
