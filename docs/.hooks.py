@@ -1,10 +1,29 @@
 """What the site needs of pages that are written to be read in the repository."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File, Files
+
+import deeptwist
+
 _AT_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_NOTEBOOK = "notebooks/resnet18"
+_FIGURE = re.compile(r"(!\[[^\]]*\])\(\.\./(results/[^)]*)\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the figures of results that pages show, and the notebook as a page."""
+    docs = Path(config.docs_dir)
+    pages = "".join(page.read_text(encoding="utf-8") for page in docs.glob("*.md"))
+    for path in dict.fromkeys(path for _, path in _FIGURE.findall(pages)):
+        files.append(File.generated(config, path, abs_src_path=str(docs.parent / path)))
+    cells = json.loads((docs / f"{_NOTEBOOK}.ipynb").read_text(encoding="utf-8"))["cells"]
+    page = "\n\n".join(_as_markdown(cell) for cell in cells)
+    files.append(File.generated(config, f"{_NOTEBOOK}.md", content=page))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
@@ -15,5 +34,22 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
         for page_name, file in _AT_ROOT.items():
             markdown = markdown.replace(f"]({file})", f"]({page_name})")
         markdown = markdown.replace("](docs/", "](")
-    markdown = re.sub(r"!\[([^\]]*)\]\(\.\./([^)]*)\)", r"*\1: \2 in the repository*", markdown)
-    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
+    markdown = _FIGURE.sub(r"\1(\2)", markdown).replace(f"{_NOTEBOOK}.ipynb", f"{_NOTEBOOK}.md")
+    markdown = re.sub(r"^::: (\S+)$", _as_imported, markdown, flags=re.M)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
+
+
+def _as_markdown(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return text
+    printed = "".join("".join(output.get("text", "")) for output in cell["outputs"]).rstrip()
+    return f"```python\n{text}\n```" + (f"\n\n```text\n{printed}\n```" if printed else "")
+
+
+def _as_imported(match: re.Match[str]) -> str:
+    """Head what `import deeptwist as dt` gives by that name, and all else by where it is."""
+    path = match[1]
+    name = path.rpartition(".")[2]
+    heading = f"dt.{name}" if name in dir(deeptwist) else path
+    return f"::: {path}\n    options:\n      heading: {heading}\n      toc_label: {heading}"

@@ -220,7 +220,7 @@ def test_a_missing_package_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     message = error_of(load_data, spec)
     assert module in message
-    assert f"pip install 'deeptwist[{extra}]'" in message
+    assert f"pip install '.[{extra}]' in" in message
 
 
 # --- image folders

@@ -255,7 +255,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
     message = error_of(export_onnx, convolution(), tmp_path / "x.onnx", X)
-    assert message == f"{package} is not installed: pip install 'deeptwist[onnx]'"
+    assert message == f"{package} is not installed: pip install '.[onnx]' in deeptwist's checkout"
 
 
 # --- a program

@@ -166,8 +166,8 @@ def test_timm(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "module", "command"),
     [
-        ("timm/resnet18", "timm", "pip install 'deeptwist[timm]'"),
-        ("torchvision/resnet18", "torchvision.models", "pip install 'deeptwist[cli]'"),
+        ("timm/resnet18", "timm", "pip install '.[timm]' in"),
+        ("torchvision/resnet18", "torchvision.models", "pip install '.[cli]' in"),
     ],
 )
 def test_a_missing_package_says_how_to_get_it(

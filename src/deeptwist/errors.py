@@ -66,5 +66,5 @@ def require_extra(extra: str = "cli") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise DeepTwistError(
-            f"{error.name} is not installed: pip install 'deeptwist[{extra}]'"
+            f"{error.name} is not installed: pip install '.[{extra}]' in deeptwist's checkout"
         ) from error

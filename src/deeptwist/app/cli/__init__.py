@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deeptwist.errors import DeepTwistError, require_extra
+
 if TYPE_CHECKING:
     from cyclopts import App
 
@@ -19,9 +21,10 @@ def main(words: Sequence[str] | None = None) -> None:
         words: what was written after ``deeptwist``; the process's own arguments if not given.
     """
     try:
-        from deeptwist.app.cli.commands import app
-    except ModuleNotFoundError as error:
-        sys.exit(_complain(f"{error.name} is not installed: pip install 'deeptwist[cli]'"))
+        with require_extra("cli"):
+            from deeptwist.app.cli.commands import app
+    except DeepTwistError as error:
+        sys.exit(_complain(str(error)))
     if {"--version", "--verbose"} <= set(sys.argv[1:] if words is None else words):
         from deeptwist.measure.machine import describe_environment
 
@@ -38,8 +41,6 @@ def run(app: "App", words: Sequence[str] | None) -> None:
         words: what was written after its name; the process's own arguments if not given.
     """
     from cyclopts import CycloptsError
-
-    from deeptwist.errors import DeepTwistError
 
     _log_once()
     try:
