@@ -361,7 +361,7 @@ def job_results() -> Any:
 
 def test_a_job_shows_every_runtime_and_int8(make: Make, page: Callable[..., Page]) -> None:
     options = {"int8": True, "goal": None, "batch": [16, 1], "threads": [], "layers": False}
-    job = {"job": {"options": options}, "results": job_results()}
+    job = {"job": {"options": options}, "results": job_results(), "seconds": {}}
     folder = make("small", "finetune", "tucker", job=job, latency=None, latency_batch=None)
     html = page(folder)
     assert html.tables[0] == [  # what the terminal shows

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deeptwist.errors import DeepTwistError
+from safetensors import SafetensorError
+
+from deeptwist.errors import DeepTwistError, first_line
 
 _SUFFIXES = {
     *(".onnx", ".pt2", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tflite", ".engine"),
@@ -44,6 +46,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explaining_writes(path: Path) -> Iterator[None]:
+    """Turn what fails inside into one line that says what cannot be written, and why.
+
+    Raises:
+        DeepTwistError: in place of the system's errors and safetensors'.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DeepTwistError(f"cannot write {path}: {reason}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,8 +8,7 @@ of a function of the user's own, as 'package.module:factory': nothing else there
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from deeptwist.decompose import (
 )
 from deeptwist.decompositions import Decomposition, FactoredLayer
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.files import atomic_write, check_suffix
+from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import Argument, check_unwrapped
 from deeptwist.inspection.swap import stored_modules
 from deeptwist.inspection.weights import get_layer
@@ -142,20 +141,6 @@ def save(
             values = encode(replace(config, weights_sha256=_sha256(weights)))
             text.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return folder
-
-
-@contextmanager
-def explaining_writes(path: Path) -> Iterator[None]:
-    """Turn what fails inside into one line that says what cannot be written, and why.
-
-    Raises:
-        DeepTwistError: in place of the system's errors and safetensors'.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise DeepTwistError(f"cannot write {path}: {reason}") from error
 
 
 def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -30,19 +30,19 @@ evaluations just before and just after it on fixed subsets, not augmented, if an
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, first_line
 
 if TYPE_CHECKING:  # the command line's help must not wait for torch
     from deeptwist.compress import Values
     from deeptwist.plan.plan import Plan
 
 SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "recipe.yaml"
+JOB = "compress.json"
 SMALL = "model"
 DENSE_WEIGHTS = "weights.safetensors"
 
@@ -93,13 +93,22 @@ def read_run(folder: Path) -> Run:
     return Run(summary, epochs, distortions, plan)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the failure to write a file or a folder into one line that names it."""
+def read_job(folder: Path) -> "Values | None":
+    """Read what a job was asked for (``job``), and each step's ``results`` and ``seconds``.
+
+    Returns:
+        `None` if the folder holds no job.
+
+    Raises:
+        DeepTwistError: if it is damaged.
+    """
     try:
-        yield
-    except OSError as error:
-        raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
+        values = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        return {key: dict(values[key]) for key in ("job", "results", "seconds")}
+    except FileNotFoundError:
+        return None
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise DeepTwistError(f"{folder / JOB} is damaged: {first_line(error)}") from error
 
 
 def check_folder(

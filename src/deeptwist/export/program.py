@@ -18,11 +18,11 @@ from torch.nn.utils import parametrize
 
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.export.verify import Signature, make_signature, run_model, verify
-from deeptwist.files import atomic_write, check_suffix
+from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import ExampleInput, Inputs, TensorCall, of_tensors, output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
 from deeptwist.measure.runtimes import suppress_output
-from deeptwist.save import deduplicate, explaining_writes
+from deeptwist.save import deduplicate
 
 
 @dataclass(frozen=True)

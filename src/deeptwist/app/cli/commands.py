@@ -34,9 +34,8 @@ from deeptwist.app.cli.options import (
     values_of_recipe,
 )
 from deeptwist.app.cli.saved import benchmark, evaluate, export, info, predict
-from deeptwist.app.folders import writing
 from deeptwist.app.training.recipe import CompressionRecipe, Recipe
-from deeptwist.files import write_text
+from deeptwist.files import explaining_writes, write_text
 
 _COMPRESS = CompressOptions()
 app = App(
@@ -147,7 +146,7 @@ def plan(
     job = make_job(network, options, calibration)
     planned = job.make_plan(job.calibration, None)
     if out is not None:
-        with writing(out):
+        with explaining_writes(out):
             write_text(out, planned.to_json())
     print(planned.to_json() if as_json else planned)
 

@@ -9,11 +9,11 @@ from deeptwist.app.cli.compress import run_compress
 from deeptwist.app.cli.console import epoch_lines, progress_bar
 from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.data import load_digits
-from deeptwist.app.folders import DENSE_WEIGHTS, writing
+from deeptwist.app.folders import DENSE_WEIGHTS
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError
-from deeptwist.files import write_text
+from deeptwist.files import explaining_writes, write_text
 
 _MARK = ".demo"  # what tells a demo's folder from a folder of the user's own
 _DENSE, _SMALL = "dense", "small"
@@ -75,7 +75,7 @@ def _clear(out: Path) -> None:
     folders = [out / name for name in (_DENSE, _SMALL) if (out / name).exists()]
     if folders and not (out / _MARK).is_file():
         raise DeepTwistError(f"{out} is not an earlier demo's: choose another --out or remove it")
-    with writing(out):
+    with explaining_writes(out):
         for folder in folders:
             shutil.rmtree(folder)
         out.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deeptwist.app.folders import RECIPE, check_folder, writing
+from deeptwist.app.folders import JOB, RECIPE, check_folder, read_job
 from deeptwist.compress import Values
-from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.files import write_text
-
-RECORD = "compress.json"
+from deeptwist.errors import DeepTwistError
+from deeptwist.files import explaining_writes, write_text
 
 
 class Record:
@@ -35,26 +33,17 @@ class Record:
         Raises:
             DeepTwistError: if it holds a job and `resume` is not given, or another job or run.
         """
-        self._path, self._asked, self._total = folder / RECORD, json.loads(json.dumps(asked)), total
+        self._path, self._asked, self._total = folder / JOB, json.loads(json.dumps(asked)), total
         self._number, self._started = 0, 0.0
-        self.results: dict[str, Values] = {}
-        self.seconds: dict[str, float] = {}
-        known = None
-        try:
-            values = json.loads(self._path.read_text(encoding="utf-8"))
-            known, self.results, self.seconds = (
-                values[key] for key in ("job", "results", "seconds")
-            )
-        except FileNotFoundError:
-            pass
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            raise DeepTwistError(f"{self._path} is damaged: {first_line(error)}") from error
-        check_folder(folder, "job", known, self._asked, resume=resume)
-        if known is None and (folder / RECIPE).exists():
+        known = read_job(folder) or {}
+        self.results: dict[str, Values] = known.get("results", {})
+        self.seconds: dict[str, float] = known.get("seconds", {})
+        check_folder(folder, "job", known.get("job"), self._asked, resume=resume)
+        if not known and (folder / RECIPE).exists():
             raise DeepTwistError(
                 f"{folder} holds a run of 'deeptwist train': choose another folder"
             )
-        with writing(folder):
+        with explaining_writes(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def run(
@@ -66,7 +55,7 @@ class Record:
         if not is_done:
             self.results[name] = work()
             self.seconds[name] = time.perf_counter() - self._started
-            with writing(self._path):
+            with explaining_writes(self._path):
                 write_text(self._path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
         self.end(describe(**self.results[name]), "done already" if is_done else None)
 

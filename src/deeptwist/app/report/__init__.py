@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deeptwist.app.folders import writing
 from deeptwist.app.report.records import (
     MACS,
     PARAMETERS,
@@ -20,7 +19,7 @@ from deeptwist.app.report.records import (
 )
 from deeptwist.app.tables import HEADER
 from deeptwist.errors import DeepTwistError, require_extra
-from deeptwist.files import write_text
+from deeptwist.files import explaining_writes, write_text
 from deeptwist.plan.plan import Plan, layer_row
 
 with require_extra():
@@ -99,7 +98,7 @@ def _write_page(path: Path, title: str, sections: Sequence[dict[str, Any]]) -> N
         section for section in sections if any(section[key] for key in {*section} - {"heading"})
     ]
     page = environment.get_template("page.html.j2").render(title=title, sections=shown)
-    with writing(path):
+    with explaining_writes(path):
         # A name read from JSON may hold half a surrogate pair, which UTF-8 cannot.
         write_text(path, page.encode(errors="replace").decode())
 

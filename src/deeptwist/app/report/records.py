@@ -1,6 +1,5 @@
 """What a report shows of a run, read from its folder: in one shape for every kind of run."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from deeptwist.app.folders import RECIPE, read_run
+from deeptwist.app.folders import RECIPE, read_job, read_run
 from deeptwist.app.tables import job_rows
-from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.plan.plan import Plan
 
 PARAMETERS, MACS, MEGABYTES, ONNX = "parameters", "MACs", "MB", "MB, ONNX"
-_JOB = "compress.json"
 _HIDDEN = {"dense": ("interval", "twist.", "compression."), "finetune": ("interval", "twist.")}
 
 
@@ -61,7 +58,7 @@ def read_record(folder: Path) -> Record:
     Raises:
         DeepTwistError: if the folder holds no finished run, or a damaged one.
     """
-    run, job = read_run(folder), _read_job(folder)
+    run, job = read_run(folder), read_job(folder)
     values = run.summary
     dense, small = _networks(values)
     if job is not None:
@@ -126,17 +123,6 @@ def _add_times(column: str, times: Mapping[str, Any], dense: Network, small: Net
     sides = (dense, times["dense"], None), (small, times["decomposed"], times["speedup"])
     for network, time, speedup in sides:
         network.costs[column] = Cost(time["median"], speedup, (time["lower"], time["upper"]))
-
-
-def _read_job(folder: Path) -> dict[str, Any] | None:
-    """Return what 'deeptwist compress' recorded beside the run; `None` where it was not that."""
-    try:
-        job = json.loads((folder / _JOB).read_text(encoding="utf-8"))
-        return {"options": job["job"]["options"], "results": job["results"]}
-    except FileNotFoundError:
-        return None
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise DeepTwistError(f"{folder / _JOB} is damaged: {first_line(error)}") from error
 
 
 def _add_results(results: Mapping[str, Any], dense: list[Network], small: list[Network]) -> None:
@@ -204,7 +190,7 @@ def _text(value: Any) -> str:
 def _command(folder: Path, job: Mapping[str, Any] | None) -> str:
     """Return the command that does the same again, from the recipe in the folder."""
     words = ["deeptwist", "train" if job is None else "compress", str(folder / RECIPE)]
-    for name, value in ({} if job is None else job["options"]).items():
+    for name, value in ({} if job is None else job["job"]["options"]).items():
         if value not in (None, False, []):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
