@@ -22,7 +22,7 @@ for package in ("onnx", "onnxruntime", "onnxscript"):
 
 
 def whole_way(
-    make: Callable[[], nn.Module], x: Tensor, folder: Path, include: Any = "*", **export: Any
+    make: Callable[[], nn.Module], x: Any, folder: Path, include: Any = "*", **export: Any
 ) -> tuple[Plan, Exported]:
     model = make().eval()
     made = plan(model, SVD(), ratio=2, example_input=x, layers=every_layer(include=include))
@@ -65,6 +65,40 @@ def test_a_detector_of_torchvision(tmp_path: Path) -> None:
     made, written = whole_way(make, torch.rand(1, 3, 64, 64), tmp_path, batch=1)
     assert compressed_share(made) == 1
     assert written.batches == (1,)
+
+
+def test_a_3d_unet_of_monai(tmp_path: Path) -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        unet: nn.Module = nets.UNet(3, 1, 2, channels=(8, 16, 32), strides=(2, 2))
+        return unet
+
+    made, _ = whole_way(make, torch.randn(2, 1, 16, 16, 16), tmp_path)
+    assert compressed_share(made) > 0.9
+
+
+def test_a_unet_of_diffusers(tmp_path: Path) -> None:
+    """Called by keyword, with a number."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        unet: nn.Module = diffusers.UNet2DModel(
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=8,
+        )
+        return unet
+
+    call = {"sample": torch.randn(2, 3, 8, 8), "timestep": 3}
+    made, _ = whole_way(make, call, tmp_path)
+    assert compressed_share(made) > 0.9
+    assert {"conv_in", "mid_block.attentions.0.to_q"} <= {layer.name for layer in made.compressed}
 
 
 def test_deeplab(tmp_path: Path) -> None:
