@@ -120,7 +120,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (["train", "resnet20", "--plan", "p", "--ratio", "2", "--out", "x"], "leave out ratio"),
         (["train", "nowhere.yaml", "--out", "x"], "nowhere.yaml"),
-        (["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"], "rounds 1"),
+        (
+            ["benchmark", "resnet20", "--ratio", "4", "--rounds", "1"],
+            '"1" for --rounds. Must be >= 2',
+        ),
         (
             ["benchmark", "resnet20", "--small", "x", "--decomposition", "cp", "--ratio", "100"],
             "decomposed already: leave out the options of a plan",

@@ -18,7 +18,7 @@ from torch.nn import functional
 import deeptwist as dt
 from deeptwist.app.data import ImageData, Split, load_digits, normalize
 from deeptwist.app.folders import read_run
-from deeptwist.app.training.evaluation import evaluate, recalibrate_batch_norm
+from deeptwist.app.training.evaluation import evaluate, training_inputs
 from deeptwist.app.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run, train
 from deeptwist.compress import Values
@@ -466,7 +466,7 @@ def test_recalibration_is_the_statistics_of_the_images(digits: ImageData) -> Non
     model = network()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2)
-    recalibrated = recalibrate_batch_norm(model, digits, 2, 64)
+    recalibrated = dt.recalibrate_batch_norm(model, training_inputs(digits, model, 128, 64))
     order = torch.randperm(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
     x = normalize(digits.train.images[order[:128]], digits.mean, digits.std)
     hidden = model[0](x).detach()
@@ -480,10 +480,10 @@ def test_recalibration_sees_all_classes_where_they_lie_one_after_the_other(
     digits: ImageData,
 ) -> None:
     order = digits.train.labels.argsort()
-    in_classes = Split(digits.train.images[order], digits.train.labels[order])
+    data = replace(digits, train=Split(digits.train.images[order], digits.train.labels[order]))
     few, whole = (
-        recalibrate_batch_norm(network(), replace(digits, train=in_classes), batches, 64)[1]
-        for batches in (2, 100)
+        dt.recalibrate_batch_norm(network(), training_inputs(data, nn.Linear(1, 1), count, 64))[1]
+        for count in (128, 6400)
     )
     assert torch.allclose(few.running_mean, whole.running_mean, atol=0.01)
     assert torch.allclose(few.running_var, whole.running_var, rtol=0.1)

@@ -23,21 +23,17 @@ from deeptwist.app.tables import int8_changes, speed
 from deeptwist.app.training.evaluation import (
     AugmentedInputs,
     Evaluation,
-    batch_size_for,
     evaluate,
-    recalibrate_batch_norm,
     test_inputs,
     training_inputs,
 )
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import CALIBRATION, DISTILLED, SMALL, Job, Values
-from deeptwist.decompose import decompose
+from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.distill import HELD_OUT, distill
-from deeptwist.errors import DeepTwistError, check_int, require_extra
+from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.measure.runtimes import Setting
-from deeptwist.plan.calibration import Calibration
-from deeptwist.plan.plan import Plan
 from deeptwist.save import WEIGHTS, load
 
 logger = logging.getLogger("deeptwist")
@@ -181,12 +177,6 @@ def _check(recipe: Recipe, options: CompressOptions) -> Goal | None:
         raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
     if options.int8 and "onnxruntime" not in options.runtime:
         raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
-    check_int("distill_steps", options.distill_steps or 0, 0)
-    check_int("distill_images", options.distill_images)
-    if not 0 < options.distill_minutes < math.inf:
-        raise DeepTwistError(
-            f"--distill-minutes {options.distill_minutes:g} is no time to learn in"
-        )
     if options.distill_steps and recipe.mode != "finetune":
         raise DeepTwistError(
             f"mode {recipe.mode} begins from the dense network: distill with --mode finetune"
@@ -234,7 +224,7 @@ class ImageJob:
         self.model = self._run.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.steps = Job(
             self.model,
-            self._make_plan,
+            partial(recipe.compression.make_plan, self.model, self.example_input(2)),
             partial(self.training_inputs, recipe.calibration_images),
             self._recover,
             folder,
@@ -254,9 +244,7 @@ class ImageJob:
 
     def evaluate(self, network: nn.Module) -> Values:
         """Evaluate a network on the test images."""
-        total = -(-len(self.data.test.labels) // batch_size_for(self.data))
-        with progress_bar("evaluate", total) as advance:
-            return asdict(evaluate(network, self.data.test, self.data, on_batch=advance))
+        return asdict(evaluate(network, self.data.test, self.data, progress=progress_bar))
 
     def evaluate_dense(self) -> Values:
         """Evaluate the dense network; warn soon if it is not what it should be."""
@@ -369,12 +357,6 @@ class ImageJob:
             held_out=0,
         )
 
-    def _make_plan(self, calibration: Calibration | None, ratio: float | None) -> Plan:
-        compression = self.recipe.compression
-        if ratio is not None:
-            compression = replace(compression, ratio=ratio)
-        return compression.make_plan(self.model, self.example_input(2), calibration=calibration)
-
     def _choose_batch_norm(self, small: nn.Module) -> tuple[nn.Module, int]:
         """Return a decomposed network and the batches of its batch norms.
 
@@ -383,9 +365,11 @@ class ImageJob:
         soon.)
         """
         count = self.recipe.batch_norm_batches or _NORM_BATCHES
-        anew = recalibrate_batch_norm(small, self.data, count, self.recipe.batch_size)
+        size = self.recipe.batch_size
+        seen = training_inputs(self.data, self.model, count * size, size)
+        anew = recalibrate_batch_norm(small, seen)
         if self.recipe.batch_norm_batches:
             return anew, count
-        seen = self.data.train.subsample(_NORM_IMAGES)
-        before, after = (evaluate(net, seen, self.data).accuracy for net in (small, anew))
+        judges = self.data.train.subsample(_NORM_IMAGES)
+        before, after = (evaluate(net, judges, self.data).accuracy for net in (small, anew))
         return (anew, count) if after > before else (small, 0)

@@ -1,6 +1,6 @@
 """Options that several commands share, and what fills them in or is made of them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
+from cyclopts.validators import Number
 
 from deeptwist.app.cli.console import progress_bar
-from deeptwist.app.training.recipe import CompressionRecipe, read_values
-from deeptwist.errors import DeepTwistError, check_int, check_ratio
+from deeptwist.app.training.compression import CompressionRecipe, Count, read_whole
+from deeptwist.app.training.recipe import CountOrNone, Pixels, Positive, read_values
+from deeptwist.errors import DeepTwistError, check_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from deeptwist.app.data import ImageData
     from deeptwist.compress import Job
     from deeptwist.measure.runtimes import Setting
-    from deeptwist.plan.calibration import Calibration
-    from deeptwist.plan.plan import Plan
 
 # Where a trained network is at hand, a few gentle epochs of its factors cost least.
 COMPRESS_DEFAULTS: dict[str, Any] = {
@@ -84,7 +84,7 @@ class NetworkOptions(WeightOptions):
     """
 
     input: str | None = None
-    image_size: int | None = None
+    image_size: Pixels | None = None
 
     @property
     def in_channels(self) -> int | None:
@@ -99,7 +99,6 @@ class NetworkOptions(WeightOptions):
         if self.image_size is not None:
             if self.input is not None:
                 raise DeepTwistError("--input and --image-size say the same: leave one of them out")
-            check_int("image_size", self.image_size)
             return 3, self.image_size, self.image_size
         return _parse_size(self.input or ("3x224x224" if "/" in self.model else "3x32x32"))
 
@@ -134,10 +133,7 @@ class CalibrationOptions:
     """
 
     calibrate: str | None = None
-    calibration_images: int = 1024
-
-    def __post_init__(self) -> None:
-        check_int("calibration_images", self.calibration_images)
+    calibration_images: Count = 1024
 
 
 NO_CALIBRATION = CalibrationOptions()
@@ -158,11 +154,10 @@ class SweepOptions:
 
     sweep: bool = False
     data: str | None = None
-    test_images: int = 1000
+    test_images: Count = 1000
     page: Path | None = None
 
     def __post_init__(self) -> None:
-        check_int("test_images", self.test_images)
         if not self.sweep and (self.data is not None or self.page is not None):
             raise DeepTwistError("--data and --page are a sweep's: add --sweep")
 
@@ -247,10 +242,6 @@ def make_job(
     count = calibration.calibration_images
     batches = [] if data is None else [*training_inputs(data, dense, count)]
 
-    def make_plan(calibration: "Calibration | None", ratio: float | None) -> "Plan":
-        asked = recipe if ratio is None else replace(recipe, ratio=ratio)
-        return asked.make_plan(dense, example, calibration=calibration)
-
     def recover(small: "nn.Module", share: float) -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
 
@@ -258,6 +249,7 @@ def make_job(
     metadata: dict[str, Any] = {k: v for k, v in sizes.items() if v is not None}
     if data is not None and _outputs(dense, example) == len(data.classes):
         metadata = data.metadata
+    make_plan = partial(recipe.make_plan, dense, example)
     job = Job(dense, make_plan, lambda: batches, recover, None, progress_bar, metadata)
     if batches:
         job.calibrate()
@@ -323,11 +315,11 @@ class BenchmarkOptions:
         layers: Time each layer by itself too (in the first of these settings).
     """
 
-    batch: Several[int] = (16,)
-    threads: Several[int] = ()
+    batch: Several[Count] = (16,)
+    threads: Several[Count] = ()
     dtype: Several[Literal["float32", "bfloat16", "float16"]] = ("float32",)
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager",)
-    rounds: int = 15
+    rounds: Annotated[int, Parameter(converter=read_whole, validator=Number(gte=2))] = 15
     layers: Annotated[bool, Parameter(negative="--no-layers")] = True
 
     def settings(self) -> "list[Setting]":
@@ -336,10 +328,6 @@ class BenchmarkOptions:
 
         from deeptwist.measure.runtimes import Setting
 
-        check_int("rounds", self.rounds, 2)
-        for name, counts in (("batch", self.batch), ("threads", self.threads)):
-            for count in counts:
-                check_int(name, count)
         threads = self.threads or (torch.get_num_threads(),)
         combinations = product(self.runtime, self.dtype, threads, self.batch)
         return [Setting(b, t, dtype, runtime) for runtime, dtype, t, b in combinations]
@@ -364,9 +352,9 @@ class CompressOptions(BenchmarkOptions):
     """
 
     goal: str | None = None
-    distill_steps: int | None = None
-    distill_minutes: float = 10.0
-    distill_images: int = 2048
+    distill_steps: CountOrNone | None = None
+    distill_minutes: Positive = 10.0
+    distill_images: Count = 2048
     int8: bool = False
     keep_calibration: bool = False
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")

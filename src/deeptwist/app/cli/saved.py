@@ -52,7 +52,7 @@ def evaluate(
         small: A folder that deeptwist saved, instead of --weights.
     """
     from deeptwist.app.data import load_data
-    from deeptwist.app.training.evaluation import batch_size_for, evaluate
+    from deeptwist.app.training.evaluation import evaluate
     from deeptwist.save import load
 
     if data is None:
@@ -60,13 +60,11 @@ def evaluate(
     if (small is None) == (network.weights is None):
         raise DeepTwistError("give either --weights of the dense network or --small of a small one")
     dataset = load_data(data)
-    count = len(dataset.test.labels)
     built = network.build(dataset, bare=small is not None)
     if small is not None:
         built = load(small, model=built)
-    with progress_bar("evaluate", -(-count // batch_size_for(dataset))) as advance:
-        result = evaluate(built, dataset.test, dataset, on_batch=advance)
-    values = {"data": dataset.name, "images": count, **asdict(result)}
+    result = evaluate(built, dataset.test, dataset, progress=progress_bar)
+    values = {"data": dataset.name, "images": len(dataset.test.labels), **asdict(result)}
     text = "accuracy {accuracy:.2%}, loss {loss:.4f} on {images:,} images of {data}"
     print_result(values, as_json, lambda values: print(text.format(**values)))
 

@@ -1,7 +1,7 @@
 """What a recipe and the command line say of a plan: which layers are compressed, and how."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -147,20 +147,22 @@ class CompressionRecipe(Layers):
         self,
         model: "nn.Module",
         example_input: "Tensor | tuple[Tensor, ...]",
-        overrides: "Mapping[str, Override] | None" = None,
         calibration: "Calibration | None" = None,
+        ratio: float | None = None,
     ) -> "Plan":
-        """Read or make the plan for a model; see `deeptwist.plan`."""
+        """Read or make the plan for a model, see `deeptwist.plan`; at a ratio, if one is given."""
         from deeptwist.measure.latency import Latency
         from deeptwist.plan.latency import exclude_slow_layers
         from deeptwist.plan.plan import read_plan
         from deeptwist.plan.planner import plan
 
+        if ratio is not None:
+            return replace(self, ratio=ratio).make_plan(model, example_input, calibration)
         if self.plan is not None:
             made = read_plan(Path(self.plan))
         else:
             rules = {field.name: getattr(self, field.name) for field in fields(Layers)}
-            rules["overrides"] = {**dict(map(_read_override, self.overrides)), **(overrides or {})}
+            rules["overrides"] = dict(map(_read_override, self.overrides))
             timed = self.latency_batch, self.latency_runtime, self.latency_threads
             has_clock = self.latency is not None or self.latency_ms is not None
             made = plan(

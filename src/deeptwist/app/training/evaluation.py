@@ -1,7 +1,8 @@
 """Accuracy and loss on a split, and what deployed networks are prepared and measured on."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deeptwist.app.data import ImageData, Split, batches, normalize, train_batches
-from deeptwist.decompose import recalibrate_batch_norm as recalibrate
-from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.inspection.run import FORWARD_ERRORS, eval_mode
+from deeptwist.compress import Progress
+from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.run import eval_mode, explaining
 from deeptwist.twist.distributed import process_rank, world_size
 
 
@@ -117,22 +118,6 @@ def test_inputs(data: ImageData, model: nn.Module, count: int) -> Tensor:
     return preprocess(images[torch.arange(count) % len(images)], model, data)
 
 
-def recalibrate_batch_norm(
-    model: nn.Module, data: ImageData, num_batches: int, batch_size: int
-) -> nn.Module:
-    """Return a copy whose batch norms hold the statistics of training images as they meet them now.
-
-    It is not in the paper, so runs report it separately.
-
-    Args:
-        model: deployed; left as it is.
-        data: whose training split's images are seen, not augmented.
-        num_batches: batches of a shuffle that is always the same.
-        batch_size: images in each.
-    """
-    return recalibrate(model, training_inputs(data, model, num_batches * batch_size, batch_size))
-
-
 def logits_of(output: object) -> Tensor:
     """Return the logits (B, classes) in a network's output.
 
@@ -157,7 +142,7 @@ def evaluate(
     split: Split,
     data: ImageData,
     *,
-    on_batch: Callable[[], None] = lambda: None,
+    progress: Progress = lambda label, total: nullcontext(lambda: None),
 ) -> Evaluation:
     """Evaluate a model in evaluation mode, on its own device; processes share the images out.
 
@@ -165,7 +150,7 @@ def evaluate(
         model: gives logits (B, classes); not wrapped to communicate by itself.
         split: the images and labels.
         data: says how pixels are normalised and how many classes there are.
-        on_batch: called after every batch of `batch_size_for`.
+        progress: shows the batches, see `deeptwist.compress.Job`.
 
     Raises:
         DeepTwistError: if the model cannot run on the images, or its outputs are not one logit
@@ -174,10 +159,11 @@ def evaluate(
     share = split.subset(torch.arange(process_rank(), len(split.labels), world_size()))
     # images, loss, right, right among five
     totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
-    with eval_mode(model):
-        for images, labels in batches(share, batch_size_for(data), generator=None):
+    size = max(1, min(500, 2**23 // math.prod(data.shape)))  # fewer if they are large
+    with eval_mode(model), progress("evaluate", math.ceil(len(share.labels) / size)) as advance:
+        for images, labels in batches(share, size, generator=None):
             totals += _totals(_logits(model, images, data), labels)
-            on_batch()
+            advance()
     if world_size() > 1:
         dist.all_reduce(totals)
     count, loss, right, right_of_five = totals.tolist()
@@ -188,22 +174,11 @@ def evaluate(
     )
 
 
-def batch_size_for(data: ImageData) -> int:
-    """Return how many images are evaluated at once: fewer if they are large."""
-    return max(1, min(500, 2**23 // math.prod(data.shape)))
-
-
 def _logits(model: nn.Module, images: Tensor, data: ImageData) -> Tensor:
     x = preprocess(images, model, data)
-    try:
+    name, shape = type(model).__name__, tuple(x.shape[1:])
+    with explaining(f"{name} cannot run on images of {data.name}, {shape}"):
         logits = logits_of(model(x)).float()
-    except FORWARD_ERRORS as error:
-        if isinstance(error, DeepTwistError):
-            raise
-        raise DeepTwistError(
-            f"{type(model).__name__} cannot run on images of {data.name}, "
-            f"{tuple(x.shape[1:])}: {first_line(error)}"
-        ) from error
     if logits.shape != (len(images), len(data.classes)):
         raise DeepTwistError(
             f"the model gives outputs of shape {tuple(logits.shape[1:])}, "

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -34,6 +33,7 @@ from deeptwist.decompose import to_floats
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan
 from deeptwist.twist.distortion import DeepTwist, Perturb
+from deeptwist.twist.distributed import broadcast
 
 T = TypeVar("T")
 OnRecord = Callable[[Values], object]  # takes a line of an epoch or a distortion, see `folders`
@@ -358,9 +358,7 @@ class Trainer:
 
     def _broadcast_buffers(self) -> None:
         """Give every process the first one's batch-norm statistics, as the next step would."""
-        if self._fabric.world_size > 1:
-            for buffer in self._model.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        broadcast([*self._model.buffers()], source=0)
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:

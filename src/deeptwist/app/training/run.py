@@ -17,7 +17,6 @@ from deeptwist.app.training.devices import images_on, make_fabric
 from deeptwist.app.training.evaluation import (
     Evaluation,
     evaluate,
-    recalibrate_batch_norm,
     test_inputs,
     training_inputs,
 )
@@ -25,7 +24,7 @@ from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, check_same_recipe, lock_run_dir
 from deeptwist.compress import Values
-from deeptwist.decompose import decompose
+from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import atomic_write
 from deeptwist.measure.compare import time_models
@@ -293,10 +292,10 @@ def _deployed(run: TrainingRun, network: nn.Module) -> nn.Module:
 
 def _recalibrated(run: TrainingRun, network: nn.Module) -> nn.Module:
     """Return a deployed network with batch norm's statistics taken anew, if the recipe asks."""
-    count = run.recipe.batch_norm_batches
+    count, size = run.recipe.batch_norm_batches, run.recipe.batch_size
     if not count:
         return network
-    return recalibrate_batch_norm(network, run.data, count, run.recipe.batch_size)
+    return recalibrate_batch_norm(network, training_inputs(run.data, network, count * size, size))
 
 
 def _derived_networks(
