@@ -1,10 +1,11 @@
-"""What a job came to, as one table: on the terminal, and at the beginning of its report."""
+"""What a job, or a sweep, came to, as one table: on the terminal, and in its report."""
 
 from collections.abc import Mapping
 from typing import Any
 
 Values = dict[str, Any]  # as JSON holds them
 HEADER = "", "dense", "small", ""
+SWEEP_HEADER = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""
 
 
 def job_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -35,6 +36,24 @@ def job_rows(results: Mapping[str, Any]) -> list[list[str]]:
     if small.get("goal") is not None:
         is_kept = small["accuracy"] >= small["goal"]
         rows.append(["goal", "", percent(small["goal"]), "met" if is_kept else "not met"])
+    return rows
+
+
+def sweep_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for each ratio of a sweep under `SWEEP_HEADER`, and which is the knee."""
+    rows = [
+        [
+            f"{point['ratio']:g}×",
+            f"{point['error']:.3f}",
+            f"{point['weights']:.2f}×",
+            f"{point['macs']:.2f}×",
+            percent(point["accuracy"]),
+            "knee" * (point["ratio"] == result["knee"]),
+        ]
+        for point in result["points"]
+    ]
+    if result["dense_accuracy"] is not None:
+        rows.insert(0, ["dense", "", "", "", percent(result["dense_accuracy"]), ""])
     return rows
 
 

@@ -11,14 +11,13 @@ from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.app.cli.console import (
-    epoch_lines,
     is_main_process,
     plan_counts,
     print_compressed,
     print_result,
     print_summary,
     print_sweep,
-    progress_bar,
+    telling,
 )
 from deeptwist.app.cli.options import (
     NO_CALIBRATION,
@@ -187,9 +186,8 @@ def train(
         check_same_recipe(out, recipe, resume=resume)
     data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
-    with progress_bar(f"{recipe.mode} {recipe.model}", run.steps) as advance:
-        tell = epoch_lines(recipe.schedule.epochs)
-        summary = train(run, out, resume=resume, on_step=advance, on_record=tell)
+    with telling(f"{recipe.mode} {recipe.model}", run) as shown:
+        summary = train(run, out, resume=resume, **shown)
     print_result(summary, as_json, partial(print_summary, f"{recipe.model} on {data.name}"))
 
 

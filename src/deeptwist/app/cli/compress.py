@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.app.cli.console import epoch_lines, progress_bar
+from deeptwist.app.cli.console import progress_bar, telling
 from deeptwist.app.cli.options import CompressOptions, check_size, given_sizes
 from deeptwist.app.cli.record import Record
 from deeptwist.app.data import load_data
@@ -296,15 +296,8 @@ class ImageJob:
             calibration=calibration,
             before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
         )
-        with progress_bar("train", run.steps) as advance:
-            summary = train(
-                run,
-                self.folder,
-                resume=True,
-                latency_batch=None,
-                on_step=advance,
-                on_record=epoch_lines(recipe.schedule.epochs),
-            )
+        with telling("train", run) as shown:
+            summary = train(run, self.folder, resume=True, latency_batch=None, **shown)
         return {"accuracy": summary["accuracy"], "untrained": summary["accuracy_untrained"]}
 
     def verify(self, goal: float | None) -> Values:

@@ -7,15 +7,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deeptwist.app.tables import HEADER, Values, job_rows, medians, percent
+from deeptwist.app.tables import (
+    HEADER,
+    SWEEP_HEADER,
+    Values,
+    job_rows,
+    medians,
+    percent,
+    sweep_rows,
+)
 
 if TYPE_CHECKING:
+    from deeptwist.app.training.run import TrainingRun
     from deeptwist.measure.compare import Comparison
     from deeptwist.plan.plan import Plan
 
@@ -87,8 +96,13 @@ def _lines(label: str, total: int) -> Callable[[], None]:
     return advance
 
 
-def epoch_lines(epochs: int) -> Callable[[Values], None]:
-    """Return what tells of each epoch's record in a line, on standard error."""
+@contextmanager
+def telling(label: str, run: "TrainingRun") -> Iterator[dict[str, Any]]:
+    """Show a training on standard error: its steps, and each epoch in a line.
+
+    Gives the arguments `on_step` and `on_record` of `train`.
+    """
+    epochs = run.recipe.schedule.epochs
 
     def tell(values: Values) -> None:
         if values["event"] != "epoch":
@@ -102,7 +116,8 @@ def epoch_lines(epochs: int) -> Callable[[Values], None]:
             flush=True,
         )
 
-    return tell
+    with progress_bar(label, run.steps) as advance:
+        yield {"on_step": advance, "on_record": tell}
 
 
 def _duration(seconds: float) -> str:
@@ -170,21 +185,7 @@ def print_benchmark(name: str, result: Values) -> None:
 
 def print_sweep(title: str, result: Values) -> None:
     """Print a row for each ratio, and which of them is the knee."""
-    header = ["ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""]
-    rows = [
-        [
-            f"{point['ratio']:g}×",
-            f"{point['error']:.3f}",
-            f"{point['weights']:.2f}×",
-            f"{point['macs']:.2f}×",
-            percent(point["accuracy"]),
-            "knee" * (point["ratio"] == result["knee"]),
-        ]
-        for point in result["points"]
-    ]
-    if result["dense_accuracy"] is not None:
-        rows.insert(0, ["dense", "", "", "", percent(result["dense_accuracy"]), ""])
-    print_table(title, header, rows)
+    print_table(title, SWEEP_HEADER, sweep_rows(result))
 
 
 def print_exported(result: Values) -> None:

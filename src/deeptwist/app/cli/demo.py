@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deeptwist.app.cli.compress import run_compress
-from deeptwist.app.cli.console import epoch_lines, progress_bar
+from deeptwist.app.cli.console import telling
 from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.data import load_digits
 from deeptwist.app.folders import DENSE_WEIGHTS
@@ -64,8 +64,8 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
     _clear(out)
     run = build_run(dense, load_digits(), name=_DENSE)
     print(f"[0] train a dense network for {epochs} epochs, then compress it", file=sys.stderr)
-    with progress_bar("train the dense network", run.steps) as advance:
-        train(run, out / _DENSE, on_step=advance, on_record=epoch_lines(epochs))
+    with telling("train the dense network", run) as shown:
+        train(run, out / _DENSE, **shown)
     options = CompressOptions(batch=(_BATCH,), int8=True)
     return run_compress(small, options, out / _SMALL, resume=False)
 

@@ -62,10 +62,11 @@ class WeightOptions:
         from deeptwist.networks.build import build_model
         from deeptwist.networks.weights import build_trained
 
-        classes = self.num_classes or (None if data is None else len(data.classes))
-        channels = self.in_channels if data is None else data.metadata["in_channels"]
+        sizes: dict[str, Any] = {"in_channels": self.in_channels} if data is None else data.sizes
+        if self.num_classes is not None:
+            sizes["num_classes"] = self.num_classes
         make = build_model if bare else partial(build_trained, weights=self.weights)
-        return make(self.model, num_classes=classes, in_channels=channels).eval()
+        return make(self.model, **sizes).eval()
 
     @property
     def in_channels(self) -> int | None:

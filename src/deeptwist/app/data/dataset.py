@@ -128,15 +128,23 @@ class ImageData:
     interpolation: str = "bilinear"
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """Return what a network for these images is built with, see `build_model`."""
+        channels = self.shape[0]
+        # 3 is what networks take by themselves, and torchvision's take no number
+        return {
+            "num_classes": len(self.classes),
+            "in_channels": None if channels == 3 else channels,
+        }
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """Return what is to be known to serve a network of these images, as plain values."""
-        channels, height, width = self.shape
+        _, height, width = self.shape
         return {
             "data": self.name,
             "classes": [*self.classes],
-            "num_classes": len(self.classes),
-            # 3 is what networks take by themselves, and torchvision's take no number
-            "in_channels": None if channels == 3 else channels,
+            **self.sizes,
             "image_size": [height, width],
             "resize": self.resize or min(height, width),
             "interpolation": self.interpolation,

@@ -17,7 +17,7 @@ from deeptwist.app.report.records import (
     dense_networks,
     read_record,
 )
-from deeptwist.app.tables import HEADER
+from deeptwist.app.tables import HEADER, SWEEP_HEADER, sweep_rows
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.files import explaining_writes, write_text
 from deeptwist.plan.plan import Plan, layer_row
@@ -242,58 +242,41 @@ def write_sweep(sweep: Mapping[str, Any], path: Path, *, title: str) -> None:
         DeepTwistError: if the file cannot be written.
     """
     points, knee, dense = sweep["points"], sweep["knee"], sweep["dense_accuracy"]
-    rows = [
-        (
-            (f"{point['ratio']:g}×", "knee" * (point["ratio"] == knee), ""),
-            f"{point['error']:.3f}",
-            f"{point['weights']:.2f}×",
-            f"{point['macs']:.2f}×",
-            _share(point["accuracy"]),
-        )
-        for point in points
-    ]
-    header = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained, %"
-    table = Table("The whole network, planned at each ratio.", header, rows)
-
-    def curves(**heights: Iterable[float | None]) -> list[Curve]:
-        looks = [{"color": charts.COLORS[number], "marker": "os"[number]} for number in (0, 1)]
-        return [
-            Curve(name, zip((point["ratio"] for point in points), values, strict=True), look)
-            for (name, values), look in zip(heights.items(), looks, strict=False)
-        ]
-
-    errors, weights, macs, accuracies = (
-        [point[key] for point in points] for key in ("error", "weights", "macs", "accuracy")
-    )
-    small, level = (
-        [None if share is None else 100 * share for share in shares]
-        for shares in (accuracies, [dense] * len(points))
-    )
     note = " Dotted: the knee, farthest below the straight line between the two ends."
-    drawings = (
-        (
-            "Predicted error",
-            "The root mean square, over the layers, of the relative error of each: of its outputs "
-            f"on the calibration images, or of its weights where there are none.{note}",
-            curves(error=errors),
-            "relative error",
-        ),
-        (
-            "What is saved",
-            "Of the whole network, layers that stay dense included.",
-            curves(weights=weights, MACs=macs),
-            "times fewer",
-        ),
-        (
+
+    def draw(name: str, caption: str, y: str, **heights: Iterable[float | None]) -> None:
+        curves = [
+            Curve(
+                label,
+                zip((point["ratio"] for point in points), values, strict=True),
+                {"color": charts.COLORS[number], "marker": "os"[number]},
+            )
+            for number, (label, values) in enumerate(heights.items())
+        ]
+        drawn.extend(charts.draw(name, caption, curves, x="ratio asked", y=y, marks=[knee]))
+
+    drawn: list[charts.Chart] = []
+    draw(
+        "Predicted error",
+        "The root mean square, over the layers, of the relative error of each: of its outputs on "
+        f"the calibration images, or of its weights where there are none.{note}",
+        "relative error",
+        error=[point["error"] for point in points],
+    )
+    draw(
+        "What is saved",
+        "Of the whole network, layers that stay dense included.",
+        "times fewer",
+        weights=[point["weights"] for point in points],
+        MACs=[point["macs"] for point in points],
+    )
+    if dense is not None:
+        draw(
             "Accuracy without training",
             f"Decomposed, batch norm's statistics taken anew, nothing trained.{note}",
-            curves(decomposed=small, dense=level),
             "test accuracy, %",
-        ),
-    )
-    drawn = [
-        chart
-        for title_of_chart, caption, lines, y in drawings
-        for chart in charts.draw(title_of_chart, caption, lines, x="ratio asked", y=y, marks=[knee])
-    ]
+            decomposed=[100 * point["accuracy"] for point in points],
+            dense=[100 * dense] * len(points),
+        )
+    table = Table("The whole network, planned at each ratio.", SWEEP_HEADER, sweep_rows(sweep))
     _write_page(path, title, [{"table": table, "charts": drawn}])

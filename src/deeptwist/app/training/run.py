@@ -95,7 +95,7 @@ def build_run(
     """
     if model is None:
         torch.manual_seed(recipe.seed)
-        model = _build_for(data, recipe.model, recipe.weights, new_head=True)
+        model = build_trained(recipe.model, recipe.weights, new_head=True, **data.sizes)
     if recipe.precision == "64-true":  # Fabric would do so later: copies made until then, not
         model.double()
     example = torch.zeros(2, *data.shape).to(next(model.parameters()))
@@ -233,27 +233,13 @@ def _describe(run: TrainingRun) -> Values:
     }
 
 
-def _build_for(
-    data: ImageData, name: str, weights: str | None, *, new_head: bool = False
-) -> nn.Module:
-    """Return a network for a data set's classes and channels."""
-    classes, channels = len(data.classes), data.shape[0]
-    return build_trained(
-        name,
-        weights,
-        num_classes=classes,
-        in_channels=None if channels == 3 else channels,  # 3 is what networks take by themselves
-        new_head=new_head,
-    )
-
-
 def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
     """Return a teacher of its own; check that it takes the images and knows as many classes."""
     distillation = recipe.distillation
     if distillation is None or distillation.model is None:
         return None
     try:
-        teacher = _build_for(data, distillation.model, distillation.weights)
+        teacher = build_trained(distillation.model, distillation.weights, **data.sizes)
         if recipe.precision == "64-true":
             teacher.double()
         evaluate(teacher, data.test.subsample(8), data)
