@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import deeptwist as dt
-from deeptwist.app.data import ImageData, load_digits, normalize
+from deeptwist.app.data import ImageData, load_data, normalize
 from deeptwist.integrations.transformers import DeepTwistCallback
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
@@ -70,7 +70,7 @@ def fit(network: nn.Module, data: ImageData, *callbacks: TrainerCallback) -> Non
 
 def main() -> None:
     torch.manual_seed(0)
-    data = load_digits()
+    data = load_data("digits")
     model = build_network()
     example = torch.zeros(2, 1, 8, 8)
     plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example)

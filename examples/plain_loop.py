@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.app.data import ImageData, batches, load_digits, normalize
+from deeptwist.app.data import ImageData, batches, load_data, normalize
 
 EPOCHS, BATCH, ACCUMULATE = 5, 32, 2
 
@@ -53,7 +53,7 @@ def train(model: nn.Module, data: ImageData, twist: dt.DeepTwist | None = None) 
 
 def main() -> None:
     torch.manual_seed(0)
-    data = load_digits()
+    data = load_data("digits")
     model = build_network()
     example = torch.zeros(2, 1, 8, 8)
     plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.app.data import ImageData, batches, load_digits, normalize
+from deeptwist.app.data import ImageData, batches, load_data, normalize
 
 EPOCHS, BATCH = 4, 64
 
@@ -47,7 +47,7 @@ def train(model: nn.Module, data: ImageData, twist: dt.DeepTwist | None = None) 
 
 def main() -> None:
     torch.manual_seed(0)
-    data = load_digits()
+    data = load_data("digits")
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
     example = torch.zeros(2, 1, 8, 8)
     plan = dt.plan(model, dt.SpatialSVD(), ratio=3, example_input=example)

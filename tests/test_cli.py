@@ -19,7 +19,7 @@ import deeptwist as dt
 from deeptwist import Plan
 from deeptwist.app.cli import console, main
 from deeptwist.app.cli.commands import train
-from deeptwist.app.data import load_digits
+from deeptwist.app.data import load_data
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.recipe import Recipe, make_recipe
 from deeptwist.networks.build import build_model
@@ -262,7 +262,7 @@ def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_
         example_input=torch.zeros(2, 1, 8, 8),
         layers=every_layer(linear=False),
     )
-    digits = load_digits()
+    digits = load_data("digits")
     test = digits.test, digits
     expected = evaluate(dt.decompose(dense, made), *test)
     assert printed["images"] == 360

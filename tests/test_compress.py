@@ -15,7 +15,7 @@ from tests.test_cli import refused, run
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.app.data import batches, load_digits, normalize
+from deeptwist.app.data import batches, load_data, normalize
 from deeptwist.app.folders import read_run
 from deeptwist.app.training.evaluation import AugmentedInputs, evaluate
 from deeptwist.compress import SMALL, Compressed, Job
@@ -23,7 +23,7 @@ from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.networks.build import build_model
 from deeptwist.search import LEARNING, RATIOS, UNTRAINED, most_scores, search_ratio
 
-DIGITS = load_digits()
+DIGITS = load_data("digits")
 
 
 def network(num_classes: int = 10, in_channels: int = 1) -> nn.Module:

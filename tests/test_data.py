@@ -23,7 +23,6 @@ from deeptwist.app.data import (
     augment,
     batches,
     load_data,
-    load_digits,
     normalize,
     train_batches,
 )
@@ -166,7 +165,7 @@ def test_an_empty_batch_is_refused_at_once(error_of: ErrorOf) -> None:
 
 
 def test_digits_are_the_digits_that_their_labels_say() -> None:
-    data = load_digits()
+    data = load_data("digits")
     assert isinstance(data.train.images, Tensor)
     assert isinstance(data.test.images, Tensor)
     assert (data.train.images.shape, data.shape) == ((1437, 1, 8, 8), (1, 8, 8))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deeptwist.app.data import ImageData, Split, load_digits
+from deeptwist.app.data import ImageData, Split, load_data
 from deeptwist.app.training.devices import Fabric, MixedPrecision
 from deeptwist.app.training.loop import Trainer
 from deeptwist.app.training.optimizers import lr_factor, make_optimizer
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def one_batch() -> ImageData:
     """A set of one batch, whose augmentation does nothing."""
-    data = load_digits()
+    data = load_data("digits")
     images = Split(data.train.images[:128], data.train.labels[:128])
     return ImageData("few", images, data.test, data.classes, data.mean, data.std, 0, False)
 
@@ -192,7 +192,7 @@ def test_only_inductor_compiles_to_cuda_graphs() -> None:
 
 def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    digits = load_digits()
+    digits = load_data("digits")
     few = Split(digits.train.images[:16], digits.train.labels[:16])
     data = replace(digits, train=few, test=few)
     models = []

@@ -21,7 +21,7 @@ from tests.cases import (
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.app.data import load_digits
+from deeptwist.app.data import load_data
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run, train
 from deeptwist.decompositions import FactoredLayer
@@ -138,7 +138,7 @@ def job(mode: str = "finetune", precondition: bool = True, after: int | None = N
         "finetune_after": after and {"epochs": after, "lr": 0.05},
         "logging": {"images": 0, "checkpoint_every": 3},
     }
-    return build_run(make_recipe(recipe), load_digits(), name="run", model=network)
+    return build_run(make_recipe(recipe), load_data("digits"), name="run", model=network)
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path: Path) -> None:

@@ -185,6 +185,6 @@ def test_a_compression_is_the_plan_that_it_says(tmp_path: Path) -> None:
 
 
 def test_a_default_recipe_fits_the_digits() -> None:
-    from deeptwist.app.data import load_digits
+    from deeptwist.app.data import load_data
 
-    assert steps_per_epoch(load_digits(), Recipe(model="resnet20").batch_size) == 11
+    assert steps_per_epoch(load_data("digits"), Recipe(model="resnet20").batch_size) == 11

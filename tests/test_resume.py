@@ -23,7 +23,7 @@ from torch import nn
 
 import deeptwist as dt
 from deeptwist.app.cli import main
-from deeptwist.app.data import load_data, load_digits
+from deeptwist.app.data import load_data
 from deeptwist.app.folders import read_run
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run
@@ -84,7 +84,9 @@ def network(channels: int = 1) -> nn.Module:
 
 
 def job(**values: Any) -> TrainingRun:
-    return build_run(make_recipe({**RECIPE, **values}), load_digits(), name="run", model=network())
+    return build_run(
+        make_recipe({**RECIPE, **values}), load_data("digits"), name="run", model=network()
+    )
 
 
 def job_on_files(images: Path) -> TrainingRun:
@@ -187,7 +189,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float
 def uninterrupted_on_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, Path]:
     """A run on the digits as a folder of files, its seconds, and the folder."""
     folder = tmp_path_factory.mktemp("files")
-    data = load_digits()
+    data = load_data("digits")
     for name, split, count in (("train", data.train, 300), ("test", data.test, 20)):
         few = split.subsample(count)
         assert isinstance(few.images, torch.Tensor)
@@ -335,7 +337,7 @@ def test_a_checkpoint_of_another_network_is_an_error(
         recipe,
         other,
         dt.plan(other, dt.SVD(rank=1), example_input=torch.zeros(2, 1, 8, 8), layers=EVERY_LAYER),
-        load_digits(),
+        load_data("digits"),
         None,
         "run",
     )
@@ -520,7 +522,7 @@ def in_a_group(rank: int, world: int, port: int, folder: Path, stop: int | None)
         if left == 0:
             os._exit(9)  # in every process at once
 
-    run = build_run(make_recipe(values), load_digits(), name="run", model=model)
+    run = build_run(make_recipe(values), load_data("digits"), name="run", model=model)
     train_run(run, folder, resume=True, on_step=tick)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder.with_name(f"{folder.name}-{rank}.safetensors"))

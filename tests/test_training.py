@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import deeptwist as dt
-from deeptwist.app.data import ImageData, Split, load_digits, normalize
+from deeptwist.app.data import ImageData, Split, load_data, normalize
 from deeptwist.app.folders import read_run
 from deeptwist.app.training.evaluation import evaluate, training_inputs
 from deeptwist.app.training.recipe import Mode, Recipe, make_recipe
@@ -36,7 +36,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return load_digits()
+    return load_data("digits")
 
 
 def network() -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 from deeptwist.app.cli.compress import run_compress
 from deeptwist.app.cli.console import telling
 from deeptwist.app.cli.options import CompressOptions
-from deeptwist.app.data import load_digits
+from deeptwist.app.data import load_data
 from deeptwist.app.folders import DENSE_WEIGHTS
 from deeptwist.app.training.recipe import make_recipe
 from deeptwist.app.training.run import build_run, train
@@ -62,7 +62,7 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
         }
     )
     _clear(out)
-    run = build_run(dense, load_digits(), name=_DENSE)
+    run = build_run(dense, load_data("digits"), name=_DENSE)
     print(f"[0] train a dense network for {epochs} epochs, then compress it", file=sys.stderr)
     with telling("train the dense network", run) as shown:
         train(run, out / _DENSE, **shown)

@@ -2,7 +2,7 @@
 
 from deeptwist.app.data.dataset import ImageData, ImageFiles, Split, augment, normalize
 from deeptwist.app.data.loading import batches, train_batches
-from deeptwist.app.data.sources import load_data, load_digits
+from deeptwist.app.data.sources import load_data
 
 __all__ = [
     "ImageData",
@@ -11,7 +11,6 @@ __all__ = [
     "augment",
     "batches",
     "load_data",
-    "load_digits",
     "normalize",
     "train_batches",
 ]

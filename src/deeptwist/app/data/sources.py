@@ -53,15 +53,6 @@ def load_data(config: "DataRecipe | str", **options: Any) -> ImageData:
     return _load_files(config)
 
 
-def load_digits() -> ImageData:
-    """Load 1,437 training and 360 test images: grey, 8 × 8 pixels, 10 classes.
-
-    The split is always the same and holds each digit in equal shares. Source: the test set of
-    UCI's 'Optical Recognition of Handwritten Digits', its levels 0 to 16 scaled to 0 to 255.
-    """
-    return load_data("digits")
-
-
 # --- what prepares images
 
 
@@ -81,7 +72,7 @@ def _load_named(config: "DataRecipe") -> ImageData:
 def _load_files(config: "DataRecipe") -> ImageData:
     train, test = _list_source(config.source)
     if config.preset is None:
-        size = config.image_size or max(train.read(0).size)
+        size = config.image_size or max(train.read(train.rows[0]).size)
         config = replace(config, preset="cifar" if size <= _SMALL else "imagenet")
     if config.preset == "imagenet":
         config = _with_defaults(config, image_size=224, crop_pct=0.875)
@@ -186,11 +177,13 @@ class _Listing:
 
     Attributes:
         read: row → its image as RGB; a `DeepTwistError` that names one that is damaged.
-        labels: int64 (N,).
+        rows: those of this split, int64 (N,).
+        labels: of these, int64 (N,).
         classes: the name of each label.
     """
 
     read: "Callable[[int], Image.Image]"
+    rows: npt.NDArray[np.int64]
     labels: Tensor
     classes: tuple[str, ...]
 
@@ -231,7 +224,8 @@ def _list_folder(split: Path) -> _Listing:
     # Encoded in an array, not a list of strings, which every worker would come to copy.
     names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in folder.samples])
     read = partial(_read_file, str(split), names)
-    return _Listing(read, torch.tensor(folder.targets), tuple(folder.classes))
+    targets = torch.tensor(folder.targets)
+    return _Listing(read, np.arange(len(targets)), targets, tuple(folder.classes))
 
 
 def _split(whole: _Listing, source: str) -> tuple[_Listing, _Listing]:
@@ -256,18 +250,8 @@ def _split(whole: _Listing, source: str) -> tuple[_Listing, _Listing]:
         len(train),
         len(test),
     )
-    return _subset(whole, train), _subset(whole, test)
-
-
-def _subset(listing: _Listing, rows: Tensor) -> _Listing:
-    read = partial(_read_chosen, listing.read, rows.numpy())
-    return _Listing(read, listing.labels[rows], listing.classes)
-
-
-def _read_chosen(
-    read: "Callable[[int], Image.Image]", rows: npt.NDArray[np.int64], row: int
-) -> "Image.Image":
-    return read(int(rows[row]))
+    both = [replace(whole, rows=rows.numpy(), labels=whole.labels[rows]) for rows in (train, test)]
+    return both[0], both[1]
 
 
 def _list_hub(name: str) -> tuple[_Listing, ...]:
@@ -290,6 +274,7 @@ def _list_hub(name: str) -> tuple[_Listing, ...]:
     return tuple(
         _Listing(
             partial(_read_row, f"hf/{name}/{split}", splits[split], columns[0]),
+            np.arange(len(splits[split])),
             torch.tensor(splits[split].with_format("numpy")[labels[0]][:], dtype=torch.int64),
             tuple(splits[split].features[labels[0]].names),
         )
@@ -344,9 +329,9 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 def _files(listing: _Listing, config: "DataRecipe", size: int | None) -> Split:
     transform = eval_transform(_resize(config, size), (size or 0, size or 0), config.interpolation)
-    shape = tuple(transform(listing.read(0)).shape) if size is None else (3, size, size)
-    rows, workers = np.arange(len(listing.labels)), config.workers or 0
-    files = ImageFiles(listing.read, rows, transform, shape, workers, config.skip_unreadable)
+    read, rows, workers = listing.read, listing.rows, config.workers or 0
+    shape = tuple(transform(read(rows[0])).shape) if size is None else (3, size, size)
+    files = ImageFiles(read, rows, transform, shape, workers, config.skip_unreadable)
     return Split(files, listing.labels)
 
 
@@ -364,6 +349,11 @@ def _decoded(split: Split) -> Split:
 
 
 def _digits() -> tuple[Split, Split, tuple[str, ...]]:
+    """Return 1,437 training and 360 test images, each digit in equal shares; always the same.
+
+    Source: the test set of UCI's 'Optical Recognition of Handwritten Digits', its levels 0 to 16
+    scaled to 0 to 255.
+    """
     with require_extra():
         from sklearn import datasets
         from sklearn.model_selection import train_test_split
