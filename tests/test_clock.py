@@ -127,11 +127,14 @@ def test_other_budgets_are_kept_beside_time(error_of: Callable[..., str]) -> Non
     assert "no ranks meet the budgets" in error_of(planner.plan_within, *impossible)
 
 
-def test_layers_are_timed_in_pytorch_by_themselves() -> None:
+def test_layers_are_timed_in_pytorch_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "deeptwist.clock")
     model, x = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1)).eval(), torch.randn(1, 96, 24, 24)
     options = {"example_input": x, "layers": EVERY_LAYER}
     (layer,) = dt.plan(model, "spatial_svd", latency=Latency(1.2, batch=1), **options).layers
     assert isinstance(layer, CompressedLayer)
+    assert caplog.messages[0] == "timing layer 1 of 1, 0"
+    assert caplog.messages[1].startswith("timed the network: ")
     with pytest.raises(dt.DeepTwistError, match="no plan"):
         dt.plan(model, dt.SpatialSVD(), latency=1e6, **options)
 

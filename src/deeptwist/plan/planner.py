@@ -1,5 +1,6 @@
 """Decide for every layer of a model how it is held."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layers import Layers
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
+
+logger = logging.getLogger("deeptwist.clock")  # what is being timed, shown on the command line
 
 LayerChoice = Layers | Callable[[str, nn.Module], bool]
 _LAYERS = Layers()
@@ -151,6 +154,7 @@ class Planner:
         def attempt(speedup: float | None) -> Plan:
             made = self._share(candidates, replace(budgets, milliseconds=speedup), speedup is None)
             times = time_network(self._model, inputs, made, setting, self._clock)
+            logger.info("timed the network: %s", times)
             return replace(made, latency=times)
 
         return search_latency(latency, attempt)
@@ -213,12 +217,14 @@ class Planner:
         if clock is not None and self._rank_multiple is None and uses:  # where most work is
             geometry, call = max(uses, key=lambda use: use[1].count * use[0].macs(use[1].size))
             multiple = clock.rank_multiple(geometry, call, self._decompositions[0])
-        return [
-            layer_candidates(errors, sharing[errors], self._decompositions, multiple, clock)
-            if errors in sharing
-            else []
-            for errors in self._errors
-        ]
+        made: dict[LayerErrors, list[Candidate]] = {}
+        for number, (errors, geometry) in enumerate(sharing.items(), 1):
+            if clock is not None:
+                name = errors.layer.names[0]
+                logger.info("timing layer %d of %d, %s", number, len(sharing), name)
+            options = self._decompositions, multiple, clock
+            made[errors] = layer_candidates(errors, geometry, *options)
+        return [made.get(errors, []) for errors in self._errors]
 
     def _plan_layer(self, errors: LayerErrors, ratio: float | None) -> PlannedLayer:
         """Plan a layer by itself: at a ratio, or as an override says."""

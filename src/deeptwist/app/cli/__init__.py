@@ -75,6 +75,7 @@ def _log_once() -> None:
     handler.addFilter(is_new)
     logging.captureWarnings(True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("deeptwist.clock").setLevel(logging.INFO)
 
 
 def _tell_how_to_go_on(words: Sequence[str]) -> None:
