@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deeptwist.decompositions import FactoredLayer, Factors
+from deeptwist.decompositions import Factors
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
 from deeptwist.inspection.run import (
@@ -22,6 +22,7 @@ from deeptwist.inspection.run import (
 )
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, weight_of
+from deeptwist.layers.factored import FactoredLayer, factored_layers
 from deeptwist.layers.geometry import compute_dtype, weight_to_kernel
 from deeptwist.measure.layer_clock import random_kernels
 from deeptwist.plan.calibration import Calibration, to_device
@@ -274,8 +275,7 @@ def _mark_pretrained(small: nn.Module) -> None:
         return
     layers = {
         name: {"convolution": encode(m.convolution), "decomposition": encode(m.decomposition)}
-        for name, m in small.named_modules()
-        if isinstance(m, FactoredLayer)
+        for name, m in factored_layers(small).items()
     }
     config.quantization_config = {"quant_method": "deeptwist", "layers": layers}
 

@@ -24,7 +24,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from deeptwist.decompose import recalibrate_batch_norm
-from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import write_bytes
 from deeptwist.inspection.run import (
@@ -36,6 +35,7 @@ from deeptwist.inspection.run import (
     read_batches,
 )
 from deeptwist.inspection.swap import swap
+from deeptwist.layers.factored import factored_layers
 from deeptwist.twist.distributed import average, broadcast, mean_over_ranks, process_rank
 
 Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
@@ -142,13 +142,12 @@ def block_names(small: nn.Module) -> list[str]:
 
     Where that is a plain sequence of layers, or the whole network, it is the layer itself.
     """
-    names = [name for name, module in small.named_modules() if isinstance(module, FactoredLayer)]
-    parents = {name: name.rpartition(".")[0] for name in names}
+    parents = {name: name.rpartition(".")[0] for name in factored_layers(small)}
     is_block = {
         name: bool(parent) and type(small.get_submodule(parent)) is not nn.Sequential
         for name, parent in parents.items()
     }
-    return [*dict.fromkeys(parents[name] if is_block[name] else name for name in names)]
+    return [*dict.fromkeys(parents[name] if is_block[name] else name for name in parents)]
 
 
 def squared_error(

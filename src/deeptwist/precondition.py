@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
+from deeptwist.layers.factored import FactoredLayer, factored_layers
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 
 
@@ -43,8 +43,8 @@ def precondition(
             decomposition for which there is no closed form (CP).
     """
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
-    layers = {n: m for n, m in factored.items() if held.issuperset(map(id, _factors(m)))}
+    factored = factored_layers(model).items()
+    layers = {name: layer for name, layer in factored if held.issuperset(map(id, _factors(layer)))}
     if not layers:
         raise DeepTwistError(
             f"the optimizer holds no factored layer of this {type(model).__name__}: decompose it, "

@@ -25,12 +25,13 @@ from deeptwist.decompose import (
     replace_layers,
     set_channels_last,
 )
-from deeptwist.decompositions import Decomposition, FactoredLayer
+from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import Argument, check_unwrapped
 from deeptwist.inspection.swap import stored_modules
 from deeptwist.inspection.weights import get_layer
+from deeptwist.layers.factored import factored_layers
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.networks.build import build_model
 from deeptwist.plan.codec import decode, encode
@@ -102,8 +103,7 @@ def save(
             those that it was made with, or if the folder cannot be written, or the metadata.
     """
     check_unwrapped(model)
-    factored = {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
-    if not factored:
+    if not (factored := factored_layers(model)):
         raise DeepTwistError(
             f"this {type(model).__name__} has no factored layer: decompose it first"
         )

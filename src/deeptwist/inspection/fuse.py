@@ -22,7 +22,7 @@ from deeptwist.inspection.run import (
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.tracing import FunctionCall, FunctionWatch
 from deeptwist.inspection.weights import Weight, weight_of
-from deeptwist.layers.factored import FactoredLayer
+from deeptwist.layers.factored import FactoredLayer, factored_layers
 
 
 class FoldedNorm(nn.Identity):
@@ -57,7 +57,7 @@ def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Modu
         DeepTwistError: if the model cannot run on the example, there is none, or the copy computes
             something else on it.
     """
-    planned = [m.planned_call for m in model.modules() if isinstance(m, FactoredLayer)]
+    planned = (layer.planned_call for layer in factored_layers(model).values())
     arguments, keywords = next(filter(any, planned), ((), ()))
     if example_input is None and not arguments:
         raise DeepTwistError(
@@ -90,7 +90,7 @@ def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Modu
 def _follow(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, str]]:
     """Run a model; its outputs, and by the name of a norm the convolution that it alone follows."""
     names = {module: name for name, module in model.named_modules()}
-    inner = {part for m in names if isinstance(m, FactoredLayer) for part in [*m.modules()][1:]}
+    inner = {part for m in factored_layers(model).values() for part in [*m.modules()][1:]}
     layers = [m for m in names if m not in inner and _is_convolution(m)]
     norms = [m for m in names if isinstance(m, _BatchNorm) and _is_foldable(m)]
     calls: list[nn.Module] = []

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.layers.factored import ConstantPad, SamePad
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.layers.padding import ConstantPad, SamePad
 
 _COMPUTATION = "forward", "_conv_forward", "weight", "__call__", "_call_impl"
 _METADATA = {

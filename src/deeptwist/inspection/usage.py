@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.run import (
     FORWARD_ERRORS,
@@ -26,6 +25,7 @@ from deeptwist.inspection.run import (
 )
 from deeptwist.inspection.tracing import FunctionCall, FunctionWatch, has_compiled_forward
 from deeptwist.inspection.weights import Kept, Weight, named_layers, weight_of
+from deeptwist.layers.factored import factored_layers
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 
 
@@ -88,8 +88,7 @@ def inspect_model(model: nn.Module, inputs: Inputs) -> Inspection:
     usage, macs = _trace_usage(model, inputs, lambda: _Usage(weights, holders))
     order = [*usage.calls, *(module for module in weights if module not in usage.calls)]
     call_order = {module: number for number, module in enumerate(order)}
-    holding = [module for module in model.modules() if isinstance(module, FactoredLayer)]
-    factored = {part for module in holding for part in module.modules()}
+    factored = {part for layer in factored_layers(model).values() for part in layer.modules()}
 
     def inspect_layer(module: nn.Module, weight: Weight | Kept) -> Layer:
         reason = _reason(weight)

@@ -1,10 +1,12 @@
-"""The layer that stands in for a decomposed one."""
+"""The layer that stands in for a decomposed one, and the paddings that it may begin with."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.routing import set_outputs, stages_bias
@@ -67,3 +69,43 @@ class FactoredLayer(nn.Sequential):
 
     def _get_name(self) -> str:
         return f"FactoredLayer[{self.decomposition}, {self.convolution}]"
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
+    """Return a model's factored layers by name, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, FactoredLayer)}
+
+
+class ConstantPad(nn.Module):
+    """Pads by fixed margins, as causal convolutions do themselves; `margins` are `F.pad`'s."""
+
+    def __init__(self, margins: Sequence[int], mode: str = "constant"):
+        super().__init__()
+        self.margins, self.mode = tuple(margins), mode
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, c, *size) → (…, c, *padded size)
+        """Pad the input."""
+        return functional.pad(x, self.margins, self.mode)
+
+
+class SamePad(nn.Module):
+    """Pads as TensorFlow's 'SAME' does: as little as gives ⌈size / stride⌉ outputs."""
+
+    def __init__(self, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]):
+        super().__init__()
+        self.kernel_size, self.stride = tuple(kernel_size), tuple(stride)
+        self.dilation = tuple(dilation)
+
+    def margins(self, size: Sequence[int]) -> list[int]:
+        """Return the margins of a spatial size, the last axis first, as `F.pad` takes them."""
+        margins = []
+        options = zip(size, self.kernel_size, self.stride, self.dilation, strict=True)
+        for length, kernel, step, spacing in reversed([*options]):
+            reach = (math.ceil(length / step) - 1) * step + (kernel - 1) * spacing + 1
+            total = max(reach - length, 0)
+            margins += [total // 2, total - total // 2]
+        return margins
+
+    def forward(self, x: Tensor) -> Tensor:  # (…, c, *size) → (…, c, *padded size)
+        """Pad the input."""
+        return functional.pad(x, self.margins(x.shape[-len(self.stride) :]))

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from deeptwist.decompositions import FactoredLayer
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.run import ExampleInput, Inputs
 from deeptwist.inspection.usage import Layer, inspect_model
+from deeptwist.layers.factored import factored_layers
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
@@ -25,11 +25,7 @@ def plan_from_model(decomposed: nn.Module, model: nn.Module, example_input: Exam
     Raises:
         DeepTwistError: if a factored layer has no counterpart in `model`.
     """
-    factored = {
-        name: module
-        for name, module in decomposed.named_modules()
-        if isinstance(module, FactoredLayer)
-    }
+    factored = factored_layers(decomposed)
     unplanned, layers = inspect_for_plan(model, Inputs.of(example_input))
     planned: list[PlannedLayer] = []
     for layer in layers:
