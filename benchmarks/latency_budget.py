@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import deeptwist as dt
-from deeptwist.measure.compare import time_modules
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.timing import median_ratio
+from deeptwist.measure.timing import median_ratio, time_modules
 from deeptwist.networks.build import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}

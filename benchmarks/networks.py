@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import deeptwist as dt
-from deeptwist.measure.compare import time_settings
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Run, Runtime, Setting, make_runner
+from deeptwist.measure.timing import time_settings
 from deeptwist.networks.build import build_model
 
 NETWORKS = {"torchvision/resnet34": (3, 224, 224), "vgg19": (3, 32, 32)}

@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from deeptwist import Plan, SpatialSVD, decompose, plan
 from deeptwist.app.cli.console import layer_rows
 from deeptwist.app.cli.options import BenchmarkOptions
-from deeptwist.measure.compare import Comparison, time_models, time_settings
 from deeptwist.measure.runtimes import Run, Runtime, Setting, make_runner
-from deeptwist.measure.timing import median_ratio, summarize, time_interleaved
+from deeptwist.measure.timing import (
+    Comparison,
+    median_ratio,
+    summarize,
+    time_interleaved,
+    time_models,
+    time_settings,
+)
 from deeptwist.networks.build import build_model
 from deeptwist.plan.latency import apply_timings, time_plan
 

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import deeptwist as dt
 from deeptwist.inspection.run import Inputs
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.compare import Comparison, time_models
-from deeptwist.measure.latency import Latency, LatencyCache
 from deeptwist.measure.layer_clock import LayerClock
+from deeptwist.measure.machine import LatencyCache
 from deeptwist.measure.runtimes import Runtime, Setting
+from deeptwist.measure.timing import Comparison, time_models
 from deeptwist.plan.budget import Budgets
-from deeptwist.plan.latency import search_latency
+from deeptwist.plan.latency import Latency, search_latency
 from deeptwist.plan.planned_layer import CompressedLayer
 from deeptwist.plan.planner import Planner
 

@@ -13,9 +13,9 @@ from deeptwist.decompositions import Tucker as Tucker
 from deeptwist.distill import distill as distill
 from deeptwist.errors import DeepTwistError as DeepTwistError
 from deeptwist.inspection.fuse import fuse as fuse
-from deeptwist.measure.latency import Latency as Latency
 from deeptwist.plan.calibration import Calibration as Calibration
 from deeptwist.plan.calibration import calibrate as calibrate
+from deeptwist.plan.latency import Latency as Latency
 from deeptwist.plan.latency import exclude_slow_layers as exclude_slow_layers
 from deeptwist.plan.layers import Layers as Layers
 from deeptwist.plan.plan import Plan as Plan

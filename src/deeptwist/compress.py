@@ -23,10 +23,9 @@ from deeptwist.errors import DeepTwistError
 from deeptwist.export import export_onnx, quantize_onnx
 from deeptwist.files import write_text
 from deeptwist.inspection.run import ExampleInput, Inputs, read_batches
-from deeptwist.measure.compare import Comparison, time_settings
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import OnnxNetwork, Run, Setting, make_runner
-from deeptwist.measure.timing import time_interleaved
+from deeptwist.measure.timing import Comparison, time_interleaved, time_settings
 from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan

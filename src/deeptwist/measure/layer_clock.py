@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, FactoredLayer
 from deeptwist.inspection.run import Inputs
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.compare import Clock, time_modules
-from deeptwist.measure.latency import LatencyCache
+from deeptwist.measure.machine import LatencyCache
 from deeptwist.measure.runtimes import Setting
+from deeptwist.measure.timing import Clock, time_modules
 
 Layer = TypeVar("Layer", bound=nn.Module)
 

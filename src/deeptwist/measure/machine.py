@@ -1,15 +1,20 @@
-"""The machine that a figure was measured on, in one line."""
+"""The machine that a figure was measured on, and what was timed on it before."""
 
+import hashlib
+import json
 import os
 import platform
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deeptwist._version import __version__
+from deeptwist.files import write_text
+from deeptwist.measure.runtimes import Runtime
 
 
 def describe_machine() -> str:
@@ -34,6 +39,37 @@ def describe_environment() -> str:
         except PackageNotFoundError:
             lines.append(f"{name} not installed")
     return "\n".join(lines)
+
+
+class LatencyCache:
+    """Milliseconds that were measured on this machine, in a JSON file that names it.
+
+    It lies in ``$XDG_CACHE_HOME/deeptwist``, by default ``~/.cache/deeptwist``; without it, all is
+    timed anew.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Read what was measured with this runtime, at PyTorch's present number of threads."""
+        self._machine = f"{describe_machine()}, {runtime}"
+        if runtime == "onnxruntime":
+            self._machine += f" {version('onnxruntime')}"
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        digest = hashlib.sha256(self._machine.encode()).hexdigest()[:12]
+        self.path = Path(home) / "deeptwist" / f"latency-{digest}.json"
+
+    def read(self) -> dict[str, list[float]]:
+        """Return the milliseconds by what was timed; none where the file is not to be read."""
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            values: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            return {key: [float(ms) for ms in times] for key, times in values["times"].items()}
+        return {}
+
+    def add(self, key: str, times: list[float]) -> None:
+        """Keep a measurement beside what other processes have kept; a disk may refuse."""
+        values = {"machine": self._machine, "times": {**self.read(), key: times}}
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(values, indent=1))
 
 
 def _processor() -> str:

@@ -5,7 +5,7 @@ How long a layer takes does not depend on its numbers, so layers of random ones 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,10 @@ from deeptwist.inspection.run import Inputs
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import get_weight
 from deeptwist.layers.geometry import LayerCall
-from deeptwist.measure.compare import Clock, Comparison, time_models, time_modules
-from deeptwist.measure.latency import Latency
 from deeptwist.measure.layer_clock import at_batch, random_dense, random_factored, random_input
 from deeptwist.measure.machine import describe_machine
-from deeptwist.measure.runtimes import Setting, dtype_name
+from deeptwist.measure.runtimes import Runtime, Setting, dtype_name
+from deeptwist.measure.timing import Clock, Comparison, time_models, time_modules
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
 
@@ -27,6 +26,45 @@ _BATCH = 16  # that single layers are timed at
 _TRIES = 8
 _LARGEST = 0.97  # share of their time that layers are asked to save
 _USED = 0.95  # of the time allowed: a plan that takes as much is not improved
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A budget of time: what the whole network is to take, measured here.
+
+    Attributes:
+        speedup: dense ÷ planned milliseconds, at least.
+        ms: milliseconds, at most; in place of `speedup`.
+        batch: examples.
+        runtime: what runs the network: eager, compile or onnxruntime.
+        threads: of the processor; those that PyTorch has without it.
+
+    Raises:
+        DeepTwistError: unless one of speedup and ms is given, or if a value makes no sense.
+    """
+
+    speedup: float | None = None
+    ms: float | None = None
+    batch: int = 16
+    runtime: Runtime = "eager"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.ms is None):
+            raise DeepTwistError("speedup and ms are one budget of latency: give one of them")
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise DeepTwistError(f"a latency speedup of {self.speedup} is not a number above 1")
+        if self.ms is not None and not 0 < self.ms < math.inf:
+            raise DeepTwistError(f"a latency of {self.ms} ms is not a number above 0")
+        self.setting(torch.float32)
+
+    def setting(self, dtype: torch.dtype) -> Setting:
+        """Return what a network of this type is measured with."""
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        return Setting(self.batch, threads, dtype_name(dtype), self.runtime)
+
+    def __str__(self) -> str:
+        return f"{self.ms:g} ms" if self.speedup is None else f"{self.speedup:g}×"
 
 
 def time_network(

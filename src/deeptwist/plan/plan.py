@@ -10,7 +10,7 @@ import torch
 
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspection.run import Argument
-from deeptwist.measure.compare import Comparison
+from deeptwist.measure.timing import Comparison
 from deeptwist.plan.codec import decode, encode
 from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 

@@ -12,14 +12,14 @@ from deeptwist.errors import DeepTwistError, check_int, check_ratio
 from deeptwist.inspection.run import ExampleInput, Inputs
 from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
-from deeptwist.measure.compare import Clock, time_modules
-from deeptwist.measure.latency import Latency, LatencyCache
 from deeptwist.measure.layer_clock import LayerClock
+from deeptwist.measure.machine import LatencyCache
 from deeptwist.measure.runtimes import Setting
+from deeptwist.measure.timing import Clock, time_modules
 from deeptwist.plan.budget import Budgets, Candidate, layer_candidates, layer_costs, share_budgets
 from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.from_model import batch_of, first_convolution, inspect_for_plan
-from deeptwist.plan.latency import search_latency, time_network
+from deeptwist.plan.latency import Latency, search_latency, time_network
 from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layers import Layers
 from deeptwist.plan.plan import Plan

@@ -25,7 +25,7 @@ from deeptwist.app.tables import (
 
 if TYPE_CHECKING:
     from deeptwist.app.training.run import TrainingRun
-    from deeptwist.measure.compare import Comparison
+    from deeptwist.measure.timing import Comparison
     from deeptwist.plan.plan import Plan
 
 _SECONDS_BETWEEN_LINES = 20.0  # of progress, in a pipe

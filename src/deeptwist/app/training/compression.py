@@ -151,8 +151,7 @@ class CompressionRecipe(Layers):
         ratio: float | None = None,
     ) -> "Plan":
         """Read or make the plan for a model, see `deeptwist.plan`; at a ratio, if one is given."""
-        from deeptwist.measure.latency import Latency
-        from deeptwist.plan.latency import exclude_slow_layers
+        from deeptwist.plan.latency import Latency, exclude_slow_layers
         from deeptwist.plan.plan import read_plan
         from deeptwist.plan.planner import plan
 

@@ -27,9 +27,9 @@ from deeptwist.compress import Values
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import atomic_write
-from deeptwist.measure.compare import time_models
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Setting
+from deeptwist.measure.timing import time_models
 from deeptwist.networks.weights import build_trained
 from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.from_model import plan_from_model
