@@ -27,7 +27,7 @@ from deeptwist.app.training.evaluation import evaluate, preprocess
 from deeptwist.layers.geometry import kernel_to_weight, weight_to_kernel
 from deeptwist.networks.build import build_model
 from deeptwist.networks.weights import load_weights
-from deeptwist.plan.planned_layer import CompressedLayer
+from deeptwist.plan.plan import CompressedLayer
 
 WAYS = "plain", "preconditioned", "deeptwist"
 KEY = "way", "lr", "dense_steps", "epochs", "seed"

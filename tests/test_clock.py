@@ -21,7 +21,7 @@ from deeptwist.measure.runtimes import Runtime, Setting
 from deeptwist.measure.timing import Comparison, time_models
 from deeptwist.plan.budget import Budgets
 from deeptwist.plan.latency import Latency, search_latency
-from deeptwist.plan.planned_layer import CompressedLayer
+from deeptwist.plan.plan import CompressedLayer
 from deeptwist.plan.planner import Planner
 
 X = torch.randn(2, 16, 12, 12)

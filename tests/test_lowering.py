@@ -21,7 +21,7 @@ from deeptwist.layers.lowering import (
     unlower,
     unlower_spatial,
 )
-from deeptwist.plan.from_model import plan_from_model
+from deeptwist.plan.planner import plan_from_model
 
 SHAPES = st.integers(0, 3).flatmap(lambda dims: st.tuples(*[st.integers(1, 5)] * (3 + dims)))
 

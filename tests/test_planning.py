@@ -37,7 +37,7 @@ from deeptwist.decompositions.linalg import relative_error
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.networks.build import build_model
 from deeptwist.plan.latency import exclude_slow_layers
-from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer
+from deeptwist.plan.plan import CompressedLayer, KeptLayer
 
 
 class Net(nn.Module):

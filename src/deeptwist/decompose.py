@@ -25,10 +25,9 @@ from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, we
 from deeptwist.layers.factored import FactoredLayer, factored_layers
 from deeptwist.layers.geometry import compute_dtype, weight_to_kernel
 from deeptwist.measure.layer_clock import random_kernels
-from deeptwist.plan.calibration import Calibration, to_device
+from deeptwist.plan.calibration import Calibration
 from deeptwist.plan.codec import encode
-from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer
+from deeptwist.plan.plan import CompressedLayer, Plan
 
 logger = logging.getLogger("deeptwist")
 
@@ -90,15 +89,13 @@ def factorize(
     weights = {layer.name: planned_weight(model, layer).read() for layer in plan.compressed}
     check_finite(weights)
     moments = calibration.moments if calibration else {}
-    factors = {}
-    for layer in plan.compressed:
-        kernel = weight_to_kernel(weights[layer.name], layer.convolution)
-        # A loop that runs under autocast must not have its factors computed in bf16.
-        with torch.autocast(kernel.device.type, enabled=False):
-            factors[layer.name] = layer.decomposition.decompose(
-                kernel, second_moment=to_device(moments.get(layer.name), kernel)
-            )
-    return factors
+    return {
+        layer.name: layer.decomposition.decompose(
+            weight_to_kernel(weights[layer.name], layer.convolution),
+            second_moment=moments.get(layer.name),
+        )
+        for layer in plan.compressed
+    }
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:

@@ -35,8 +35,7 @@ from deeptwist.layers.factored import factored_layers
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.networks.build import build_model
 from deeptwist.plan.codec import decode, encode
-from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer
+from deeptwist.plan.plan import CompressedLayer, Plan
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -170,6 +170,8 @@ class Decomposition(ABC):
             DeepTwistError: if the start is another decomposition's.
         """
         kernel = kernel.detach().to(compute_dtype(kernel.dtype))
+        if second_moment is not None:
+            second_moment = second_moment.to(kernel.device)
         if start is not None:
             if start.decomposition != self:
                 raise DeepTwistError(f"{self} cannot start from factors of {start.decomposition}")

@@ -137,11 +137,7 @@ class CP(SingleRankDecomposition):
             method = replace(self, rank=rank)
             factors = method._fit(kernel, None, second_moment, sweeps, torch.float32)
             approximation = method.reconstruct(factors, kernel.shape)
-            error = (
-                relative_error(kernel, approximation)
-                if second_moment is None
-                else second_moment.relative_error(kernel, approximation)
-            )
+            error = relative_error(kernel, approximation, second_moment)
             points[rank] = min(error, *points.values())
         last = points[max(points)]
         ranks = torch.arange(1, full + 1, dtype=torch.float64)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deeptwist.layers.geometry import compute_dtype
+from deeptwist.layers.moments import SecondMoment
 
 _RIDGE = 1e-8  # of a second moment's mean eigenvalue, added to all: no direction counts for nothing
 _MIN_RIDGE = 1e-30  # the same for an input that is zero altogether
@@ -200,12 +201,19 @@ def to_unit_scale(
     return tensor / scale, scale
 
 
-def relative_error(exact: Tensor, approximation: Tensor) -> float:  # both (…,)
+def relative_error(
+    exact: Tensor,  # (…,)
+    approximation: Tensor,  # (…,)
+    second_moment: SecondMoment | None = None,
+) -> float:
     """Return ‖y − y′‖ / ‖y‖ of two tensors of one shape; ‖y′‖ where y is zero.
 
     Computed in fp64 at unit scale, so that no square of fp32 numbers under- or overflows. NaN
-    where a number is not finite.
+    where a number is not finite. Of kernels whose inputs' second moment is given, it is that of the
+    outputs, see `SecondMoment.relative_error`.
     """
+    if second_moment is not None:
+        return second_moment.relative_error(exact, approximation)
     if exact.numel() == 0:
         return 0.0
     exact, approximation = (_to_fp64(x) for x in (exact, approximation))

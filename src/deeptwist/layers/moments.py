@@ -5,7 +5,7 @@ position. With M = E[p pᵀ], the mean squared error of the outputs is ‖(W −
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class SecondMoment:
         blocks = self.values.reshape(groups, channels, held, channels, held)
         wide.diagonal(dim1=2, dim2=5).copy_(blocks.unsqueeze(-1))
         return wide.reshape(groups, channels * asked, channels * asked)
+
+    def to(self, device: torch.device) -> "SecondMoment":
+        """Return the same moment on a device."""
+        return replace(self, values=self.values.to(device))
 
     def squared_norm(self, kernel: Tensor) -> Tensor:  # (g, o, i, *k) → ()
         """Return ‖K M^½‖²_F of a kernel K, in fp64.

@@ -1,4 +1,4 @@
-"""Budgets of all layers together: the ways to hold each layer, and which lose least.
+"""Budgets of all layers together: the ways to hold each, what they lose, and which lose least.
 
 A multiple-choice knapsack, by Lagrange multipliers (Shoham and Gersho, 1988) and a local search
 for what they leave of the budgets.
@@ -11,12 +11,16 @@ from itertools import product
 
 import numpy
 from numpy.typing import NDArray
+from torch import Tensor
 
 from deeptwist.decompositions import CannotDecomposeError, Decomposition
+from deeptwist.decompositions.linalg import relative_error
 from deeptwist.errors import DeepTwistError, check_ratio
-from deeptwist.layers.geometry import ConvGeometry, LayerCall
+from deeptwist.inspection.usage import Layer
+from deeptwist.layers.geometry import ConvGeometry, LayerCall, weight_to_kernel
+from deeptwist.layers.moments import SecondMoment
 from deeptwist.measure.layer_clock import LayerClock
-from deeptwist.plan.layer_errors import LayerErrors
+from deeptwist.plan.plan import layer_costs
 
 _STEPS = 16  # of the weighings of budgets against each other that are tried
 _BISECTIONS = 40
@@ -161,15 +165,55 @@ class Budgets:
         return self.weights, self.macs, self.milliseconds
 
 
-def layer_costs(
-    geometry: ConvGeometry, calls: tuple[LayerCall, ...], decomposition: Decomposition | None
-) -> tuple[int, int]:
-    """Return a layer's weights, and the MACs of all its calls, factored or (`None`) dense."""
-    if decomposition is None:
-        macs = sum(call.count * geometry.macs(call.size) for call in calls)
-        return geometry.weight_numel, macs
-    macs = sum(call.count * decomposition.macs(geometry, call.size) for call in calls)
-    return decomposition.weight_numel(geometry), macs
+class LayerErrors:
+    """The relative errors of one layer's approximations.
+
+    Attributes:
+        layer: see `Layer`.
+    """
+
+    def __init__(self, layer: Layer, moment: SecondMoment | None) -> None:
+        """Read nothing yet; `moment` is that of the layer's inputs."""
+        self.layer = layer
+        self._moment = moment
+        self._spectra: dict[Decomposition, Tensor | None] = {}
+
+    def error(self, decomposition: Decomposition) -> float | None:
+        """Return ‖W − W′‖_F / ‖W‖_F, or the outputs' where there is a moment.
+
+        Args:
+            decomposition: with its rank set; every method's spectrum is taken once.
+
+        Returns:
+            The error, as `Decomposition.errors_at_all_ranks` tells it; `None` on the meta device.
+
+        Raises:
+            DeepTwistError: if a weight is not finite, naming the layer.
+        """
+        method, rank = decomposition.without_rank(), decomposition.rank
+        if method not in self._spectra:
+            kernel = self._kernel()
+            if kernel.is_meta:
+                return None
+            if not kernel.isfinite().all():
+                name = self.layer.names[0]
+                raise DeepTwistError(f"layer {name!r} has weights that are NaN or infinite")
+            if self._moment is not None:
+                self._moment = self._moment.to(kernel.device)
+            spectrum = method.errors_at_all_ranks(kernel, self._moment)
+            self._spectra[method] = None if spectrum is None else spectrum.cpu()
+        errors = self._spectra[method]
+        if errors is None or rank is None:  # a method without a spectrum
+            kernel = self._kernel()
+            factors = decomposition.decompose(kernel, second_moment=self._moment)
+            return relative_error(kernel, factors.reconstruct(), self._moment)
+        ranks = rank if isinstance(rank, tuple) else (rank,)
+        return float(errors[tuple(r - 1 for r in ranks)])
+
+    def _kernel(self) -> Tensor:
+        weight = self.layer.weight
+        assert weight is not None, f"layer {self.layer.names[0]!r} {self.layer.reason}"
+        return weight_to_kernel(weight.read(), weight.geometry)
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +227,7 @@ def candidate_ranks(
 
     Those that are not smaller, or are more work, are left out.
     """
-    dense = layer_costs(geometry, calls, None)
+    dense = layer_costs(geometry, calls)
     costs = {}
     for ratio in _RATIOS:
         try:
@@ -218,9 +262,9 @@ def layer_candidates(
     dense_ms, times = 0.0, [0.0] * len(costs)
     if clock is not None:
         dense_ms, times = clock.times(geometry, calls, [*costs])
-    candidates = [Candidate((*layer_costs(geometry, calls, None), dense_ms), 0.0)]
+    candidates = [Candidate((*layer_costs(geometry, calls), dense_ms), 0.0)]
     for (form, cost), milliseconds in zip(costs.items(), times, strict=True):
-        error = errors.error(geometry, form)
+        error = errors.error(form)
         if error is None:
             raise DeepTwistError("a budget is shared by errors: load weights, not on meta")
         candidates.append(Candidate((*cost, milliseconds), error**2, form))

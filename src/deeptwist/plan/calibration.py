@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,6 @@ def calibrate(
         if not moments[name].values.isfinite().all():
             raise DeepTwistError(f"layer {name!r} has inputs that are NaN or infinite")
     return Calibration(moments)
-
-
-def to_device(moment: SecondMoment | None, kernel: Tensor) -> SecondMoment | None:
-    """Return a moment where its kernel is."""
-    return None if moment is None else replace(moment, values=moment.values.to(kernel.device))
 
 
 def _resolved_axes(convolution: ConvGeometry, max_side: int) -> int:

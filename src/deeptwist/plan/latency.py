@@ -19,8 +19,7 @@ from deeptwist.measure.layer_clock import at_batch, random_dense, random_factore
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Runtime, Setting, dtype_name
 from deeptwist.measure.timing import Clock, Comparison, time_models, time_modules
-from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer, PlannedLayer
+from deeptwist.plan.plan import CompressedLayer, Plan, PlannedLayer
 
 _BATCH = 16  # that single layers are timed at
 _TRIES = 8

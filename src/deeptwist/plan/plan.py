@@ -2,20 +2,161 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspection.run import Argument
+from deeptwist.inspection.usage import Layer
+from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.timing import Comparison
 from deeptwist.plan.codec import decode, encode
-from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
 
 _FORMAT = 3
 _LARGEST_INPUT = 2**31  # numbers
+
+
+def layer_costs(
+    geometry: ConvGeometry, calls: tuple[LayerCall, ...], decomposition: Decomposition | None = None
+) -> tuple[int, int]:
+    """Return a layer's weights, and the MACs of all its calls, factored or (`None`) dense."""
+    if decomposition is None:
+        macs = sum(call.count * geometry.macs(call.size) for call in calls)
+        return geometry.weight_numel, macs
+    macs = sum(call.count * decomposition.macs(geometry, call.size) for call in calls)
+    return decomposition.weight_numel(geometry), macs
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """A layer that its decomposition will hold.
+
+    Attributes:
+        name: the module's name in the model.
+        kind: the module's class.
+        convolution: the geometry.
+        decomposition: with every rank set.
+        aliases: other names, where the model uses the module more than once.
+        calls: how the example input used the layer.
+        relative_error: ‖W − W′‖_F / ‖W‖_F at planning time, or the outputs' where there is a
+            calibration: exact for SVDs, a bound for Tucker, an estimate for CP; `None` where the
+            weights are unknown, on the meta device for example.
+
+    Raises:
+        DeepTwistError: if the layer cannot hold the decomposition.
+    """
+
+    name: str
+    kind: str
+    convolution: ConvGeometry
+    decomposition: Decomposition
+    aliases: tuple[str, ...] = ()
+    calls: tuple[LayerCall, ...] = ()
+    relative_error: float | None = None
+
+    @classmethod
+    def of(
+        cls, layer: Layer, decomposition: Decomposition, relative_error: float | None = None
+    ) -> "CompressedLayer":
+        """Return a layer of a model, which has a geometry, in a decomposition."""
+        if layer.convolution is None:
+            raise DeepTwistError(f"layer {layer.names[0]!r} has no geometry")
+        return cls(
+            name=layer.names[0],
+            kind=type(layer.module).__name__,
+            convolution=layer.convolution,
+            decomposition=decomposition,
+            aliases=layer.names[1:],
+            calls=layer.calls,
+            relative_error=relative_error,
+        )
+
+    def __post_init__(self) -> None:
+        # A rank that the layer cannot hold would ask for memory without bound.
+        if self.decomposition.resolve(self.convolution, None) != self.decomposition:
+            raise DeepTwistError(f"layer {self.name!r} cannot hold {self.decomposition}")
+
+    @property
+    def weight_numel(self) -> int:
+        """The dense weights, the bias not counted."""
+        return self.convolution.weight_numel
+
+    @property
+    def compressed_numel(self) -> int:
+        """The weights after decomposition, the bias not counted."""
+        return self.decomposition.weight_numel(self.convolution)
+
+    def kept(self, reason: str) -> "KeptLayer":
+        """Return this layer as one that stays dense."""
+        return KeptLayer(
+            name=self.name,
+            kind=self.kind,
+            weight_numel=self.weight_numel,
+            reason=reason,
+            convolution=self.convolution,
+            aliases=self.aliases,
+            calls=self.calls,
+        )
+
+    def macs(self, *, factored: bool) -> int:
+        """Return the MACs of all calls on the example input, dense or factored."""
+        form = self.decomposition if factored else None
+        return layer_costs(self.convolution, self.calls, form)[1]
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer that stays dense.
+
+    Attributes:
+        name: the module's name in the model.
+        kind: the module's class.
+        weight_numel: the dense weights, the bias not counted; 0 where another layer counts them.
+        reason: why the layer stays, for the reader of the plan.
+        convolution: the geometry; `None` where the module is no supported layer.
+        aliases: other names, where the model uses the module more than once.
+        calls: how the example input used the layer.
+    """
+
+    name: str
+    kind: str
+    weight_numel: int
+    reason: str
+    convolution: ConvGeometry | None = None
+    aliases: tuple[str, ...] = ()
+    calls: tuple[LayerCall, ...] = ()
+
+    @classmethod
+    def of(cls, layer: Layer, reason: str) -> "KeptLayer":
+        """Return a layer of a model that stays as it is."""
+        return cls(
+            name=layer.names[0],
+            kind=type(layer.module).__name__,
+            weight_numel=layer.weight_numel,
+            reason=reason,
+            convolution=layer.convolution,
+            aliases=layer.names[1:],
+            calls=layer.calls,
+        )
+
+    def __post_init__(self) -> None:
+        check_int("weight_numel", self.weight_numel, 0)
+
+    @property
+    def compressed_numel(self) -> int:
+        """The weights, which stay as many."""
+        return self.weight_numel
+
+    def macs(self, *, factored: bool) -> int:
+        """Return the MACs of all calls on the example input, `factored` or not."""
+        return 0 if self.convolution is None else layer_costs(self.convolution, self.calls)[1]
+
+
+PlannedLayer = CompressedLayer | KeptLayer
 
 
 @dataclass(frozen=True)
@@ -88,24 +229,16 @@ class Plan:
     @property
     def dense_macs(self) -> int:
         """MACs of one example through the model as it is."""
-        return self._macs(self.layers, factored=False)
+        return sum(layer.macs(factored=False) for layer in self.layers) // self.examples
 
     @property
     def macs(self) -> int:
         """MACs of one example through the decomposed model."""
-        return self._macs(self.layers, factored=True)
+        return sum(layer.macs(factored=True) for layer in self.layers) // self.examples
 
     def layer_macs(self, layer: PlannedLayer, *, factored: bool) -> int:
         """Return the MACs of one example through one layer."""
-        return self._macs([layer], factored=factored)
-
-    def _macs(self, layers: Iterable[PlannedLayer], *, factored: bool) -> int:
-        total = sum(
-            times * convolution.macs(size)
-            for layer in layers
-            for convolution, size, times in layer.workload(factored=factored)
-        )
-        return total // self.examples
+        return layer.macs(factored=factored) // self.examples
 
     def to_json(self) -> str:
         """Return the plan as JSON; `from_json` is its inverse."""

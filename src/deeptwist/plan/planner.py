@@ -1,4 +1,4 @@
-"""Decide for every layer of a model how it is held."""
+"""Decide for every layer of a model how it is held, or read it from a model that is decomposed."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,20 +10,18 @@ from torch import nn
 from deeptwist.decompositions import CannotDecomposeError, Decomposition, find_method
 from deeptwist.errors import DeepTwistError, check_int, check_ratio
 from deeptwist.inspection.run import ExampleInput, Inputs
-from deeptwist.inspection.usage import Layer
+from deeptwist.inspection.usage import Layer, inspect_model
+from deeptwist.layers.factored import factored_layers
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
 from deeptwist.measure.layer_clock import LayerClock
 from deeptwist.measure.machine import LatencyCache
 from deeptwist.measure.runtimes import Setting
 from deeptwist.measure.timing import Clock, time_modules
-from deeptwist.plan.budget import Budgets, Candidate, layer_candidates, layer_costs, share_budgets
+from deeptwist.plan.budget import Budgets, Candidate, LayerErrors, layer_candidates, share_budgets
 from deeptwist.plan.calibration import Calibration
-from deeptwist.plan.from_model import batch_of, first_convolution, inspect_for_plan
 from deeptwist.plan.latency import Latency, search_latency, time_network
-from deeptwist.plan.layer_errors import LayerErrors
 from deeptwist.plan.layers import Layers
-from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer, KeptLayer, PlannedLayer
+from deeptwist.plan.plan import CompressedLayer, KeptLayer, Plan, PlannedLayer, layer_costs
 
 logger = logging.getLogger("deeptwist.clock")  # what is being timed, shown on the command line
 
@@ -90,6 +88,37 @@ def plan(
     if isinstance(latency, int | float):
         latency = Latency(speedup=latency)
     return planner.plan_within(budgets, latency)
+
+
+def plan_from_model(decomposed: nn.Module, model: nn.Module, example_input: ExampleInput) -> Plan:
+    """Return the plan that a decomposed model carries out, read from its factored layers.
+
+    Args:
+        decomposed: what `decompose` or `deeptwist.load` returned; `model` itself for a plan that
+            compresses nothing but says what the model costs.
+        model: the dense network.
+        example_input: see `plan`.
+
+    Raises:
+        DeepTwistError: if a factored layer has no counterpart in `model`.
+    """
+    factored = factored_layers(decomposed)
+    unplanned, layers = inspect_for_plan(model, Inputs.of(example_input))
+    planned: list[PlannedLayer] = []
+    for layer in layers:
+        module = factored.pop(layer.names[0], None)
+        if module is None:
+            planned.append(KeptLayer.of(layer, layer.reason or "is dense in the decomposed model"))
+        elif module.convolution != layer.convolution:
+            raise DeepTwistError(
+                f"layer {layer.names[0]!r} stands for ({module.convolution}) where the dense "
+                f"model has ({layer.convolution})"
+            )
+        else:
+            planned.append(CompressedLayer.of(layer, module.decomposition))
+    if factored:
+        raise DeepTwistError(f"the dense model has no layer {min(factored)!r}")
+    return replace(unplanned, layers=tuple(planned))
 
 
 class Planner:
@@ -269,7 +298,7 @@ class Planner:
                 if decomposition.needs_ratio:
                     resolved = resolved.round_ranks(self._rank_multiple or 1)
                 _check_is_smaller(convolution, errors.layer.calls, resolved)
-                error = errors.error(convolution, resolved)
+                error = errors.error(resolved)
                 fitting.append(CompressedLayer.of(errors.layer, resolved, error))
             except CannotDecomposeError as refusal:
                 refusals.append(refusal)
@@ -295,3 +324,36 @@ def _check_is_smaller(
         raise CannotDecomposeError(f"would grow: {after[0]:,} weights for {before[0]:,}")
     if after[1] >= before[1]:
         raise CannotDecomposeError(f"would slow down: {after[1]:,} MACs for {before[1]:,}")
+
+
+def first_convolution(layers: Sequence[Layer]) -> Layer | None:
+    """Return the convolution that runs first, linear layers not counted."""
+    convolutions = [layer for layer in layers if layer.convolution and layer.convolution.dims]
+    return min(convolutions, key=lambda layer: layer.call_order, default=None)
+
+
+def batch_of(inputs: Inputs, layers: Sequence[Layer]) -> int | None:
+    """Return how many examples the inputs hold; `None` where they have no batch in front."""
+    first, x = first_convolution(layers), inputs.tensors[0]
+    if x.dim() < 2 or not any(x is each for each in (*inputs.args, *inputs.kwargs.values())):
+        return None  # a list of images is one example
+    if first is not None and first.convolution and first.calls and first.calls[0].count == 1:
+        # It saw one image: of a batch of one, or (c, h, w) without a batch.
+        return 1 if len(x) == 1 and x.dim() != first.convolution.dims + 1 else None
+    return len(x)
+
+
+def inspect_for_plan(model: nn.Module, inputs: Inputs) -> tuple[Plan, tuple[Layer, ...]]:
+    """Return what a plan says of the model whatever becomes of its layers; and these."""
+    inspection = inspect_model(model, inputs)
+    counted = sum(layer.weight_numel for layer in inspection.layers)
+    examples = batch_of(inputs, inspection.layers) or 1
+    plan = Plan(
+        (),
+        other_parameters=sum(p.numel() for p in model.parameters()) - counted,
+        examples=examples,
+        inputs=inputs.arguments,
+        keywords=tuple(inputs.kwargs) if inputs.arguments else (),
+        network_macs=None if inspection.macs is None else inspection.macs // examples,
+    )
+    return plan, inspection.layers

@@ -26,8 +26,7 @@ from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.inspection.proof import check_equivalent, example_inputs
 from deeptwist.inspection.run import ExampleInput
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
-from deeptwist.plan.plan import Plan
-from deeptwist.plan.planned_layer import CompressedLayer
+from deeptwist.plan.plan import CompressedLayer, Plan
 from deeptwist.twist.distributed import (
     Summary,
     broadcast,

@@ -272,7 +272,7 @@ def make_small_job(
             compresses no layer.
     """
     from deeptwist.compress import Job
-    from deeptwist.plan.from_model import plan_from_model
+    from deeptwist.plan.planner import plan_from_model
     from deeptwist.save import load, read_saved
 
     if small is None:

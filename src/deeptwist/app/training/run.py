@@ -32,8 +32,8 @@ from deeptwist.measure.runtimes import Setting
 from deeptwist.measure.timing import time_models
 from deeptwist.networks.weights import build_trained
 from deeptwist.plan.calibration import Calibration, calibrate
-from deeptwist.plan.from_model import plan_from_model
 from deeptwist.plan.plan import Plan
+from deeptwist.plan.planner import plan_from_model
 from deeptwist.save import WEIGHTS, save
 from deeptwist.twist.distortion import Perturb
 
