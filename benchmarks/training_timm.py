@@ -29,7 +29,7 @@ from deeptwist.app.training.recipe import make_recipe
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.timing import median_ratio
 from deeptwist.networks.build import build_model
-from deeptwist.twist.distortion import DeepTwist
+from deeptwist.twist import DeepTwist
 
 MODEL, SIZE, SCALE, INTERVAL = "torchvision/resnet18", 128, 0.25, 200
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}

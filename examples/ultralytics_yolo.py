@@ -19,7 +19,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 
 import deeptwist as dt
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.integrations.optimizer_hooks import after_each_step
+from deeptwist.integrations import after_each_step
 
 SIZE, PICTURES = 64, 4
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deeptwist import SVD, Decomposition, DeepTwist, DeepTwistError, SpatialSVD, TiledSVD, plan
-from deeptwist.twist.distributed import broadcast, process_rank, run_on_all_ranks, world_size
+from deeptwist.distributed import broadcast, process_rank, run_on_all_ranks, world_size
 
 X = torch.randn(12, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 10

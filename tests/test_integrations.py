@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deeptwist as dt
 from deeptwist.decompositions import FactoredLayer
-from deeptwist.integrations.optimizer_hooks import after_each_step, use_averages
+from deeptwist.integrations import after_each_step, use_averages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IMAGES, BATCH, INTERVAL, EPOCHS = 64, 8, 3, 2

@@ -17,6 +17,7 @@ LIBRARY = [
     "_version",
     "errors",
     "files",
+    "distributed",
     "networks",
     "layers",
     "decompositions",

@@ -16,7 +16,7 @@ from deeptwist.app.training.optimizers import lr_factor, make_optimizer
 from deeptwist.app.training.recipe import OptimizerRecipe, ScheduleRecipe, make_recipe
 from deeptwist.app.training.run import build_run, train
 from deeptwist.errors import DeepTwistError
-from deeptwist.twist.distortion import DeepTwist
+from deeptwist.twist import DeepTwist
 
 
 def network() -> nn.Module:

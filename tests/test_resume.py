@@ -140,7 +140,7 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
         def profile(frame: FrameType, event: str, arg: object) -> None:
             nonlocal left
-            if event == "c_call" and "/deeptwist/twist/" in frame.f_code.co_filename:
+            if event == "c_call" and "/deeptwist/twist.py" in frame.f_code.co_filename:
                 left -= 1
                 if left < 0:
                     die()

@@ -23,6 +23,6 @@ from deeptwist.plan.planner import plan as plan
 from deeptwist.precondition import precondition as precondition
 from deeptwist.save import load as load
 from deeptwist.save import save as save
-from deeptwist.twist.distortion import DeepTwist as DeepTwist
+from deeptwist.twist import DeepTwist as DeepTwist
 
 __all__: list[str]

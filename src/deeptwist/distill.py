@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from deeptwist.decompose import recalibrate_batch_norm
+from deeptwist.distributed import average, broadcast, mean_over_ranks, process_rank
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import write_bytes
 from deeptwist.inspection.run import (
@@ -36,7 +37,6 @@ from deeptwist.inspection.run import (
 )
 from deeptwist.inspection.swap import swap
 from deeptwist.layers.factored import factored_layers
-from deeptwist.twist.distributed import average, broadcast, mean_over_ranks, process_rank
 
 Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
 Loss = Callable[[Tensor, Tensor], Tensor]

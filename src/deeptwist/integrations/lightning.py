@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from deeptwist.errors import DeepTwistError, require_extra
-from deeptwist.integrations.optimizer_hooks import after_each_step, use_averages
-from deeptwist.twist.distortion import DeepTwist
+from deeptwist.integrations import after_each_step, use_averages
+from deeptwist.twist import DeepTwist
 
 with require_extra("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

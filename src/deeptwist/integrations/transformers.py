@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from deeptwist.errors import DeepTwistError, require_extra
-from deeptwist.integrations.optimizer_hooks import after_each_step, use_averages
+from deeptwist.integrations import after_each_step, use_averages
 from deeptwist.plan.codec import decode
 from deeptwist.plan.plan import Plan
 from deeptwist.save import SavedLayer, make_layers, plan_layers
-from deeptwist.twist.distortion import DeepTwist
+from deeptwist.twist import DeepTwist
 
 with require_extra("transformers"):
     from accelerate.utils import extract_model_from_parallel

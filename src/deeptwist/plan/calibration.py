@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from deeptwist.distributed import world_size
 from deeptwist.errors import DeepTwistError, check_int, first_line
 from deeptwist.files import check_suffix
 from deeptwist.inspection.run import (
@@ -251,7 +252,7 @@ class _Collector:
             raise DeepTwistError("a layer that was inspected is not called on these batches")
         total = self.total.double()  # of one type in all processes
         count = total.new_tensor(self.count)
-        if distributed.is_available() and distributed.is_initialized():
+        if world_size() > 1:
             distributed.all_reduce(total)
             distributed.all_reduce(count)
         half = (total / count).triu()  # products of matrices are symmetric up to rounding

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from deeptwist.app.data import ImageData, Split, batches, normalize, train_batches
 from deeptwist.compress import Progress
+from deeptwist.distributed import process_rank, world_size
 from deeptwist.errors import DeepTwistError
 from deeptwist.inspection.run import eval_mode, explaining
-from deeptwist.twist.distributed import process_rank, world_size
 
 
 @dataclass(frozen=True)

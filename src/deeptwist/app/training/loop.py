@@ -30,10 +30,10 @@ from deeptwist.app.training.optimizers import frozen_modules, lr_factor, make_op
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.compress import Values
 from deeptwist.decompose import to_floats
+from deeptwist.distributed import broadcast
 from deeptwist.errors import DeepTwistError
 from deeptwist.plan.plan import Plan
-from deeptwist.twist.distortion import DeepTwist, Perturb
-from deeptwist.twist.distributed import broadcast
+from deeptwist.twist import DeepTwist, Perturb
 
 T = TypeVar("T")
 OnRecord = Callable[[Values], object]  # takes a line of an epoch or a distortion, see `folders`

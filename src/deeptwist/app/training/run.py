@@ -35,7 +35,7 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan
 from deeptwist.plan.planner import plan_from_model
 from deeptwist.save import WEIGHTS, save
-from deeptwist.twist.distortion import Perturb
+from deeptwist.twist import Perturb
 
 _TAIL = "tail"
 

@@ -22,12 +22,7 @@ from deeptwist.decompose import (
     replace_layers,
 )
 from deeptwist.decompositions import Factors
-from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.proof import check_equivalent, example_inputs
-from deeptwist.inspection.run import ExampleInput
-from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
-from deeptwist.plan.plan import CompressedLayer, Plan
-from deeptwist.twist.distributed import (
+from deeptwist.distributed import (
     Summary,
     broadcast,
     check_in_sync,
@@ -36,6 +31,11 @@ from deeptwist.twist.distributed import (
     run_on_all_ranks,
     world_size,
 )
+from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.inspection.proof import check_equivalent, example_inputs
+from deeptwist.inspection.run import ExampleInput
+from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
+from deeptwist.plan.plan import CompressedLayer, Plan
 
 logger = logging.getLogger("deeptwist")
 

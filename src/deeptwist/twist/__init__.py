@@ -1,1 +1,0 @@
-"""DeepTwist: train unchanged, distort now and then."""
