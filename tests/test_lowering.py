@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from tests.cases import every_layer
 from torch import nn
 
-from deeptwist import TiledSVD, decompose, plan
+from deeptwist import SpatialSVD, TiledSVD, decompose, plan
 from deeptwist.layers.geometry import ConvGeometry
-from deeptwist.layers.lowering import (
-    Grid,
-    Segment,
-    lower,
-    lower_spatial,
-    segments,
-    unlower,
-    unlower_spatial,
-)
+from deeptwist.layers.lowering import Grid, Segment, lower, segments, unlower
 from deeptwist.plan.planner import plan_from_model
 
 SHAPES = st.integers(0, 3).flatmap(lambda dims: st.tuples(*[st.integers(1, 5)] * (3 + dims)))
@@ -33,8 +25,8 @@ def counting(*shape: int) -> torch.Tensor:
 @given(SHAPES)
 def test_lowering_and_back(shape: tuple[int, ...]) -> None:
     kernel = counting(*shape)
-    assert torch.equal(unlower(lower(kernel), shape), kernel)
-    assert torch.equal(unlower_spatial(lower_spatial(kernel), shape), kernel)
+    for axes in range(len(shape) - 2):
+        assert torch.equal(unlower(lower(kernel, axes), shape, axes), kernel)
 
 
 @given(SHAPES)
@@ -52,7 +44,7 @@ def test_lowered_columns_are_those_of_unfold() -> None:
 
 def test_the_separable_lowering_element_by_element() -> None:
     kernel = counting(2, 3, 4, 5, 6)
-    matrix = lower_spatial(kernel)
+    matrix = lower(kernel, SpatialSVD().output_axes(kernel.dim() - 3))
     assert matrix.shape == (2, 3 * 5, 4 * 6)
     for g, o, i, h, w in product(*map(range, kernel.shape)):
         assert matrix[g, o * 5 + h, i * 6 + w] == kernel[g, o, i, h, w]
@@ -60,15 +52,14 @@ def test_the_separable_lowering_element_by_element() -> None:
 
 def test_in_three_axes_the_first_goes_with_the_outputs() -> None:
     kernel = counting(1, 2, 3, 2, 3, 2)
-    matrix = lower_spatial(kernel)
+    matrix = lower(kernel, SpatialSVD().output_axes(kernel.dim() - 3))
     assert matrix.shape == (1, 2 * 2, 3 * 3 * 2)
     for o, i, d, h, w in product(*map(range, kernel.shape[1:])):
         assert matrix[0, o * 2 + d, (i * 3 + h) * 2 + w] == kernel[0, o, i, d, h, w]
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 3), (2, 4, 3, 5)])
-def test_below_two_axes_there_is_but_one_lowering(shape: tuple[int, ...]) -> None:
-    assert torch.equal(lower_spatial(counting(*shape)), lower(counting(*shape)))
+def test_below_two_axes_there_is_but_one_lowering() -> None:
+    assert [SpatialSVD().output_axes(dims) for dims in range(4)] == [0, 0, 1, 1]
 
 
 SIDE = st.integers(1, 40)

@@ -23,7 +23,7 @@ from deeptwist.decompositions.linalg import (
     truncated_svd,
 )
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
-from deeptwist.layers.lowering import lower, lower_spatial, unlower, unlower_spatial
+from deeptwist.layers.lowering import lower, unlower
 from deeptwist.layers.moments import SecondMoment
 
 
@@ -153,10 +153,10 @@ class SVD(MatrixDecomposition):
         )
 
     def partition(self, kernel: Tensor) -> list[Tensor]:  # (g, o, i, *k) → (g, m, n)
-        return [lower(kernel)]
+        return [lower(kernel, self.output_axes(kernel.dim() - 3))]
 
     def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
-        return unlower(matrices[0], shape)
+        return unlower(matrices[0], shape, self.output_axes(len(shape) - 3))
 
     def column_moments(self, second_moment: SecondMoment, shape: Sequence[int]) -> list[Tensor]:
         dims = len(shape) - 3  # (g, n, n)
@@ -179,19 +179,15 @@ class SVD(MatrixDecomposition):
 
 @dataclass(frozen=True)
 class SpatialSVD(SVD):
-    """Truncated SVD of the separable lowering; with fewer than two spatial axes it is `SVD`.
+    """Truncated SVD of the separable lowering, with the first of two or three axes at the outputs.
+
+    With fewer spatial axes it is `SVD`.
 
     Attributes:
         rank: R, per group; `None` to let a ratio set it.
     """
 
     method: ClassVar[str] = "spatial_svd"
-
-    def partition(self, kernel: Tensor) -> list[Tensor]:  # (g, o, i, *k) → (g, m, n)
-        return [lower_spatial(kernel)]
-
-    def assemble(self, matrices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:  # (g, o, i, *k)
-        return unlower_spatial(matrices[0], shape)
 
     def output_axes(self, dims: int) -> int:
         return int(dims > 1)

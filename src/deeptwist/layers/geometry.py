@@ -6,7 +6,7 @@ nothing downstream needs to tell the two apart.
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, Literal, cast
 
@@ -164,7 +164,8 @@ class ConvGeometry:
 
         if not axes:
             return pointwise(self.dims, in_channels, out_channels, groups)
-        return ConvGeometry(
+        return replace(
+            self,
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=keep(self.kernel_size, 1),
@@ -172,8 +173,6 @@ class ConvGeometry:
             padding="same" if self.padding == "same" else keep(self.padding, 0),
             dilation=keep(self.dilation, 1),
             groups=groups,
-            padding_mode=self.padding_mode,
-            transposed=self.transposed,
             output_padding=keep(self.output_padding, 0),
         )
 
@@ -192,20 +191,9 @@ class ConvGeometry:
             layer = nn.Linear(self.in_channels, self.out_channels, False, device="meta")
         else:
             kind: Any = (_TRANSPOSED if self.transposed else _CONVOLUTIONS)[self.dims - 1]
-            options = {"output_padding": self.output_padding} if self.transposed else {}
-            layer = kind(
-                self.in_channels,
-                self.out_channels,
-                self.kernel_size,
-                stride=self.stride,
-                padding=self.padding,
-                dilation=self.dilation,
-                groups=self.groups,
-                bias=False,
-                padding_mode=self.padding_mode,
-                device="meta",
-                **options,
-            )
+            ours = {"transposed"} if self.transposed else {"transposed", "output_padding"}
+            options = {name: value for name, value in vars(self).items() if name not in ours}
+            layer = kind(**options, bias=False, device="meta")
         # Memory of their own: a slice of a larger tensor would keep, and save, the whole.
         weight = kernel_to_weight(kernel, self).clone(memory_format=torch.contiguous_format)
         layer.weight = nn.Parameter(weight)

@@ -13,34 +13,29 @@ import torch
 from torch import Tensor
 
 
-def lower(kernel: Tensor) -> Tensor:  # (g, o, i, *k) → (g, o, i·Πk)
-    """Return the paper's lowering T × (S·d·d), input channels outermost."""
-    return kernel.flatten(2)
+def lower(
+    kernel: Tensor,  # (g, o, i, *k)
+    output_axes: int = 0,
+) -> Tensor:  # (g, o·Πk_out, i·Πk_in)
+    """Return a lowering: the first kernel axes go with the outputs, the others with the inputs.
 
-
-def unlower(matrix: Tensor, shape: Sequence[int]) -> Tensor:  # (g, o, i·Πk) → (g, o, i, *k)
-    """Invert `lower`, for a kernel of this shape."""
-    return matrix.reshape(tuple(shape))
-
-
-def lower_spatial(kernel: Tensor) -> Tensor:  # (g, o, i, kh, *kw) → (g, o·kh, i·Πkw)
-    """Return the separable lowering (T·d_h) × (S·d_w).
-
-    With fewer than two spatial axes it is `lower`; with three, the first goes with the outputs
-    and the other two with the inputs.
+    Without output axes it is the paper's lowering T × (S·d·d), input channels outermost; with one,
+    the separable lowering (T·d_h) × (S·d_w).
     """
-    if kernel.dim() < 5:
-        return lower(kernel)
-    groups, out, into, first, *rest = kernel.shape
-    return kernel.transpose(2, 3).reshape(groups, out * first, into * math.prod(rest))
+    groups, out, into, *size = kernel.shape
+    rows, cols = math.prod(size[:output_axes]), math.prod(size[output_axes:])
+    return kernel.movedim(2, 2 + output_axes).reshape(groups, out * rows, into * cols)
 
 
-def unlower_spatial(matrix: Tensor, shape: Sequence[int]) -> Tensor:  # (g, o, i, kh, *kw)
-    """Invert `lower_spatial`, for a kernel of this shape."""
-    if len(shape) < 5:
-        return unlower(matrix, shape)
-    groups, out, into, first, *rest = shape
-    return matrix.reshape(groups, out, first, into, *rest).transpose(2, 3)
+def unlower(
+    matrix: Tensor,  # (g, o·Πk_out, i·Πk_in)
+    shape: Sequence[int],
+    output_axes: int = 0,
+) -> Tensor:  # (g, o, i, *k)
+    """Invert `lower`, for a kernel of this shape."""
+    groups, out, into, *size = shape
+    split = matrix.reshape(groups, out, *size[:output_axes], into, *size[output_axes:])
+    return split.movedim(2 + output_axes, 2)
 
 
 @dataclass(frozen=True)
