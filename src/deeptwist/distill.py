@@ -6,7 +6,6 @@ block (BRECQ, Li et al., 2021); here all blocks at once, each on what the blocks
 the input.
 """
 
-import io
 import math
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from torch.optim import Optimizer
 from deeptwist.decompose import recalibrate_batch_norm
 from deeptwist.distributed import average, broadcast, mean_over_ranks, process_rank
 from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.files import write_bytes
+from deeptwist.files import write_state
 from deeptwist.inspection.run import (
     ExampleInput,
     Inputs,
@@ -258,8 +257,7 @@ class _Progress:
             "done": self.done,
             "seconds": time.monotonic() - self._begun,
         }
-        torch.save(state, content := io.BytesIO())
-        write_bytes(self._path, content.getbuffer())
+        write_state(self._path, state)
 
     def forget(self) -> None:
         """Remove the file: nothing is left to go on with."""

@@ -1,6 +1,7 @@
 """Files that are complete or not there: written beside their place and renamed."""
 
 import errno
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,12 +69,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that survives a loss of power, replacing an old one only then."""
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def write_state(path: Path, state: object) -> None:
+    """Write what `torch.save` takes; it survives a loss of power, and replaces an old one then."""
+    import torch  # late: the command line's help does not wait for it
+
+    torch.save(state, content := io.BytesIO())  # of a full disk torch tells in words of its own
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        fsync(temporary)
 
 
 def fsync(path: Path) -> None:

@@ -1,6 +1,5 @@
 """A run's folder while it trains: locked by one process, written so that it can be cut."""
 
-import io
 import json
 import logging
 import signal
@@ -22,7 +21,7 @@ from deeptwist.app.training.loop import OnRecord, Trainer
 from deeptwist.app.training.recipe import Recipe, read_recipe
 from deeptwist.compress import Values
 from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.files import fsync, write_bytes, write_text
+from deeptwist.files import fsync, write_state, write_text
 
 logger = logging.getLogger("deeptwist")
 
@@ -164,10 +163,9 @@ def write_checkpoint(folder: Path, step: int, state: Values) -> None:
     Raises:
         DeepTwistError: if it cannot be written, on a full disk say; the last good one stays.
     """
-    torch.save({"format": _FORMAT, **state}, content := io.BytesIO())
     path = folder / f"checkpoint-{step:09}.pt"
     try:
-        write_bytes(path, content.getbuffer())
+        write_state(path, {"format": _FORMAT, **state})
     except OSError as error:
         raise DeepTwistError(
             f"cannot write '{path}' ({error.strerror}): the checkpoint before it is whole, "
