@@ -1,7 +1,6 @@
 """Batch norm folded into the convolutions before it, as a run on an example shows them."""
 
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from deeptwist.inspection.run import (
     preserving_state,
 )
 from deeptwist.inspection.swap import swap
-from deeptwist.inspection.tracing import FunctionCall, FunctionWatch
+from deeptwist.inspection.tracing import FunctionWatch
 from deeptwist.inspection.weights import Weight, weight_of
 from deeptwist.layers.factored import FactoredLayer, factored_layers
 
@@ -103,10 +102,6 @@ def _follow(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, s
             if id(x) in made:
                 users[made[id(x)][0]].append(running[-1] if running else None)
 
-    def see(call: FunctionCall) -> None:
-        given = [*call.args, *call.kwargs.values()]
-        use(chain(*(x if isinstance(x, list | tuple) else [x] for x in given)))
-
     def leave(module: nn.Module, args: object, output: Tensor) -> None:
         calls.append(module)
         made[id(output)] = module, output
@@ -122,7 +117,7 @@ def _follow(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], dict[str, s
             enter = norm.register_forward_pre_hook(lambda module, _: running.append(module))
             stack.enter_context(enter)
             stack.enter_context(norm.register_forward_hook(leave_norm))
-        with FunctionWatch(see):
+        with FunctionWatch(lambda call: use(call.given)):
             outputs = output_tensors(inputs.run(model))
         use(outputs)
     pairs = {}

@@ -4,7 +4,7 @@ It is run on tiny inputs while torch's functions are recorded: where it pads its
 calls the function once on its own weight and bias, it is that layer behind a padding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,12 @@ class FunctionCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+
+    @property
+    def given(self) -> Iterator[Any]:
+        """All arguments; of lists and tuples, as `torch.cat` is given, what is in them."""
+        for argument in (*self.args, *self.kwargs.values()):
+            yield from argument if isinstance(argument, list | tuple) else [argument]
 
     def named(self, *names: str) -> dict[str, Any]:
         """Return the arguments by name, given the names in their order."""

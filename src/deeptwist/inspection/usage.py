@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -227,9 +226,7 @@ class _Usage:
         self.calls.setdefault(module, []).append(LayerCall(count, size))
 
     def _see(self, call: FunctionCall) -> None:
-        given = [*call.args, *call.kwargs.values()]
-        # Those in lists and tuples too, as `torch.cat` is given them.
-        for argument in chain(*(x if isinstance(x, list | tuple) else [x] for x in given)):
+        for argument in call.given:
             module = self._owners.get(id(argument))
             if module is not None and module not in self._running:
                 self._read(module, call)
