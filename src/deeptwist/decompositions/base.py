@@ -178,10 +178,17 @@ class Decomposition(ABC):
             start = start.to(device=kernel.device, dtype=kernel.dtype)
         # A loop that runs under autocast must not have its factors computed in bf16.
         with torch.no_grad(), torch.autocast(kernel.device.type, enabled=False):
-            if second_moment is not None:
-                return self._decompose_calibrated(kernel, second_moment)
-            tensors = self.factorize(kernel, start.tensors if start else None, None)
-            return Factors(self, tuple(kernel.shape), tensors)
+            shape = tuple(kernel.shape)
+            if second_moment is None:
+                tensors = self.factorize(kernel, start.tensors if start else None, None)
+                return Factors(self, shape, tensors)
+            # Where a method cannot take a whole moment into account, the plain way may be better.
+            weighted, plain = (
+                Factors(self, shape, self.factorize(kernel, None, moment))
+                for moment in (second_moment, None)
+            )
+            lost = [second_moment.squared_norm(kernel - x.reconstruct()) for x in (weighted, plain)]
+            return plain if lost[1] < lost[0] else weighted
 
     def refine_together(
         self,
@@ -197,19 +204,6 @@ class Decomposition(ABC):
         refined = self.decompose(stacked, start)
         parts = zip(*(tensor.chunk(len(kernels)) for tensor in refined.tensors), strict=True)
         return [Factors(self, tuple(kernels[0].shape), tensors) for tensors in parts]
-
-    def _decompose_calibrated(
-        self,
-        kernel: Tensor,  # (g, o, i, *k)
-        second_moment: SecondMoment,
-    ) -> Factors:
-        # Where a method cannot take all of the moment into account, the plain way may be better.
-        candidates = [
-            Factors(self, tuple(kernel.shape), self.factorize(kernel, None, moment))
-            for moment in (second_moment, None)
-        ]
-        lost = [second_moment.squared_norm(kernel - x.reconstruct()) for x in candidates]
-        return candidates[int(lost[1] < lost[0])]
 
     def errors_at_all_ranks(
         self,

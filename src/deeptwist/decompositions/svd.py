@@ -20,6 +20,7 @@ from deeptwist.decompositions.linalg import (
     refine,
     solve_gram,
     squared_singular_values,
+    to_unit_scale,
     truncated_svd,
 )
 from deeptwist.layers.geometry import ConvGeometry, ParallelConvs, compute_dtype
@@ -112,11 +113,14 @@ class MatrixDecomposition(SingleRankDecomposition):
         the others.
         """
         kernel = kernel.detach()
-        batches = self.partition(kernel)
+        batches = self.partition(to_unit_scale(kernel.double(), kernel.dim())[0])
         moments: list[Tensor | None] = [None] * len(batches)
         if second_moment is not None:
             moments = [*self.column_moments(second_moment, kernel.shape)]
-        tails = _spectral_tails(batches, moments, kernel)
+        tails = []  # the energy of each batch that is lost at rank 0, 1, …
+        for matrices, moment in zip(batches, moments, strict=True):
+            values = squared_singular_values(matrices, moment).flatten(0, -2).sum(0)
+            tails.append(torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]))
         total = sum(float(tail[0]) for tail in tails)
         full = max(min(matrices.shape[-2:]) for matrices in batches)
         ranks = [replace(self, rank=r).ranks(kernel.shape) for r in range(1, full + 1)]
@@ -191,18 +195,3 @@ class SpatialSVD(SVD):
 
     def output_axes(self, dims: int) -> int:
         return int(dims > 1)
-
-
-def _spectral_tails(
-    batches: Sequence[Tensor],  # (b, m, n) each
-    moments: Sequence[Tensor | None],  # (b, n, n) each
-    kernel: Tensor,
-) -> list[Tensor]:  # (min(m, n) + 1,) each
-    """Return for each batch the energy that is lost at rank 0, 1, …: all of it, down to nothing."""
-    scale = kernel.abs().max().double()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    tails = []
-    for matrices, moment in zip(batches, moments, strict=True):
-        values = squared_singular_values(matrices.double() / scale, moment).flatten(0, -2).sum(0)
-        tails.append(torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]))
-    return tails

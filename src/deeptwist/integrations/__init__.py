@@ -34,11 +34,17 @@ def after_each_step(
     Raises:
         DeepTwistError: if no optimizer holds the compressed weights.
     """
+
+    def hook(optimizer: Optimizer, *_: Any) -> None:
+        # GradScaler calls a fused optimizer with infinite gradients too; it skips them inside.
+        if not getattr(optimizer, "found_inf", 0):
+            call()
+
     names = [layer.name for layer in twist.plan.compressed]
     weights = {id(p) for name in names for p in get_weight(twist.model, name).parameters}
     for optimizer in reversed(optimizers):
         if weights & {id(p) for group in optimizer.param_groups for p in group["params"]}:
-            return optimizer.register_step_post_hook(_unless_skipped(call))
+            return optimizer.register_step_post_hook(hook)
     raise DeepTwistError(
         f"no optimizer holds the weight of {names[0]!r}: make the twist of the network in training"
     )
@@ -49,12 +55,3 @@ def use_averages(optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         if any(group.get("train_mode") for group in optimizer.param_groups):
             optimizer.eval()  # type: ignore[attr-defined]
-
-
-def _unless_skipped(call: Callable[[], object]) -> Callable[..., None]:
-    def hook(optimizer: Optimizer, *_: Any) -> None:
-        # GradScaler calls a fused optimizer with infinite gradients too; it skips them inside.
-        if not getattr(optimizer, "found_inf", 0):
-            call()
-
-    return hook

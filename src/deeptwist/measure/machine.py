@@ -22,7 +22,8 @@ def describe_machine() -> str:
     if torch.cuda.is_available():
         processor = torch.cuda.get_device_name()
     else:
-        processor = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+        name = _cpuinfo("model name") or platform.processor() or platform.machine()
+        processor = f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     return f"{processor}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -32,7 +33,9 @@ def describe_environment() -> str:
     with suppress(PackageNotFoundError):  # run from its sources
         names |= {re.split(r"[^\w-]", line)[0] for line in requires("deeptwist") or ()}
     lines = [f"deeptwist {__version__}", describe_machine(), platform.platform()]
-    lines.append(f"vector instructions: {torch.backends.cpu.get_cpu_capability()}{_vnni()}")
+    # Whether int8 products have instructions of their own, where that can be seen.
+    vnni = ", VNNI" if "vnni" in _cpuinfo("flags") else ""
+    lines.append(f"vector instructions: {torch.backends.cpu.get_cpu_capability()}{vnni}")
     for name in sorted(names - {"deeptwist"}):
         try:
             lines.append(f"{name} {version(name)}")
@@ -72,19 +75,9 @@ class LatencyCache:
             write_text(self.path, json.dumps(values, indent=1))
 
 
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _vnni() -> str:
-    """Return whether int8 products have instructions of their own, where that can be seen."""
-    flags = next((line.split() for line in _cpuinfo() if line.startswith("flags")), [])
-    return ", VNNI" if any("vnni" in flag for flag in flags) else ""
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+def _cpuinfo(key: str) -> str:
+    """Return what Linux tells of the processor under a key; nothing elsewhere."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((x.partition(":")[2].strip() for x in lines if x.startswith(key)), "")
+    return ""

@@ -189,5 +189,5 @@ def _without_prefix(
     return weights
 
 
-def _first(items: list[str], shown: int = 3) -> str:
-    return ", ".join(items[:shown]) + (f", and {len(items) - shown} more" * (len(items) > shown))
+def _first(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f", and {len(items) - 3} more" * (len(items) > 3))
