@@ -457,7 +457,7 @@ def test_the_mode_comes_back_even_after_an_error() -> None:
 
 def test_layers_come_in_the_models_order_with_their_turn() -> None:
     model = Calling(lambda x, a, b, c: a(c(x)), conv(), conv(), conv())
-    layers = inspect_model(model, Inputs.of(X)).layers
+    layers, _ = inspect_model(model, Inputs.of(X))
     assert [layer.names[0] for layer in layers] == ["layers.0", "layers.1", "layers.2"]
     assert layers[2].call_order < layers[0].call_order < layers[1].call_order
 

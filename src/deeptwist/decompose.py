@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeptwist.decompositions import Factors
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import FORWARD_ERRORS, DeepTwistError, explaining
 from deeptwist.inspection.proof import check_runs, example_inputs, run_counted
-from deeptwist.inspection.run import (
-    FORWARD_ERRORS,
-    ExampleInput,
-    Inputs,
-    explaining,
-    read_batches,
-)
+from deeptwist.inspection.run import ExampleInput, Inputs, read_batches
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.weights import Kept, Weight, get_layer, get_weight, weight_of
 from deeptwist.layers.factored import FactoredLayer, factored_layers

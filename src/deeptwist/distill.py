@@ -24,16 +24,9 @@ from torch.optim import Optimizer
 
 from deeptwist.decompose import recalibrate_batch_norm
 from deeptwist.distributed import average, broadcast, mean_over_ranks, process_rank
-from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
 from deeptwist.files import write_state
-from deeptwist.inspection.run import (
-    ExampleInput,
-    Inputs,
-    eval_mode,
-    explaining,
-    output_tensors,
-    read_batches,
-)
+from deeptwist.inspection.run import ExampleInput, Inputs, eval_mode, output_tensors, read_batches
 from deeptwist.inspection.swap import swap
 from deeptwist.layers.factored import factored_layers
 

@@ -5,6 +5,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+# What networks raise where their input, or a module of theirs, is not what they were made for.
+FORWARD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 class DeepTwistError(ValueError):
     """A mistake the caller can mend; its message is one line."""
@@ -29,6 +40,24 @@ def unknown_name_error(kind: str, name: str, options: Iterable[str]) -> DeepTwis
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, which may have many."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def explaining(
+    problem: str, advice: str = "", errors: tuple[type[Exception], ...] = FORWARD_ERRORS
+) -> Iterator[None]:
+    """Turn what others raise inside into one line: the problem, their words, the advice.
+
+    Raises:
+        DeepTwistError: in place of `errors`; one that is raised inside stays as it is.
+    """
+    try:
+        yield
+    except DeepTwistError:
+        raise
+    except errors as error:
+        words = [problem, first_line(error), *([advice] if advice else [])]
+        raise DeepTwistError(": ".join(words)) from error
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> None:

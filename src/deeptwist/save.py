@@ -26,7 +26,7 @@ from deeptwist.decompose import (
     set_channels_last,
 )
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
 from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import Argument, check_unwrapped
 from deeptwist.inspection.swap import stored_modules
@@ -126,10 +126,8 @@ def save(
         keywords=keywords,
         extra_states=_extra_states(model),
     )
-    try:
+    with explaining("the metadata is not JSON's"):
         json.dumps(encode(config.metadata), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DeepTwistError(f"the metadata is not JSON's: {first_line(error)}") from error
     for layer in config.plan().compressed:
         _check_readable(factored[layer.name], layer)
     with explaining_writes(folder):
@@ -179,12 +177,8 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     small = make_layers(base, plan).cpu()
     if config.channels_last:
         set_channels_last(small)
-    try:
+    with explaining(f"{weights} is not a valid safetensors file", errors=(SafetensorError,)):
         state = load_file(weights)
-    except SafetensorError as error:
-        raise DeepTwistError(
-            f"{weights} is not a valid safetensors file: {first_line(error)}"
-        ) from error
     stored = stored_modules(small, {x.name: get_layer(base, x.name) for x in plan.compressed})
     if stored:
         raise DeepTwistError(
@@ -259,10 +253,8 @@ def read_saved(folder: Path) -> Saved:
         raise DeepTwistError(f"no {CONFIG} in {path.parent}: not a folder that deeptwist saved")
     if path.stat().st_size > _LARGEST_CONFIG:
         raise DeepTwistError(f"{path} is too large for a configuration: not read")
-    try:
+    with explaining(f"{path} is not JSON"):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DeepTwistError(f"{path} is not JSON: {first_line(error)}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise DeepTwistError(

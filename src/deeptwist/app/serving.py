@@ -15,8 +15,7 @@ from deeptwist.app.data.sources import eval_transform, read_image
 from deeptwist.app.folders import SMALL
 from deeptwist.app.training.evaluation import logits_of
 from deeptwist.compress import Values
-from deeptwist.errors import DeepTwistError, check_int, first_line
-from deeptwist.inspection.run import explaining
+from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
 from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.plan.codec import decode
 from deeptwist.plan.plan import layer_row
@@ -49,7 +48,7 @@ def describe(path: Path) -> Values:
     folder = saved_folder(path)
     saved = read_saved(folder)
     # Without MACs, which hang on the size of the input.
-    rows = [layer_row(layer, 0, 0) for layer in saved.plan().compressed]
+    rows = [layer_row(layer) for layer in saved.plan().compressed]
     keys = "layer", "shape", "lowered", "decomposition", "rank", "weights"
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in [*file.keys()]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int, first_line, require_extra
+from deeptwist.errors import DeepTwistError, check_int, explaining, require_extra
 from deeptwist.export.program import (
     Exported,
     by_argument,
@@ -203,11 +203,8 @@ def _onnxruntime(path: Path) -> Run:
     names = [value.name for value in session.get_inputs()]
 
     def run(inputs: Tensors) -> list[Tensor]:
-        try:
+        with explaining("onnxruntime cannot run the graph", errors=(Exception,)):
             outputs = session.run(None, feed(names, inputs))
-        except Exception as error:  # its types are not public
-            reason = first_line(error)
-            raise DeepTwistError(f"onnxruntime cannot run the graph: {reason}") from error
         return [torch.as_tensor(output) for output in outputs]
 
     return run
@@ -253,15 +250,13 @@ def quantize_onnx(
     path = Path(path)
     prepared = path.with_suffix(".prepared.onnx")
     try:
-        with atomic_write(path) as temporary, suppress_output():
+        with (
+            explaining(f"onnxruntime cannot quantise {source}", errors=(Exception,)),
+            atomic_write(path) as temporary,
+            suppress_output(),
+        ):
             quant_pre_process(source, prepared)
-            options = {"per_channel": True, **options}
-            quantize_static(prepared, temporary, Reader(), **options)
-    except DeepTwistError:
-        raise
-    except Exception as error:  # its types are not public
-        reason = first_line(error)
-        raise DeepTwistError(f"onnxruntime cannot quantise {source}: {reason}") from error
+            quantize_static(prepared, temporary, Reader(), **{"per_channel": True, **options})
     finally:
         prepared.unlink(missing_ok=True)
     return path

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.errors import DeepTwistError, check_int
-from deeptwist.inspection.run import explaining, output_tensors
+from deeptwist.errors import DeepTwistError, check_int, explaining
+from deeptwist.inspection.run import output_tensors
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
 _GROWTHS = 1, 8, 32  # by which a free height is larger, twice that a width, where the model runs

@@ -9,15 +9,9 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.inspection.proof import coarsest_eps, example_inputs, worst_difference
-from deeptwist.inspection.run import (
-    ExampleInput,
-    Inputs,
-    explaining,
-    output_tensors,
-    preserving_state,
-)
+from deeptwist.inspection.run import ExampleInput, Inputs, output_tensors, preserving_state
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.tracing import FunctionWatch
 from deeptwist.inspection.weights import Weight, weight_of

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.inspection.run import (
     Argument,
     ExampleInput,
     Inputs,
-    explaining,
     output_tensors,
     preserving_state,
 )

@@ -12,34 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # what the exporters themselves flatten outputs with
 
-from deeptwist.errors import DeepTwistError, first_line
-
-# What networks raise where their input, or a module of theirs, is not what they were made for.
-FORWARD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-@contextmanager
-def explaining(problem: str, advice: str = "") -> Iterator[None]:
-    """Turn what a network raises inside into one line: the problem, torch's words, the advice.
-
-    Raises:
-        DeepTwistError: in place of `FORWARD_ERRORS`.
-    """
-    try:
-        yield
-    except DeepTwistError:
-        raise
-    except FORWARD_ERRORS as error:
-        words = [problem, first_line(error), *([advice] if advice else [])]
-        raise DeepTwistError(": ".join(words)) from error
+from deeptwist.errors import DeepTwistError
 
 
 @contextmanager

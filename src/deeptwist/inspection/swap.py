@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.errors import explaining
 from deeptwist.inspection.run import check_unwrapped
 from deeptwist.inspection.tracing import has_compiled_forward
 from deeptwist.inspection.weights import InProjection, get_layer
@@ -44,12 +44,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
         elif not _is_copyable(value):
             memo[id(value)] = value
-    try:
+    # What a class does in __deepcopy__ is its own.
+    with explaining(f"{type(model).__name__} cannot be copied", errors=(Exception,)):
         small = copy.deepcopy(model, memo)
-    except Exception as error:  # what a class does in __deepcopy__ is its own
-        raise DeepTwistError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}"
-        ) from error
     for name in projections:
         attention = small.get_submodule(name.rpartition(".")[0])
         attention.register_module(InProjection.NAME, replacements[name])

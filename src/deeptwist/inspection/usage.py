@@ -14,14 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.run import (
-    FORWARD_ERRORS,
-    Inputs,
-    check_unwrapped,
-    explaining,
-    preserving_state,
-)
+from deeptwist.errors import FORWARD_ERRORS, DeepTwistError, explaining
+from deeptwist.inspection.run import Inputs, check_unwrapped, preserving_state
 from deeptwist.inspection.tracing import FunctionCall, FunctionWatch, has_compiled_forward
 from deeptwist.inspection.weights import Kept, Weight, named_layers, weight_of
 from deeptwist.layers.factored import factored_layers
@@ -53,26 +47,17 @@ class Layer:
     reason: str | None
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A model's layers, and what the whole of it does.
-
-    Attributes:
-        layers: every module that holds weights itself, in the model's order.
-        macs: multiply-accumulates of the whole network on all examples of the input, attention and
-            other products of matrices included; `None` where torch could not count them.
-    """
-
-    layers: tuple[Layer, ...]
-    macs: int | None
-
-
-def inspect_model(model: nn.Module, inputs: Inputs) -> Inspection:
+def inspect_model(model: nn.Module, inputs: Inputs) -> tuple[tuple[Layer, ...], int | None]:
     """Find a model's layers and how an example input uses them.
 
     Args:
         model: any network; run once on `inputs`, in evaluation mode, and left as it was.
         inputs: what the model is called with.
+
+    Returns:
+        Every module that holds weights itself, in the model's order; and the multiply-accumulates
+        of the whole network on all examples, attention and other products of matrices included;
+        `None` where torch could not count them.
 
     Raises:
         DeepTwistError: if the model wraps another one, has layers to initialise, or cannot run on
@@ -113,8 +98,7 @@ def inspect_model(model: nn.Module, inputs: Inputs) -> Inspection:
             reason=reason,
         )
 
-    layers = tuple(inspect_layer(module, weight) for module, weight in weights.items())
-    return Inspection(layers, macs)
+    return tuple(inspect_layer(module, weight) for module, weight in weights.items()), macs
 
 
 def _find_weights(

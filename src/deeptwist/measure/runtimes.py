@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deeptwist.errors import (
     DeepTwistError,
     check_int,
+    explaining,
     first_line,
     require_extra,
     unknown_name_error,
@@ -161,10 +162,8 @@ def onnxruntime_session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what goes wrong is raised too
-    try:
+    with explaining("onnxruntime cannot load the graph", errors=(Exception,)):  # not public types
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its types are not public
-        raise DeepTwistError(f"onnxruntime cannot load the graph: {first_line(error)}") from error
 
 
 def feed(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Any]:

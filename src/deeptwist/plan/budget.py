@@ -5,7 +5,7 @@ for what they leave of the budgets.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import product
 
@@ -155,14 +155,9 @@ class Budgets:
     milliseconds: float | None = None
 
     def __post_init__(self) -> None:
-        for factor in self.factors:
+        for factor in astuple(self):
             if factor is not None:
                 check_ratio(factor)
-
-    @property
-    def factors(self) -> tuple[float | None, float | None, float | None]:
-        """The three, in the order of `Candidate.costs`."""
-        return self.weights, self.macs, self.milliseconds
 
 
 class LayerErrors:
@@ -286,7 +281,7 @@ def share_budgets(
     """
     limits = {
         kind: sum(candidates[0].costs[kind] for candidates in layers) / factor
-        for kind, factor in enumerate(budgets.factors)
+        for kind, factor in enumerate(astuple(budgets))  # as `Candidate.costs`
         if factor is not None
     }
 

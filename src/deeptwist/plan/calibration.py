@@ -16,14 +16,9 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from deeptwist.distributed import world_size
-from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.errors import DeepTwistError, check_int, explaining
 from deeptwist.files import check_suffix
-from deeptwist.inspection.run import (
-    ExampleInput,
-    explaining,
-    preserving_state,
-    read_batches,
-)
+from deeptwist.inspection.run import ExampleInput, preserving_state, read_batches
 from deeptwist.inspection.usage import inspect_model
 from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.layers.moments import SecondMoment
@@ -59,15 +54,16 @@ class Calibration:
         Raises:
             DeepTwistError: if the file cannot be read, or holds no calibration.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes = json.loads((file.metadata() or {})[_KEY])
-                moments = {
-                    name: SecondMoment(_whole(file.get_tensor(name)), tuple(size), axes)
-                    for name, (size, axes) in shapes.items()
-                }
-        except Exception as error:  # damaged files surface as a dozen types
-            raise DeepTwistError(f"cannot read calibration {path}: {first_line(error)}") from error
+        # Damaged files surface as a dozen types.
+        with (
+            explaining(f"cannot read calibration {path}", errors=(Exception,)),
+            safe_open(path, framework="pt") as file,
+        ):
+            shapes = json.loads((file.metadata() or {})[_KEY])
+            moments = {
+                name: SecondMoment(_whole(file.get_tensor(name)), tuple(size), axes)
+                for name, (size, axes) in shapes.items()
+            }
         return cls(moments)
 
 
@@ -115,7 +111,7 @@ def calibrate(
     collectors: dict[str, _Collector] = {}
     with ExitStack() as stack:
         for x in read_batches(batches, inputs, device):
-            for layer in () if collectors else inspect_model(model, x).layers:
+            for layer in () if collectors else inspect_model(model, x)[0]:
                 if (weight := layer.weight) is not None:
                     axes = _resolved_axes(weight.geometry, max_side)
                     hook = _Collector(weight.geometry, axes, weight.padding)

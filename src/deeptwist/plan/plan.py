@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
 from deeptwist.inspection.run import Argument
 from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
@@ -264,14 +264,7 @@ class Plan:
         return plan
 
     def __str__(self) -> str:
-        rows = [
-            layer_row(
-                layer,
-                self.layer_macs(layer, factored=False),
-                self.layer_macs(layer, factored=True),
-            )
-            for layer in self.layers
-        ]
+        rows = [layer_row(layer, self.examples) for layer in self.layers]
         parameters = self.dense_parameters, self.parameters
         total = total_row(parameters, (self.dense_macs, self.macs), self.network_speedup())
         notes = kept_lines(self.kept, parameters[0])
@@ -293,10 +286,8 @@ def read_plan(path: Path) -> Plan:
     Raises:
         DeepTwistError: if the file cannot be read, or holds no plan.
     """
-    try:
+    with explaining(f"cannot read plan {path}", errors=(OSError, UnicodeDecodeError)):
         return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeepTwistError(f"cannot read plan {path}: {error}") from error
 
 
 Row = tuple[str, ...]
@@ -312,8 +303,12 @@ _HEADER: Row = (
 )
 
 
-def layer_row(layer: PlannedLayer, dense_macs: int, macs: int) -> Row:
-    """Return the cells of one layer: its shape, its decomposition, and its costs before → after."""
+def layer_row(layer: PlannedLayer, examples: int = 1) -> Row:
+    """Return the cells of one layer: its shape, its decomposition, and its costs before → after.
+
+    MACs are of one of so many examples that its calls were recorded on.
+    """
+    dense_macs, macs = (layer.macs(factored=factored) // examples for factored in (False, True))
     geometry = str(layer.convolution) if layer.convolution else layer.kind
     if isinstance(layer, KeptLayer):
         costs = f"{layer.weight_numel:,}", f"{dense_macs:,}"

@@ -345,15 +345,15 @@ def batch_of(inputs: Inputs, layers: Sequence[Layer]) -> int | None:
 
 def inspect_for_plan(model: nn.Module, inputs: Inputs) -> tuple[Plan, tuple[Layer, ...]]:
     """Return what a plan says of the model whatever becomes of its layers; and these."""
-    inspection = inspect_model(model, inputs)
-    counted = sum(layer.weight_numel for layer in inspection.layers)
-    examples = batch_of(inputs, inspection.layers) or 1
+    layers, macs = inspect_model(model, inputs)
+    counted = sum(layer.weight_numel for layer in layers)
+    examples = batch_of(inputs, layers) or 1
     plan = Plan(
         (),
         other_parameters=sum(p.numel() for p in model.parameters()) - counted,
         examples=examples,
         inputs=inputs.arguments,
         keywords=tuple(inputs.kwargs) if inputs.arguments else (),
-        network_macs=None if inspection.macs is None else inspection.macs // examples,
+        network_macs=None if macs is None else macs // examples,
     )
-    return plan, inspection.layers
+    return plan, layers

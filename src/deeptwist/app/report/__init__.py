@@ -196,8 +196,7 @@ def _layer_table(plan: Plan, records: Sequence[Record]) -> Table:
     header = ["layer", "no.", "shape", "lowered", "decomposition", "rank"]
     rows: list[list[Cell]] = []
     for number, layer in enumerate(plan.layers, start=1):
-        macs = (plan.layer_macs(layer, factored=factored) for factored in (False, True))
-        name, *cells = layer_row(layer, *macs)
+        name, *cells = layer_row(layer, plan.examples)
         aliases = f"also {', '.join(layer.aliases)}" if layer.aliases else ""
         rows.append([(name, aliases, ""), str(number), *cells])
     total = ("all", f"with {plan.other_parameters:,} other parameters", "")

@@ -13,8 +13,8 @@ from torch.nn import functional
 from deeptwist.app.data import ImageData, Split, batches, normalize, train_batches
 from deeptwist.compress import Progress
 from deeptwist.distributed import process_rank, world_size
-from deeptwist.errors import DeepTwistError
-from deeptwist.inspection.run import eval_mode, explaining
+from deeptwist.errors import DeepTwistError, explaining
+from deeptwist.inspection.run import eval_mode
 
 
 @dataclass(frozen=True)
