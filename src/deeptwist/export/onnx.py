@@ -16,14 +16,14 @@ from deeptwist.errors import DeepTwistError, check_int, explaining, require_extr
 from deeptwist.export.program import (
     Exported,
     by_argument,
-    inference_copy,
+    prepare,
     reason_of,
     trace,
     writing,
 )
-from deeptwist.export.verify import Run, Signature, Tensors, make_signature, run_model, verify
+from deeptwist.export.verify import Run, Signature, Tensors, run_model, verify
 from deeptwist.files import atomic_write, check_suffix
-from deeptwist.inspection.run import ExampleInput, Inputs, of_tensors, read_batches
+from deeptwist.inspection.run import ExampleInput, read_batches
 from deeptwist.measure.runtimes import METADATA, feed, onnxruntime_session, suppress_output
 
 _LARGEST_ONNX = 2**31  # bytes of one protobuf message
@@ -75,9 +75,7 @@ def export_onnx(
             f"the weights take {size / 2**30:.1f} GB and one ONNX file holds less than 2 GB: "
             "export a program or a state dict"
         )
-    inputs = Inputs.of(example_input).to("cpu")
-    plain, tensors = of_tensors(inference_copy(model), inputs)
-    signature = make_signature(model, tensors, batch, dynamic_size)
+    plain, signature = prepare(model, example_input, batch, dynamic_size)
     with writing(Path(path), ".onnx") as temporary:
         proto, reason = _convert(plain, signature, opset)
         version = next(entry.version for entry in proto.opset_import if not entry.domain)

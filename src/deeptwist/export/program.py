@@ -16,8 +16,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 
-from deeptwist.errors import DeepTwistError, first_line
-from deeptwist.export.verify import Signature, make_signature, run_model, verify
+from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.export.verify import Signature, run_model, verify
 from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import ExampleInput, Inputs, TensorCall, of_tensors, output_tensors
 from deeptwist.inspection.swap import stored_modules, swap
@@ -74,9 +74,7 @@ def export_program(
         DeepTwistError: if the model cannot be traced with free axes, if the program computes
             something else than the model, or if the file cannot be written.
     """
-    inputs = Inputs.of(example_input).to("cpu")
-    plain, tensors = of_tensors(inference_copy(model), inputs)
-    signature = make_signature(model, tensors, batch, dynamic_size)
+    plain, signature = prepare(model, example_input, batch, dynamic_size)
     with writing(Path(path), ".pt2") as temporary:
         program = trace(plain, signature)
         with temporary.open("wb") as file, suppress_output():
@@ -85,6 +83,31 @@ def export_program(
         sizes, worst = verify(plain, signature, lambda x: output_tensors(run(*x)), tolerance)
     size = Path(path).stat().st_size
     return Exported(Path(path), size, None, signature.batches, sizes, worst)
+
+
+def prepare(
+    model: nn.Module, example_input: ExampleInput, batch: int | None, dynamic_size: bool
+) -> tuple[nn.Module, Signature]:
+    """Return a copy of a model for use, as a function of tensors, and what a file of it takes.
+
+    For the arguments see `export_onnx`.
+
+    Raises:
+        DeepTwistError: if an input has no batch in front, or none has a size that can be free.
+    """
+    inputs = Inputs.of(example_input).to("cpu")
+    plain, example = of_tensors(inference_copy(model), inputs)
+    if not example or not all(map(len, example)):
+        raise DeepTwistError(
+            f"{type(model).__name__} is exported for tensors with a batch in front: "
+            "give at least one example"
+        )
+    if batch is not None:
+        check_int("batch", batch)
+    signature = Signature(tuple(x.detach() for x in example), batch, dynamic_size)
+    if dynamic_size and not any({*axes.values()} - {"batch"} for axes in signature.free_axes):
+        raise DeepTwistError("no input has a height and width that could be free")
+    return plain, signature
 
 
 def export_state_dict(model: nn.Module, path: str | Path) -> Exported:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.decompositions.linalg import relative_error
-from deeptwist.errors import DeepTwistError, check_int, explaining
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.inspection.run import output_tensors
 
 BATCHES = 1, 2, 5  # one, the one that is traced, another
@@ -81,27 +81,6 @@ class Signature:
     def _spatial(self, x: Tensor) -> dict[int, str]:
         is_image = self.dynamic_size and x.is_floating_point()
         return _SPATIAL.get(x.dim(), {}) if is_image else {}
-
-
-def make_signature(
-    model: nn.Module, example: Tensors, batch: int | None, dynamic_size: bool
-) -> Signature:
-    """Return what a file of this model takes; for the arguments see `export_onnx`.
-
-    Raises:
-        DeepTwistError: if an input has no batch in front, or none has a size that can be free.
-    """
-    if not example or not all(map(len, example)):
-        raise DeepTwistError(
-            f"{type(model).__name__} is exported for tensors with a batch in front: "
-            "give at least one example"
-        )
-    if batch is not None:
-        check_int("batch", batch)
-    signature = Signature(tuple(x.detach().cpu() for x in example), batch, dynamic_size)
-    if dynamic_size and not any({*axes.values()} - {"batch"} for axes in signature.free_axes):
-        raise DeepTwistError("no input has a height and width that could be free")
-    return signature
 
 
 def run_model(model: nn.Module, inputs: Tensors) -> list[Tensor]:
