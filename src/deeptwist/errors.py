@@ -21,6 +21,18 @@ class DeepTwistError(ValueError):
     """A mistake the caller can mend; its message is one line."""
 
 
+# What values raise, and what reads them, where they are not what they should be.
+DATA_ERRORS = (
+    DeepTwistError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 def unknown_name_error(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
     """Return the error for a name that is not among `options`, pointing at the nearest one.
 
@@ -46,16 +58,17 @@ def first_line(error: BaseException) -> str:
 def explaining(
     problem: str, advice: str = "", errors: tuple[type[Exception], ...] = FORWARD_ERRORS
 ) -> Iterator[None]:
-    """Turn what others raise inside into one line: the problem, their words, the advice.
+    """Turn what is raised inside into one line: the problem, the words of what failed, the advice.
 
     Raises:
-        DeepTwistError: in place of `errors`; one that is raised inside stays as it is.
+        DeepTwistError: in place of `errors`; one that is raised inside stays as it is, unless it is
+            among them.
     """
     try:
         yield
-    except DeepTwistError:
-        raise
     except errors as error:
+        if isinstance(error, DeepTwistError) and DeepTwistError not in errors:
+            raise
         words = [problem, first_line(error), *([advice] if advice else [])]
         raise DeepTwistError(": ".join(words)) from error
 

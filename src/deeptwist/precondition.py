@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.layers.factored import FactoredLayer, factored_layers
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 
@@ -51,10 +51,8 @@ def precondition(
             "then make the optimizer"
         )
     for name, layer in layers.items():
-        try:
+        with explaining(f"layer {name!r}", errors=(DeepTwistError,)):
             _tensors(layer, _factors(layer))
-        except DeepTwistError as error:
-            raise DeepTwistError(f"layer {name!r}: {error}") from error
 
     @torch.no_grad()
     def hook(*_: Any) -> None:

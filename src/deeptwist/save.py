@@ -26,7 +26,7 @@ from deeptwist.decompose import (
     set_channels_last,
 )
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
+from deeptwist.errors import DATA_ERRORS, DeepTwistError, check_int, explaining, first_line
 from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import Argument, check_unwrapped
 from deeptwist.inspection.swap import stored_modules
@@ -260,11 +260,9 @@ def read_saved(folder: Path) -> Saved:
         raise DeepTwistError(
             f"{path} has format version {version!r}: this deeptwist reads {FORMAT_VERSION}"
         )
-    try:
+    with explaining(f"{path} is damaged", errors=DATA_ERRORS):
         saved: Saved = decode(Saved, values)
         saved.plan()  # refuses what no layer can be
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise DeepTwistError(f"{path} is damaged: {first_line(error)}") from error
     return saved
 
 

@@ -31,15 +31,13 @@ from deeptwist.distributed import (
     run_on_all_ranks,
     world_size,
 )
-from deeptwist.errors import DeepTwistError, check_int, first_line
+from deeptwist.errors import DATA_ERRORS, DeepTwistError, check_int, explaining
 from deeptwist.inspection.proof import check_equivalent, example_inputs
 from deeptwist.inspection.run import ExampleInput
 from deeptwist.layers.geometry import compute_dtype, kernel_to_weight, weight_to_kernel
 from deeptwist.plan.plan import CompressedLayer, Plan
 
 logger = logging.getLogger("deeptwist")
-
-_STATE_ERRORS = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 Loss = Callable[[], Tensor | float]
 Perturb = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -348,7 +346,7 @@ class DeepTwist:
         Raises:
             DeepTwistError: if the state is not one of `state_dict`.
         """
-        try:
+        with explaining("not a DeepTwist state", errors=DATA_ERRORS):
             steps = int(state["steps"])
             history = [Distortion(**copy.deepcopy(record)) for record in state["history"]]
             stored = state["factors"]
@@ -356,8 +354,6 @@ class DeepTwist:
                 layer.name: _checked_factors(layer, stored[layer.name])
                 for layer in (self.plan.compressed if stored else ())
             }
-        except _STATE_ERRORS as error:
-            raise DeepTwistError(f"not a DeepTwist state: {first_line(error)}") from error
         self.steps, self.history, self._factors = steps, history, factors
 
 

@@ -1,9 +1,9 @@
 """ONNX: a network as one file, verified in onnxruntime; and that file in int8."""
 
-import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -84,7 +84,7 @@ def export_onnx(
                 f"opset {opset} cannot be had: an operator of this model has no conversion and "
                 f"the exporter stayed at {version}; ask for {version} or another, or for none"
             )
-        with _prefixing(reason):
+        with explaining(reason, errors=(DeepTwistError,)) if reason else nullcontext():
             _check_free_axes(proto, signature)
             if metadata:
                 proto.metadata_props.add(key=METADATA, value=json.dumps(dict(metadata)))
@@ -109,7 +109,7 @@ def _convert(plain: nn.Module, signature: Signature, opset: int | None) -> tuple
     except DeepTwistError as error:
         advice = "; a fixed batch may do (batch=1, --batch 1)" if signature.batch is None else ""
         reason = f"{error}{advice}; torch's older exporter"
-        with _prefixing(reason):
+        with explaining(reason, errors=(DeepTwistError,)):
             proto = _convert_by_script(plain, signature, options)
     # Stack traces and module names, a fifth of a small network's file.
     del proto.graph.metadata_props[:]
@@ -118,15 +118,6 @@ def _convert(plain: nn.Module, signature: Signature, opset: int | None) -> tuple
         del part.metadata_props[:]
         part.doc_string = ""
     return proto, reason
-
-
-@contextlib.contextmanager
-def _prefixing(prefix: str) -> Iterator[None]:
-    """Put what came before in front of an error's message; nothing where that is empty."""
-    try:
-        yield
-    except DeepTwistError as error:
-        raise (DeepTwistError(f"{prefix}: {error}") if prefix else error) from error.__cause__
 
 
 def _convert_program(plain: nn.Module, signature: Signature, options: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from deeptwist.decompositions import Decomposition, find_method
-from deeptwist.errors import DeepTwistError, first_line, unknown_name_error
+from deeptwist.errors import DATA_ERRORS, DeepTwistError, explaining, unknown_name_error
 
 
 def encode(value: object) -> Any:
@@ -52,10 +52,8 @@ def decode(kind: Any, value: Any) -> Any:
 
 def _decode_entry(name: str, kind: Any, value: Any) -> Any:
     """Read an entry of a dict; what is wrong with it is said with its name."""
-    try:
+    with explaining(repr(name), errors=DATA_ERRORS):
         return decode(kind, value)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise DeepTwistError(f"{name!r}: {first_line(error)}") from error
 
 
 def _decode_fields(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
+from deeptwist.errors import DATA_ERRORS, DeepTwistError, check_int, explaining
 from deeptwist.inspection.run import Argument
 from deeptwist.inspection.usage import Layer
 from deeptwist.layers.geometry import ConvGeometry, LayerCall
@@ -251,16 +251,12 @@ class Plan:
         Raises:
             DeepTwistError: if the text is not a plan, or one of an unknown format.
         """
-        try:
+        with explaining("not a plan", errors=DATA_ERRORS):
             values = json.loads(text)
             found = values.pop("format")
             if found != _FORMAT:
                 raise DeepTwistError(f"format {found!r} is unknown: this version reads {_FORMAT}")
             plan: Plan = decode(cls, values)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise DeepTwistError(f"not a plan: {first_line(error)}") from error
-        except RecursionError as error:
-            raise DeepTwistError("not a plan: nested too deep") from error
         return plan
 
     def __str__(self) -> str:
