@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from deeptwist.errors import DeepTwistError, explaining
-from deeptwist.inspection.proof import coarsest_eps, example_inputs, worst_difference
+from deeptwist.inspection.proof import coarsest_eps, example_inputs, run_counted, worst_difference
 from deeptwist.inspection.run import ExampleInput, Inputs, output_tensors, preserving_state
 from deeptwist.inspection.swap import swap
 from deeptwist.inspection.tracing import FunctionWatch
@@ -68,8 +68,7 @@ def fuse(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Modu
         is_transposed = isinstance(layer, _ConvTransposeNd)
         layer.weight, layer.bias = fold(layer.weight, layer.bias, *statistics, is_transposed)
     small.requires_grad_(False)
-    with preserving_state(small, inputs):
-        worst = worst_difference(expected, output_tensors(inputs.run(small)))
+    worst = worst_difference(expected, run_counted(small, inputs)[0])
     # Beside integers, numbers may be in another order: boxes by their scores.
     is_comparable = all(y.is_floating_point() for y in expected) and worst is not None
     if is_comparable and worst > coarsest_eps([*model.parameters(), *expected]) ** 0.5:

@@ -31,7 +31,10 @@ _STORED = (
 
 
 def run_counted(
-    model: nn.Module, inputs: Inputs, modules: Iterable[nn.Module] = ()
+    model: nn.Module,
+    inputs: Inputs,
+    modules: Iterable[nn.Module] = (),
+    see: Callable[[nn.Module, Any], None] = lambda module, x: None,
 ) -> tuple[list[Tensor], Counter[nn.Module]]:
     """Run a model in evaluation mode and count how often each of these modules runs in it.
 
@@ -39,26 +42,22 @@ def run_counted(
         model: any network; left as it was.
         inputs: what it is called with.
         modules: of this model or of another one.
+        see: called with each of them, before it runs, and its first argument.
 
     Returns:
         All tensors of the output, and the number of calls by module.
     """
     counts: Counter[nn.Module] = Counter()
-    return _run_hooked(model, inputs, modules, lambda module, *_: counts.update([module])), counts
 
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts[module] += 1
+        see(module, next(iter((*args, *kwargs.values())), None))
 
-def _run_hooked(
-    model: nn.Module,
-    inputs: Inputs,
-    modules: Iterable[nn.Module],
-    hook: Callable[[nn.Module, tuple[Any], dict[str, Any]], None],
-) -> list[Tensor]:
-    """Run a model, with a hook before each of these modules."""
     with ExitStack() as stack:
         stack.enter_context(preserving_state(model, inputs))
         for module in modules:
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        return output_tensors(inputs.run(model))
+        return output_tensors(inputs.run(model)), counts
 
 
 def check_runs(
@@ -187,11 +186,7 @@ def _worst_layer(
 ) -> tuple[str, float]:
     """The layer whose factors give the most different output, on random inputs of its own shape."""
     seen: dict[nn.Module, Tensor] = {}
-
-    def see(module: nn.Module, args: tuple[Any], kwargs: dict[str, Any]) -> None:
-        seen[module] = [*args, *kwargs.values()][0]
-
-    _run_hooked(model, inputs, dense.values(), see)
+    run_counted(model, inputs, dense.values(), seen.__setitem__)
     differences: dict[str, float] = {}
     with preserving_state(model), preserving_state(small):
         for name, module in dense.items():
