@@ -126,8 +126,9 @@ def _arm(folder: Path, moment: str, amount: float) -> None:
 
         def fsync(file: int) -> None:
             nonlocal left
-            metrics = {path.stat().st_ino for path in folder.rglob("metrics.jsonl")}
-            if os.fstat(file).st_ino in metrics:
+            # Of checkpoints alone: records are flushed too, and a thread flushes TensorBoard's.
+            written = {path.stat().st_ino for path in folder.rglob(".checkpoint*.tmp")}
+            if os.fstat(file).st_ino not in written:
                 return
             left -= 1
             if left < 0:

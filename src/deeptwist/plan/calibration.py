@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -153,11 +153,6 @@ class _Collector:
     total: Tensor | None = None
     count: int = 0
     dtype: torch.dtype = torch.float32  # of what it sees
-    _unresolved: list[tuple[int, ...]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        unresolved = self.convolution.kernel_size[: self.convolution.dims - self.axes]
-        self._unresolved = list(product(*map(range, unresolved)))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (x,) = *args, *kwargs.values()
@@ -207,30 +202,29 @@ class _Collector:
         """Yield, for each tap of the unresolved axes, what the taps of the others see."""
         convolution = self.convolution
         x, size = self._padded(x), convolution.output_size(x.shape[2:])
-        resolved = [range(k) for k in convolution.kernel_size[convolution.dims - self.axes :]]
-        for outer in self._unresolved:
+        taps = [range(k) for k in convolution.kernel_size]
+        split = convolution.dims - self.axes
+        for outer in product(*taps[:split]):
             slices = []
-            for inner in product(*resolved):
-                view = x
+            for inner in product(*taps[split:]):
+                index = [slice(None)] * 2
                 for axis, tap in enumerate((*outer, *inner)):
-                    dilation, stride = convolution.dilation[axis], convolution.stride[axis]
+                    stride = convolution.stride[axis]
                     if convolution.transposed:
                         tap, stride = convolution.kernel_size[axis] - 1 - tap, 1
-                    start, length = tap * dilation, (size[axis] - 1) * stride + 1
-                    view = view.narrow(axis + 2, start, length)
-                    if stride > 1:
-                        view = view[(slice(None),) * (axis + 2) + (slice(None, None, stride),)]
-                slices.append(view)
+                    start = tap * convolution.dilation[axis]
+                    index.append(slice(start, start + (size[axis] - 1) * stride + 1, stride))
+                slices.append(x[tuple(index)])
             yield slices
 
     def _padded(self, x: Tensor) -> Tensor:
         convolution = self.convolution
         margins: list[int] = []
         size = convolution.output_size(x.shape[2:])
+        if convolution.transposed:
+            x = _spread(x, convolution.stride)
         for axis in range(convolution.dims):
             reach = convolution.dilation[axis] * (convolution.kernel_size[axis] - 1)
-            if convolution.transposed:
-                x = _spread(x, axis + 2, convolution.stride[axis])
             if convolution.padding == "same":
                 left, right = reach // 2, reach - reach // 2
             elif convolution.transposed:
@@ -258,12 +252,10 @@ class _Collector:
         return SecondMoment(values, self.convolution.kernel_size, self.axes)
 
 
-def _spread(x: Tensor, dim: int, stride: int) -> Tensor:
-    """Put stride − 1 zeros between neighbours on one axis, as transposed convolutions see them."""
-    if stride == 1:
-        return x
-    shape = list(x.shape)
-    shape[dim] = (shape[dim] - 1) * stride + 1
-    spread = x.new_zeros(shape)
-    spread[(slice(None),) * dim + (slice(None, None, stride),)] = x
+def _spread(x: Tensor, strides: Sequence[int]) -> Tensor:  # (n, c, *size)
+    """Put stride − 1 zeros between neighbours of a transposed convolution's input."""
+    steps = [slice(None, None, stride) for stride in strides]
+    size = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], strides, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *size)
+    spread[:, :, *steps] = x
     return spread
