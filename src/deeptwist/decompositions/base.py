@@ -14,6 +14,7 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
@@ -388,8 +389,4 @@ def largest_rank(weight_numel: Callable[[int], int], maximum: int, budget: float
         maximum: the full rank.
         budget: the most weights allowed.
     """
-    low, high = 0, maximum
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if weight_numel(middle) <= budget else (low, middle - 1)
-    return low
+    return bisect_right(range(1, maximum + 1), budget, key=weight_numel)

@@ -7,6 +7,7 @@ Lebedev et al., "Speeding-up Convolutional Neural Networks Using Fine-tuned CP-D
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import numpy
@@ -166,10 +167,7 @@ class CP(SingleRankDecomposition):
 
 def _khatri_rao(bases: Sequence[Tensor]) -> Tensor:  # (g, n, r), (g, m, r), … → (g, n·m·…, r)
     """Return the columnwise Kronecker product."""
-    product = bases[0]
-    for basis in bases[1:]:
-        product = (product.unsqueeze(2) * basis.unsqueeze(1)).flatten(1, 2)
-    return product
+    return reduce(lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).flatten(1, 2), bases)
 
 
 def _als(
@@ -260,10 +258,7 @@ def _random(groups: int, side: int, rank: int) -> Tensor:  # (g, side, r)
 
 def _gram(bases: list[Tensor]) -> Tensor:  # (g, n, r), … → (g, r, r)
     """Return the Gram matrix of the Khatri-Rao product."""
-    gram = bases[0].mT @ bases[0]
-    for basis in bases[1:]:
-        gram = gram * (basis.mT @ basis)
-    return gram
+    return reduce(torch.mul, (basis.mT @ basis for basis in bases))
 
 
 def _solve(

@@ -89,8 +89,7 @@ def _fits(kind: Any, value: object) -> bool:
 
 def _missing(kind: Any, values: Mapping[str, Any]) -> list[str]:
     """Return the fields that have no default and are not given."""
-    defaults = {f.name: (f.default, f.default_factory) for f in fields(kind)}
-    required = [name for name, default in defaults.items() if default == (MISSING, MISSING)]
+    required = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
     return [name for name in required if name not in values]
 
 
