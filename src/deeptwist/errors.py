@@ -6,15 +6,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 # What networks raise where their input, or a module of theirs, is not what they were made for.
-FORWARD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+FORWARD_ERRORS = AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
 class DeepTwistError(ValueError):
@@ -22,15 +14,7 @@ class DeepTwistError(ValueError):
 
 
 # What values raise, and what reads them, where they are not what they should be.
-DATA_ERRORS = (
-    DeepTwistError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+DATA_ERRORS = DeepTwistError, ArithmeticError, *FORWARD_ERRORS
 
 
 def unknown_name_error(kind: str, name: str, options: Iterable[str]) -> DeepTwistError:
