@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # what the exporters themselves flatten outputs with
 
 from deeptwist.errors import DeepTwistError
+from deeptwist.inspection.tracing import class_name
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def check_unwrapped(model: nn.Module) -> None:
         DeepTwistError: naming the attribute to give in its place.
     """
     for name, module in model.named_modules():
-        kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+        kinds = map(class_name, type(module).__mro__)
         inside = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
         what = f"{name!r} in this {type(model).__name__}" if name else "this"
         if inside is not None and (not name or inside == _COMPILED):

@@ -14,7 +14,6 @@ import torch
 
 from deeptwist._version import __version__
 from deeptwist.files import write_text
-from deeptwist.measure.runtimes import Runtime
 
 
 def describe_machine() -> str:
@@ -51,7 +50,7 @@ class LatencyCache:
     timed anew.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: str) -> None:
         """Read what was measured with this runtime, at PyTorch's present number of threads."""
         self._machine = f"{describe_machine()}, {runtime}"
         if runtime == "onnxruntime":
