@@ -580,7 +580,7 @@ def test_a_missing_package_is_told(
     name = f"deeptwist.integrations.{module}"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"'deeptwist[{extra}]'" in error_of(importlib.import_module, name)
+    assert f"'.[{extra}]'" in error_of(importlib.import_module, name)
 
 
 @pytest.mark.slow
