@@ -252,7 +252,10 @@ class Plan:
             DeepTwistError: if the text is not a plan, or one of an unknown format.
         """
         with explaining("not a plan", errors=DATA_ERRORS):
-            values = json.loads(text)
+            try:
+                values = json.loads(text)
+            except RecursionError:
+                raise DeepTwistError("nested too deep") from None
             found = values.pop("format")
             if found != _FORMAT:
                 raise DeepTwistError(f"format {found!r} is unknown: this version reads {_FORMAT}")
