@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deeptwist.app.training.recipe import Recipe, read_recipe
 from deeptwist.errors import DeepTwistError, first_line
 
 if TYPE_CHECKING:  # the command line's help must not wait for torch
@@ -45,6 +46,7 @@ SUMMARY, METRICS, PLAN, RECIPE = "run.json", "metrics.jsonl", "plan.json", "reci
 JOB = "compress.json"
 SMALL = "model"
 DENSE_WEIGHTS = "weights.safetensors"
+_MAY_CHANGE = ("workers", "skip_unreadable")  # of the data, where a run is gone on with
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,23 @@ class Run:
     plan: "Plan | None"
 
 
+def check_finished(folder: Path) -> None:
+    """Check that a folder holds a finished run; raise a `DeepTwistError` if not."""
+    if not (folder / SUMMARY).is_file():
+        raise DeepTwistError(f"no finished run in {folder}: it has no {SUMMARY}")
+
+
 def read_run(folder: Path) -> Run:
     """Read a finished run.
 
     Raises:
         DeepTwistError: if the folder holds none, or a damaged one.
     """
+    check_finished(folder)
     from deeptwist.plan.plan import read_plan
 
-    path = folder / SUMMARY
-    if not path.is_file():
-        raise DeepTwistError(f"no finished run in {folder}: it has no {SUMMARY}")
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         epochs, distortions = (
@@ -142,3 +148,20 @@ def check_folder(
         raise DeepTwistError(
             f"{folder} holds another {kind} ({', '.join(changed)} differ): choose another folder"
         )
+
+
+def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Check that a folder may be trained in.
+
+    Raises:
+        DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
+    """
+    known = _comparable(read_recipe(path / RECIPE)) if (path / RECIPE).exists() else None
+    check_folder(path, "run", known, _comparable(recipe), resume=resume)
+
+
+def _comparable(recipe: Recipe) -> "Values":
+    """Return a recipe's values but for those that a run may go on with others of."""
+    values = recipe.to_dict()
+    data = {key: value for key, value in values["data"].items() if key not in _MAY_CHANGE}
+    return {**values, "data": data}

@@ -16,13 +16,12 @@ from torch import nn
 
 from deeptwist.errors import DeepTwistError, first_line, require_extra, unknown_name_error
 from deeptwist.networks.cifar import VGG19, ResNet
+from deeptwist.networks.names import HUB, RESNETS, VGGS, check_name
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{6 * blocks + 2}": partial(ResNet, blocks) for blocks in (3, 5, 7, 9, 18)},
-    "vgg19": VGG19,
-    "vgg19_bn": partial(VGG19, batch_norm=True),
+    **{name: partial(ResNet, blocks) for name, blocks in RESNETS.items()},
+    **{name: partial(VGG19, batch_norm=has_norm) for name, has_norm in VGGS.items()},
 }
-HUB = "hf-hub:"  # as timm names what is on Hugging Face's hub
 
 
 def build_model(
@@ -44,6 +43,7 @@ def build_model(
     Raises:
         DeepTwistError: if no such network exists, or the package that holds it is not installed.
     """
+    check_name(name)
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
     given = {key: value for key, value in sizes.items() if value is not None}
     source, _, network = name.partition("/")
@@ -54,10 +54,7 @@ def build_model(
     if source == "timm" or name.startswith(HUB):
         network = name if name.startswith(HUB) else network
         return make_timm(network, num_classes=num_classes, in_chans=in_channels)
-    if ":" in name:
-        return _from_factory(name, given)
-    others = [f"{package}/{network or 'NAME'}" for package in ("torchvision", "timm")]
-    raise unknown_name_error("model", name, [*MODELS, *others, "package.module:factory"])
+    return _from_factory(name, given)
 
 
 def _from_torchvision(network: str, in_channels: int = 3, **given: int) -> nn.Module:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, unknown_name_error
-from deeptwist.networks.build import HUB, MODELS, build_model, downloading, make_timm
+from deeptwist.networks.build import MODELS, build_model, downloading, make_timm
+from deeptwist.networks.names import check_weights
 
 logger = logging.getLogger("deeptwist")
 
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema")
 _COUNTER = "num_batches_tracked"
-_NAMES = rf"\w+|timm/.+|{HUB}.+"  # of weights, where no file has them
 _LIGHTNING = "pytorch-lightning_version"  # beside the state dict, which may hold other modules too
 
 
@@ -53,9 +53,10 @@ def build_trained(
     if weights is None:
         if name in MODELS or "/" in name:  # a factory of the user's may have loaded some
             logger.warning("%s has random weights: --weights gives it trained ones", name)
-    elif Path(weights).exists() or not re.fullmatch(_NAMES, str(weights)):
+    elif Path(weights).exists():
         load_weights(model, weights, classes=classes)
     else:
+        check_weights(name, weights)
         state = _from_library(name, str(weights), in_channels)
         _load_state(model, state, f"{name} {weights}", classes)
     return model
@@ -73,15 +74,13 @@ def _from_library(name: str, weights: str, in_channels: int | None) -> dict[str,
         options = {"aux_logits": True} if network == "googlenet" else {}  # which it else drops
         with downloading(f"{name} {weights}", known[weights].url):
             model = models.get_model(network, weights=known[weights], progress=False, **options)
-    elif source == "timm" or weights.startswith(HUB):
+    else:
         if weights == "DEFAULT":
             weights = network.partition(".")[0]
         elif re.fullmatch(r"\w+", weights):
             weights = f"{network.partition('.')[0]}.{weights}"
         given = {} if in_channels is None else {"in_chans": in_channels}
         model = make_timm(weights.removeprefix("timm/"), pretrained=True, **given)
-    else:
-        raise DeepTwistError(f"no weights file at '{weights}', and {name} has none by name")
     state: dict[str, Tensor] = model.state_dict()
     return state
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
+from deeptwist.app.cli.checks import check_inputs, check_job, check_size
 from deeptwist.app.cli.console import (
     is_main_process,
     plan_counts,
@@ -28,11 +29,11 @@ from deeptwist.app.cli.options import (
     NetworkOptions,
     PlanOptions,
     SweepOptions,
-    check_size,
     make_job,
     values_of_recipe,
 )
 from deeptwist.app.cli.saved import benchmark, evaluate, export, info, predict
+from deeptwist.app.folders import check_finished, check_same_recipe
 from deeptwist.app.training.recipe import CompressionRecipe, Recipe
 from deeptwist.files import explaining_writes, write_text
 
@@ -101,6 +102,8 @@ def compress(
         out: Folder of the job: plan, small network, ONNX files, report, every step's result.
         resume: Go on with the job in the folder: steps that are done are skipped.
     """
+    check_job(recipe, options)
+    check_inputs(recipe.model, recipe.weights, recipe.data)
     from deeptwist.app.cli.compress import run_compress
 
     result = run_compress(recipe, options, out, resume=resume)
@@ -131,6 +134,7 @@ def plan(
     Args:
         out: Write the plan as JSON to this file.
     """
+    check_inputs(network.model, network.weights, sweep.data)
     if sweep.sweep:
         from deeptwist.app.cli.sweep import sweep_network
         from deeptwist.app.report import write_sweep
@@ -176,14 +180,14 @@ def train(
         out: Folder of the run: recipe, metrics, checkpoints, plan, model and summary.
         resume: Go on from the last checkpoint in the folder, if there is one.
     """
-    from deeptwist.app.data import load_data
-    from deeptwist.app.training.run import build_run, train
-    from deeptwist.app.training.run_dir import check_same_recipe
-
     if recipe.compresses:
         check_size(recipe.compression)
     if is_main_process():  # the others would see what it has begun
         check_same_recipe(out, recipe, resume=resume)
+    check_inputs(recipe.model, recipe.weights, recipe.data)
+    from deeptwist.app.data import load_data
+    from deeptwist.app.training.run import build_run, train
+
     data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
     with telling(f"{recipe.mode} {recipe.model}", run) as shown:
@@ -213,9 +217,9 @@ def decompose(
         out: Folder for config.json and model.safetensors.
         recalibrate: Take batch norm's statistics anew on the images of --calibrate.
     """
+    job = make_job(network, options, calibration, recalibrate=recalibrate)
     from deeptwist.save import WEIGHTS, save
 
-    job = make_job(network, options, calibration, recalibrate=recalibrate)
     job.choose_plan()
     planned = job.plan
     small = job.decompose()
@@ -243,6 +247,8 @@ def report(*runs: Path, out: Path = Path("report.html"), title: str = "deeptwist
         out: The page.
         title: Its title.
     """
+    for run in runs:
+        check_finished(run)
     from deeptwist.app.report import write_report
 
     print(write_report(runs, out, title=title))

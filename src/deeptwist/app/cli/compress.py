@@ -3,8 +3,6 @@
 import copy
 import logging
 import math
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeptwist.app.cli.checks import Goal, check_job
 from deeptwist.app.cli.console import progress_bar, telling
-from deeptwist.app.cli.options import CompressOptions, check_size, given_sizes
+from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.cli.record import Record
 from deeptwist.app.data import load_data
 from deeptwist.app.report import write_report
@@ -32,7 +31,7 @@ from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import CALIBRATION, DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.distill import HELD_OUT, distill
-from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.errors import require_extra
 from deeptwist.measure.runtimes import Setting
 from deeptwist.save import WEIGHTS, load
 
@@ -56,7 +55,6 @@ _EXPORTED = (
 ).format
 _QUANTIZED = "accuracy {dense[accuracy]:.2%} dense, {small[accuracy]:.2%} small".format
 
-Goal = Callable[[float], float]  # the dense network's accuracy → the least of the small one
 Results = dict[str, Values]  # of the steps, by name
 # A name; what is done, to announce it; does it, giving plain values; these by name → a line.
 Step = tuple[str, str, Callable[[], Values], Callable[..., str]]
@@ -70,7 +68,7 @@ def run_compress(
     Raises:
         DeepTwistError: if the folder holds a job and `resume` is not given, or a step fails.
     """
-    goal = _check(recipe, options)
+    goal = check_job(recipe, options)
     has_onnx = "onnxruntime" in options.runtime
     if has_onnx:
         with require_extra("onnx"):
@@ -165,36 +163,6 @@ def _describe_times(machine: str, settings: list[Values]) -> str:
         for row in settings
     ]
     return f"{', '.join(speedups)}, on {machine}"
-
-
-def _check(recipe: Recipe, options: CompressOptions) -> Goal | None:
-    """Check what was asked for; return dense accuracy → least accuracy, if there is a goal."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DeepTwistError("compress is one process: train in several by 'deeptwist train'")
-    if not recipe.compresses:
-        raise DeepTwistError(f"mode {recipe.mode} compresses nothing: finetune and deeptwist do")
-    if recipe.frozen_compression is not None:
-        raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
-    if options.int8 and "onnxruntime" not in options.runtime:
-        raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
-    if options.distill_steps and recipe.mode != "finetune":
-        raise DeepTwistError(
-            f"mode {recipe.mode} begins from the dense network: distill with --mode finetune"
-        )
-    if options.goal is None:
-        check_size(recipe.compression, or_goal=True)
-        return None
-    given = given_sizes(recipe.compression)
-    if given:
-        raise DeepTwistError(f"a --goal finds the ratio: leave out {', '.join(given)}")
-    match = re.fullmatch(r"accuracy>=(dense-)?(0?\.\d+)", options.goal.replace(" ", ""))
-    if match is None:
-        raise DeepTwistError(
-            f"cannot read the goal {options.goal!r}: write 'accuracy>=0.90' or "
-            "'accuracy>=dense-0.01'"
-        )
-    number = float(match[2])
-    return (lambda dense: dense - number) if match[1] else (lambda _: number)
 
 
 class ImageJob:

@@ -10,10 +10,11 @@ from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 from cyclopts.validators import Number
 
+from deeptwist.app.cli.checks import check_inputs, check_size, check_small
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.training.compression import CompressionRecipe, Count, read_whole
-from deeptwist.app.training.recipe import CountOrNone, Pixels, Positive, read_values
-from deeptwist.errors import DeepTwistError, check_ratio
+from deeptwist.app.training.recipe import CountOrNone, DataRecipe, Pixels, Positive, read_values
+from deeptwist.errors import DeepTwistError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +29,6 @@ COMPRESS_DEFAULTS: dict[str, Any] = {
     "optimizer": {"lr": 0.02},
     "calibration_images": 1024,
 }
-_SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
@@ -118,7 +118,7 @@ class NetworkOptions(WeightOptions):
         """Load a data set, folders of images at the network's input size."""
         from deeptwist.app.data import load_data
 
-        size = None if source in ("digits", "cifar10") else self.size[-1]
+        size = None if DataRecipe(source=source).is_named else self.size[-1]
         return load_data(source, image_size=size)
 
 
@@ -183,31 +183,6 @@ def values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     Dict(values, source=recipe, use_commands_as_keys=False)(app, commands, arguments)
 
 
-def given_sizes(compression: CompressionRecipe) -> list[str]:
-    """Return the options that say how small, of those that are given."""
-    return [name for name in _SIZES if getattr(compression, name) is not None]
-
-
-def check_size(compression: CompressionRecipe, *, or_goal: bool = False) -> None:
-    """Check, before any work, that something says how small the network shall be.
-
-    Args:
-        compression: what was asked for.
-        or_goal: whether a goal would say it too.
-
-    Raises:
-        DeepTwistError: if nothing does, or a number that does compresses nothing.
-    """
-    if not given_sizes(compression) and not compression.overrides:
-        others = "--weight-budget 4, --macs 3 or --latency 2"
-        if or_goal:
-            others = "--macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
-        raise DeepTwistError(f"say how small: --ratio 4, {others}")
-    for factor in (compression.ratio, compression.weight_budget, compression.macs):
-        if factor is not None:
-            check_ratio(factor)
-
-
 def make_job(
     network: NetworkOptions,
     options: CompressionRecipe | None,
@@ -229,17 +204,19 @@ def make_job(
         DeepTwistError: if there is no such network, nothing says how small it shall be, or there
             are no images to recalibrate on.
     """
+    check_inputs(network.model, network.weights, calibration.calibrate)
+    recipe = options or CompressionRecipe()
+    check_size(recipe)
+    if recalibrate and data is None and calibration.calibrate is None:
+        raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
     from deeptwist.app.training.evaluation import test_inputs, training_inputs
     from deeptwist.compress import Job
     from deeptwist.decompose import recalibrate_batch_norm
 
-    recipe, dense = options or CompressionRecipe(), network.build(data)
+    dense = network.build(data)
     example = network.example_input() if data is None else test_inputs(data, dense, 2)
-    check_size(recipe)
     if data is None and calibration.calibrate is not None:
         data = network.load_images(calibration.calibrate)
-    if recalibrate and data is None:
-        raise DeepTwistError("there are no images to recalibrate on: give --calibrate DATA")
     count = calibration.calibration_images
     batches = [] if data is None else [*training_inputs(data, dense, count)]
 
@@ -257,6 +234,24 @@ def make_job(
     return job
 
 
+def saved_network(small: Path | None) -> NetworkOptions:
+    """Return the network that a saved folder names, with the input that it was planned on.
+
+    Raises:
+        DeepTwistError: if there is no folder, or none that can be read.
+    """
+    if small is None:
+        raise DeepTwistError("name a network, or the folder of a small one: --small FOLDER")
+    check_small(small)
+    from deeptwist.save import read_saved
+
+    saved = read_saved(small)
+    shape = next((each[0][1:] for each in saved.inputs if isinstance(each, tuple)), ())
+    classes = saved.metadata.get("num_classes")
+    size = "x".join(map(str, shape)) or None
+    return NetworkOptions(model=saved.base_model, num_classes=classes, input=size)
+
+
 def make_small_job(
     network: NetworkOptions, options: CompressionRecipe | None, small: Path | None
 ) -> "Job":
@@ -271,6 +266,8 @@ def make_small_job(
         DeepTwistError: if both a folder and options of a plan are given, or the plan
             compresses no layer.
     """
+    check_inputs(network.model, network.weights)
+    check_small(small)
     from deeptwist.compress import Job
     from deeptwist.plan.planner import plan_from_model
     from deeptwist.save import load, read_saved

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from deeptwist.app.cli.checks import check_inputs, check_small
 from deeptwist.app.cli.console import (
     layer_rows,
     plan_counts,
@@ -27,6 +28,7 @@ from deeptwist.app.cli.options import (
     PlanOptions,
     WeightOptions,
     make_small_job,
+    saved_network,
 )
 from deeptwist.app.training.recipe import DataRecipe
 from deeptwist.errors import DeepTwistError
@@ -35,7 +37,7 @@ _BENCHMARK = BenchmarkOptions()
 
 
 def evaluate(
-    network: WeightOptions,
+    network: WeightOptions | None = None,
     *,
     data: Annotated[DataRecipe | None, Parameter(name="*")] = None,
     small: Path | None = None,
@@ -45,20 +47,24 @@ def evaluate(
 
     ```
     deeptwist evaluate resnet32 --data cifar10 --weights resnet32.safetensors
-    deeptwist evaluate resnet32 --data cifar10 --small runs/tucker/model
+    deeptwist evaluate --data cifar10 --small runs/tucker/model
     ```
 
     Args:
-        small: A folder that deeptwist saved, instead of --weights.
+        small: A folder that deeptwist saved, instead of --weights; it says what its network is.
     """
+    if data is None:
+        raise DeepTwistError("name the images: --data digits, or a folder")
+    data.check_source()
+    network = network or saved_network(small)
+    check_inputs(network.model, network.weights)
+    check_small(small)
+    if (small is None) == (network.weights is None):
+        raise DeepTwistError("give either --weights of the dense network or --small of a small one")
     from deeptwist.app.data import load_data
     from deeptwist.app.training.evaluation import evaluate
     from deeptwist.save import load
 
-    if data is None:
-        raise DeepTwistError("name the images: --data digits, or a folder")
-    if (small is None) == (network.weights is None):
-        raise DeepTwistError("give either --weights of the dense network or --small of a small one")
     dataset = load_data(data)
     built = network.build(dataset, bare=small is not None)
     if small is not None:
@@ -70,7 +76,7 @@ def evaluate(
 
 
 def benchmark(
-    network: NetworkOptions,
+    network: NetworkOptions | None = None,
     *,
     small: Path | None = None,
     options: PlanOptions = None,
@@ -81,17 +87,18 @@ def benchmark(
 
     ```
     deeptwist benchmark torchvision/resnet34 --decomposition spatial-svd --ratio 4
-    deeptwist benchmark resnet32 --small runs/tucker/model --batch 1 64 --threads 1 2
+    deeptwist benchmark --small runs/tucker/model --batch 1 64 --threads 1 2
     deeptwist benchmark torchvision/resnet34 --ratio 4 --runtime eager onnxruntime
     ```
 
     Args:
         small: A folder that deeptwist saved; without it the network is decomposed here.
     """
+    network = network or saved_network(small)
+    job = make_small_job(network, options, small)
     from deeptwist.plan.latency import time_plan
 
     combinations, rounds, layers = settings.settings(), settings.rounds, []
-    job = make_small_job(network, options, small)
     if settings.layers:
         reference, eager = next(job.model.parameters()), replace(combinations[0], runtime="eager")
         with progress_bar("layers", len(job.plan.compressed)) as advance:
@@ -109,7 +116,7 @@ def benchmark(
 
 
 def export(
-    network: NetworkOptions,
+    network: NetworkOptions | None = None,
     *,
     out: Path,
     small: Path | None = None,
@@ -123,7 +130,7 @@ def export(
     """Write a decomposed network for use without deeptwist, and verify what was written.
 
     ```
-    deeptwist export resnet32 --small runs/tucker/model --out small.onnx
+    deeptwist export --small runs/tucker/model --out small.onnx
     deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
     deeptwist export my_nets:unet --small runs/unet/model --dynamic-size --out small.onnx
     deeptwist export my_nets:detector --small runs/det/model --batch 1 --out small.onnx
@@ -137,8 +144,7 @@ def export(
         dynamic_size: Leave height and width free too.
         opset: Version of ONNX's operators; torch's choice if not given.
     """
-    from deeptwist.export import export_onnx, export_program, export_state_dict
-
+    network = network or saved_network(small)
     if opset is not None and format != "onnx":
         raise DeepTwistError(f"--opset applies to ONNX only: leave it out with --format {format}")
     if format == "state-dict" and (batch is not None or dynamic_size):
@@ -146,6 +152,8 @@ def export(
     if small is not None and network.weights is not None:
         raise DeepTwistError("the network in --small has weights: leave out --weights")
     job = make_small_job(network, options, small)
+    from deeptwist.export import export_onnx, export_program, export_state_dict
+
     decomposed = job.small
     example = network.example_input(batch or 2).to(next(decomposed.parameters()).dtype)
     if format == "state-dict":
@@ -168,6 +176,7 @@ def info(folder: Path, *, as_json: AsJson = False) -> None:
     Args:
         folder: What 'deeptwist decompose', 'train' or 'compress' saved, or a folder of theirs.
     """
+    check_small(folder)
     from deeptwist.app.serving import describe
 
     print_result(describe(folder), as_json, print_info)
@@ -188,6 +197,8 @@ def predict(
         images: Files.
         top: How many classes of each are told.
     """
+    if network.suffix != ".onnx":
+        check_small(network)
     from deeptwist.app.serving import predict
 
     values = predict(network, images, top=top)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from deeptwist.app.cli.checks import given_sizes
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import (
     CalibrationOptions,
     NetworkOptions,
     SweepOptions,
-    given_sizes,
     make_job,
 )
 from deeptwist.app.training.evaluation import evaluate

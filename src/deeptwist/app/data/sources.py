@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform
 from deeptwist.app.data.loading import batches
-from deeptwist.errors import DeepTwistError, first_line, require_extra, unknown_name_error
+from deeptwist.errors import DeepTwistError, first_line, require_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("deeptwist")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_NAMED = ("digits", "cifar10")
 _SMALL = 64  # pixels: up to here, images are kept in memory without being asked for
 
 
@@ -45,12 +44,8 @@ def load_data(config: "DataRecipe | str", **options: Any) -> ImageData:
         with require_extra():
             from deeptwist.app.training.recipe import make_recipe
         config = make_recipe({"model": "none", "data": {"source": config, **options}}).data
-    if config.source in _NAMED:
-        return _load_named(config)
-    path = Path(config.source)
-    if path.name == config.source and not path.expanduser().is_dir():
-        raise unknown_name_error("data set", config.source, [*_NAMED, "path/to/folder", "hf/NAME"])
-    return _load_files(config)
+    config.check_source()
+    return _load_named(config) if config.is_named else _load_files(config)
 
 
 # --- what prepares images
@@ -194,8 +189,6 @@ def _list_source(source: str) -> tuple[_Listing, _Listing]:
         train, test = _list_hub(source.removeprefix("hf/"))
     else:
         root = Path(source).expanduser().resolve()
-        if not root.is_dir():
-            raise DeepTwistError(f"no folder of images at '{root}'")
         folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
         if folders and not folders & {"train", "test", "val"}:
             return _split(_list_folder(root), source)

@@ -27,6 +27,7 @@ def _within(**bounds: float) -> Parameter:
     return Parameter(validator=Number(**bounds))
 
 
+_NAMED = "digits", "cifar10"  # data sets
 Mode = Literal["dense", "deeptwist", "finetune"]
 CountOrNone = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=0))]
 Pixels = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1, lte=2**14))]
@@ -87,6 +88,25 @@ class DataRecipe:
     workers: CountOrNone | None = None
     skip_unreadable: Annotated[bool, Parameter(alias="--skip-unreadable")] = False
     validation: CountOrNone = 0
+
+    @property
+    def is_named(self) -> bool:
+        """Return whether the images have a name of their own, and a fixed size."""
+        return self.source in _NAMED
+
+    def check_source(self) -> None:
+        """Check that the images are there.
+
+        Raises:
+            DeepTwistError: if they are not; of Hugging Face's, only loading them tells.
+        """
+        path = Path(self.source).expanduser()
+        if self.is_named or self.source.startswith("hf/") or path.is_dir():
+            return
+        if path.name == self.source:
+            known = [*_NAMED, "path/to/folder", "hf/NAME"]
+            raise unknown_name_error("data set", self.source, known)
+        raise DeepTwistError(f"no folder of images at '{path.resolve()}'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,14 @@ from torch import nn
 
 from deeptwist._version import __version__
 from deeptwist.app.data import ImageData
-from deeptwist.app.folders import DENSE_WEIGHTS, PLAN, SMALL, SUMMARY, read_run
+from deeptwist.app.folders import (
+    DENSE_WEIGHTS,
+    PLAN,
+    SMALL,
+    SUMMARY,
+    check_same_recipe,
+    read_run,
+)
 from deeptwist.app.training.devices import images_on, make_fabric
 from deeptwist.app.training.evaluation import (
     Evaluation,
@@ -22,7 +29,7 @@ from deeptwist.app.training.evaluation import (
 )
 from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
-from deeptwist.app.training.run_dir import RunDir, check_same_recipe, lock_run_dir
+from deeptwist.app.training.run_dir import RunDir, lock_run_dir
 from deeptwist.compress import Values
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.errors import DeepTwistError

@@ -15,10 +15,10 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import nn
 
-from deeptwist.app.folders import METRICS, RECIPE, check_folder
+from deeptwist.app.folders import METRICS, RECIPE, check_same_recipe
 from deeptwist.app.training.devices import Fabric, TensorBoardLogger
 from deeptwist.app.training.loop import OnRecord, Trainer
-from deeptwist.app.training.recipe import Recipe, read_recipe
+from deeptwist.app.training.recipe import Recipe
 from deeptwist.compress import Values
 from deeptwist.errors import DeepTwistError, first_line
 from deeptwist.files import fsync, write_state, write_text
@@ -28,7 +28,6 @@ logger = logging.getLogger("deeptwist")
 _LOCK, _TENSORBOARD, _CHECKPOINTS = ".lock", "tensorboard", "checkpoint-*.pt"
 _FORMAT = 2
 _KEPT = 2  # the one before the last is for when the last turns out to be damaged
-_MAY_CHANGE = ("workers", "skip_unreadable")  # of the data, where a run is gone on with
 
 
 class RunDir:
@@ -226,23 +225,6 @@ def lock_run_dir(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) ->
         yield
     finally:
         lock.release()
-
-
-def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Check that a folder may be trained in.
-
-    Raises:
-        DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
-    """
-    known = _comparable(read_recipe(path / RECIPE)) if (path / RECIPE).exists() else None
-    check_folder(path, "run", known, _comparable(recipe), resume=resume)
-
-
-def _comparable(recipe: Recipe) -> Values:
-    """Return a recipe's values but for those that a run may go on with others of."""
-    values = recipe.to_dict()
-    data = {key: value for key, value in values["data"].items() if key not in _MAY_CHANGE}
-    return {**values, "data": data}
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
