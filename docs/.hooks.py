@@ -8,6 +8,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import deeptwist
+from deeptwist.app.cli.commands import app
+from deeptwist.app.cli.help import default_of
 
 _AT_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _NOTEBOOK = "notebooks/resnet18"
@@ -15,7 +17,7 @@ _FIGURE = re.compile(r"(!\[[^\]]*\])\(\.\./(results/[^)]*)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the figures of results that pages show, and the notebook as a page."""
+    """Add the figures of results that pages show, the notebook and all options as pages."""
     docs = Path(config.docs_dir)
     pages = "".join(page.read_text(encoding="utf-8") for page in docs.glob("*.md"))
     for path in dict.fromkeys(path for _, path in _FIGURE.findall(pages)):
@@ -23,6 +25,7 @@ def on_files(files: Files, config: Any) -> Files:
     cells = json.loads((docs / f"{_NOTEBOOK}.ipynb").read_text(encoding="utf-8"))["cells"]
     page = "\n\n".join(_as_markdown(cell) for cell in cells)
     files.append(File.generated(config, f"{_NOTEBOOK}.md", content=page))
+    files.append(File.generated(config, "options.md", content=_options()))
     return files
 
 
@@ -45,6 +48,25 @@ def _as_markdown(cell: dict[str, Any]) -> str:
         return text
     printed = "".join("".join(output.get("text", "")) for output in cell["outputs"]).rstrip()
     return f"```python\n{text}\n```" + (f"\n\n```text\n{printed}\n```" if printed else "")
+
+
+def _options() -> str:
+    """Return a table for each command: its options, their defaults, what they say."""
+    lines = ["# All options"]
+    for name in (name for name in app if not name.startswith("-")):
+        lines += [f"\n## deeptwist {name}\n", "| option | default | |", "| --- | --- | --- |"]
+        command = app[name]
+        with command.app_stack([app, command]):
+            arguments = command.assemble_argument_collection(parse_docstring=True)
+        defaults = getattr(command.help_formatter, "defaults", {})
+        for argument in (each for each in arguments if each.show):
+            names = " ".join(f"`{name}`" for name in dict.fromkeys(argument.names))
+            own = argument.field_info.default
+            default = default_of(argument.names, own, defaults) if argument.show_default else None
+            choices = f" ({', '.join(map(str, argument.get_choices() or ()))})".replace(" ()", "")
+            says = " ".join((argument.parameter.help or "").split())
+            lines.append(f"| {names} | {default or ''} | {says}{choices} |")
+    return "\n".join(lines)
 
 
 def _as_imported(match: re.Match[str]) -> str:

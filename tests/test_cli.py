@@ -105,6 +105,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["evaluate", "resnet20", "--data", "digist", "--small", "x"], "did you mean 'digits'?"),
         (["evaluate", "resnet20", "--data", "digits", "--small", "nowhere"], "no config.json"),
         (["evaluate", "resnet20", "--data", "digits"], "--weights"),
+        (["export", "--out", "x.onnx"], "name a network, or the folder of a small one"),
         (
             ["train", "resnet20", "--data", "/nowhere/at/all", "--ratio", "4", "--out", "x"],
             "/nowhere/at/all",
@@ -190,6 +191,45 @@ def test_help_names_every_command_and_shows_examples() -> None:
     ):
         assert command in overview
         assert f"deeptwist {command}" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "train"])
+def test_help_shows_the_common_options_and_help_all_the_others(command: str) -> None:
+    common, every = (
+        {*re.findall(r"^│ (?:\*  |   )?(?:[A-Z]+ )?(--[\w.-]+)", run(command, option).stdout, re.M)}
+        for option in ("--help", "--help-all")
+    )
+    assert {"--out", "--json"} <= common < every
+    assert 15 <= len(common) <= 25
+    assert len(every) > 1.5 * len(common)
+    assert run(command, "--help").stdout.count("╭─ Compression") == 1
+
+
+def test_help_tells_each_command_s_own_defaults() -> None:
+    for command, mode, rate in (("compress", "finetune", "0.02"), ("train", "deeptwist", "0.05")):
+        text = " ".join(run(command, "--help").stdout.replace("│", "").split())
+        assert re.search(rf"--mode \S+ How to train\. \[.*?\] \[default: {mode}\]", text)
+        assert re.search(rf"--lr [^\[]*\[default: {rate}\]", text)
+
+
+def test_what_is_not_there_is_refused_before_torch_is_imported() -> None:
+    mistakes = [
+        "compress timm/nonsense --data digits --ratio 4 --out x",
+        "plan resnet20 --ratio 4 --weights nowhere.pt",
+        "train resnet20 --ratio 4 --data no/where --out x",
+        "evaluate --data digits --small nowhere",
+        "plan resnet20 --plan nowhere.json",
+        "report nowhere",
+    ]
+    code = (
+        "import sys; from deeptwist.app.cli import main\n"
+        f"for words in {mistakes}:\n"
+        "    try: main(words.split())\n"
+        "    except SystemExit as ended: assert ended.code == 2\n"
+        "assert not {'torch', 'timm', 'matplotlib'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (0, len(mistakes)), done.stderr
 
 
 def test_a_plan_printed_as_json_reads_back_and_serves_as_input(tmp_path: Path) -> None:
@@ -300,16 +340,13 @@ def test_train_report_and_benchmark_follow_one_another(weights: Path, tmp_path: 
     assert "holds a run" in refused(*words)
 
     evaluated = json.loads(
-        run("evaluate", "resnet20", "--small", out / "model", "--data", "digits", "--json").stdout
+        run("evaluate", "--small", out / "model", "--data", "digits", "--json").stdout
     )
     assert evaluated["accuracy"] == pytest.approx(summary["accuracy"], abs=1e-9)
 
     timed = json.loads(
         run(
             "benchmark",
-            "resnet20",
-            "--input",
-            "1x8x8",
             "--small",
             out / "model",
             "--rounds",

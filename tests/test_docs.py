@@ -197,8 +197,8 @@ def command_lines() -> Iterator[tuple[str, str]]:
     for command in (name for name in app if not name.startswith("-")):
         text = app[command].default_command.__doc__ or ""
         (block,) = re.findall(r"^ *```\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
-        continued = re.sub(r"\n *(?! |deeptwist|torchrun)", " ", block)
-        yield from ((f"deeptwist {command} --help", line) for line in joined(continued))
+        assert max(map(len, block.splitlines())) <= 4 + 78  # whole on a narrow terminal
+        yield from ((f"deeptwist {command} --help", line) for line in joined(block))
 
 
 def joined(text: str) -> Iterator[str]:

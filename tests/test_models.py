@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deeptwist.app.data import load_data, normalize
 from deeptwist.networks.build import MODELS, build_model
 from deeptwist.networks.cifar import PadShortcut
+from deeptwist.networks.names import registered
 from deeptwist.networks.weights import build_trained, load_weights
 
 ErrorOf = Callable[..., str]
@@ -147,6 +148,15 @@ def test_a_name_like_no_other_lists_them(error_of: ErrorOf) -> None:
     message = error_of(build_model, "xyz")
     assert "resnet32" in message
     assert "torchvision/NAME" in message
+
+
+def test_names_are_known_without_importing_the_libraries() -> None:
+    """The oracle: what the libraries themselves list."""
+    models, timm = pytest.importorskip("torchvision.models"), pytest.importorskip("timm")
+    assert registered("torchvision") == {*models.list_models(module=models)}
+    assert registered("timm") >= {*timm.list_models()}
+    assert registered("timm") >= {name.partition(".")[0] for name in timm.list_pretrained()}
+    assert not registered("nowhere")
 
 
 def test_torchvision(error_of: ErrorOf) -> None:

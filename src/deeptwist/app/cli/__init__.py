@@ -23,9 +23,12 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         with require_extra("cli"):
             from deeptwist.app.cli.commands import app
+        from deeptwist.app.cli.help import SHOWS_ALL
     except DeepTwistError as error:
         sys.exit(_complain(str(error)))
-    if {"--version", "--verbose"} <= set(sys.argv[1:] if words is None else words):
+    words = sys.argv[1:] if words is None else words
+    SHOWS_ALL.set("--help-all" in words)
+    if {"--version", "--verbose"} <= {*words}:
         from deeptwist.measure.machine import describe_environment
 
         print(describe_environment())

@@ -20,7 +20,9 @@ from deeptwist.app.cli.console import (
     print_sweep,
     telling,
 )
+from deeptwist.app.cli.help import CommonOptions
 from deeptwist.app.cli.options import (
+    COMPRESS_DEFAULTS,
     NO_CALIBRATION,
     NO_SWEEP,
     AsJson,
@@ -45,6 +47,8 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` tells how to go on
     config=values_of_recipe,
     default_parameter=Parameter(negative=(), show_env_var=False),
+    help_flags=("--help", "-h", "--help-all"),
+    help_epilogue="`--help-all` shows every option of a command.",
     help="""Make a trained CNN smaller and faster by learning its low-rank approximation.
 
 `deeptwist demo` shows all of it in two minutes.""",
@@ -71,31 +75,38 @@ def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> N
     print(NEXT_STEPS)
 
 
-@app.command
+@app.command(
+    help_formatter=CommonOptions(
+        "--network --out --weights --data --image-size --ratio --macs --latency --goal --exclude "
+        "--decomposition --mode --epochs --lr --batch-size --calibration-images --distill-steps "
+        "--int8 --runtime --batch --threads --resume --json",
+        COMPRESS_DEFAULTS,
+    )
+)
 def compress(
     network: Annotated[str, Parameter(help="A network as elsewhere, or a recipe (.yaml).")],
     *,
     out: Path,
-    recipe: Annotated[Recipe, Parameter(name="*")],
+    recipe: Annotated[Recipe, Parameter(name="*", group="Training")],
     options: CompressOptions = _COMPRESS,
     resume: bool = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a trained network smaller: the whole job in one command and one folder.
+    r"""Make a trained network smaller: the whole job in one command and one folder.
 
     Evaluates the dense network, calibrates, plans, decomposes, trains, takes batch norm's
     statistics anew, exports both networks to ONNX, times them in turn, writes a report. Unless a
-    recipe or an option says otherwise, and whatever defaults stand below: spatial SVD on all
-    convolutions but the first, calibrated on 1,024 images, and 6 epochs of conventional
-    fine-tuning from a learning rate of 0.02.
+    recipe or an option says otherwise: spatial SVD on all convolutions but the first, calibrated
+    on 1,024 images, and 6 epochs of conventional fine-tuning from a learning rate of 0.02.
 
     ```
-    deeptwist compress resnet32 --weights r32.safetensors --data cifar10 --ratio 4 --out runs/r32
-    deeptwist compress torchvision/resnet18 --weights r18.safetensors --data photos/
-      --goal 'accuracy>=dense-0.01' --epochs 0 --int8 --out runs/r18
-    deeptwist compress mine.models:network --data photos/ --macs 3 --batch 1 --out runs/mine
-    deeptwist compress mine.models:network --data photos/ --macs 3 --batch 1 --out runs/mine
-      --resume
+    deeptwist compress resnet32 --weights r32.safetensors --data cifar10 \
+        --ratio 4 --out runs/r32
+    deeptwist compress torchvision/resnet18 --weights DEFAULT --data photos/ \
+        --goal 'accuracy>=dense-0.01' --epochs 0 --int8 --out runs/r18
+    deeptwist compress mine.models:network --data photos/ --macs 3 --out runs/a
+    deeptwist compress mine.models:network --data photos/ --macs 3 --out runs/a \
+        --resume
     ```
 
     Args:
@@ -112,7 +123,13 @@ def compress(
     )
 
 
-@app.command
+@app.command(
+    help_formatter=CommonOptions(
+        "--model --weights --input --image-size --num-classes --ratio --weight-budget --macs "
+        "--latency --rank --decomposition --include --exclude --override --calibrate --out --sweep "
+        "--data --page --json"
+    )
+)
 def plan(
     network: NetworkOptions,
     *,
@@ -122,13 +139,13 @@ def plan(
     sweep: SweepOptions = NO_SWEEP,
     as_json: AsJson = False,
 ) -> None:
-    """Show which layers would be compressed, how, at what cost; change nothing.
+    r"""Show which layers would be compressed, how, at what cost; change nothing.
 
     ```
     deeptwist plan resnet32 --weights resnet32.safetensors --ratio 4
-    deeptwist plan torchvision/resnet34 --decomposition spatial-svd --ratio 4 --min-in-channels 128
-    deeptwist plan resnet32 --weights r32.safetensors --decomposition spatial-svd tucker --macs 3
-      --calibrate cifar10
+    deeptwist plan torchvision/resnet34 --ratio 4 --min-in-channels 128
+    deeptwist plan resnet32 --weights r32.safetensors --calibrate cifar10 \
+        --decomposition spatial-svd tucker --macs 3
     ```
 
     Args:
@@ -154,26 +171,32 @@ def plan(
     print(planned.to_json() if as_json else planned)
 
 
-@app.command
+@app.command(
+    help_formatter=CommonOptions(
+        "--network --out --weights --data --image-size --mode --interval --ratio --macs --rank "
+        "--decomposition --exclude --calibration-images --epochs --lr --batch-size --seed "
+        "--precision --optimizer.name --schedule.kind --resume --json"
+    )
+)
 def train(
     network: Annotated[str, Parameter(help="A recipe (.yaml), or a network as elsewhere.")],
     *,
     out: Path,
-    recipe: Annotated[Recipe, Parameter(name="*")],
+    recipe: Annotated[Recipe, Parameter(name="*", group="Training")],
     resume: bool = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network: as it is, under DeepTwist, or decomposed (conventional fine-tuning).
+    r"""Train a network: as it is, under DeepTwist, or decomposed (conventional fine-tuning).
 
     ```
-    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --data cifar10 --out runs/svd
-    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --data cifar10 --out runs/svd --resume
-    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --optimizer.lr 0.05 --out runs/faster
-    deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/dense
-    deeptwist train resnet32 --data cifar10 --weights runs/dense/weights.safetensors
-      --decomposition tucker --ratio 4 --out runs/tucker
-    torchrun --nproc-per-node 2 -m deeptwist train recipes/resnet32-cifar10-10-epochs.yaml
-      --out runs/two
+    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --out runs/a
+    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --out runs/a --resume
+    deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --lr 0.01 --out runs/b
+    deeptwist train resnet32 --data cifar10 --mode dense --epochs 20 --out runs/c
+    deeptwist train resnet32 --data cifar10 --weights runs/c/weights.safetensors \
+        --decomposition tucker --ratio 4 --out runs/d
+    torchrun --nproc-per-node 2 -m \
+        deeptwist train recipes/resnet32-cifar10-10-epochs.yaml --out runs/e
     ```
 
     Args:
@@ -205,12 +228,12 @@ def decompose(
     recalibrate: bool = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decompose a network as it is, without training, and save it.
+    r"""Decompose a network as it is, without training, and save it.
 
     ```
-    deeptwist decompose resnet32 --weights resnet32.safetensors --ratio 2 --out small/
-    deeptwist decompose resnet32 --weights r32.safetensors --decomposition spatial-svd --macs 2
-      --calibrate cifar10 --recalibrate --out small/
+    deeptwist decompose resnet32 --weights r32.safetensors --ratio 2 --out small
+    deeptwist decompose resnet32 --weights r32.safetensors --macs 2 \
+        --calibrate cifar10 --recalibrate --out small
     ```
 
     Args:

@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 
 from deeptwist.app.cli.checks import check_inputs, check_size, check_small
 from deeptwist.app.cli.console import progress_bar
-from deeptwist.app.training.compression import CompressionRecipe, Count, read_whole
+from deeptwist.app.training.compression import HOW, CompressionRecipe, Count, read_whole
 from deeptwist.app.training.recipe import CountOrNone, DataRecipe, Pixels, Positive, read_values
 from deeptwist.errors import DeepTwistError
 
@@ -32,7 +32,7 @@ COMPRESS_DEFAULTS: dict[str, Any] = {
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
-PlanOptions = Annotated[CompressionRecipe | None, Parameter(name="*")]
+PlanOptions = Annotated[CompressionRecipe | None, Parameter(name="*", group=HOW)]
 
 
 @Parameter(name="*")
@@ -122,7 +122,7 @@ class NetworkOptions(WeightOptions):
         return load_data(source, image_size=size)
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="Images")
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
     """Images that ranks and factors are chosen on.
@@ -140,7 +140,7 @@ class CalibrationOptions:
 NO_CALIBRATION = CalibrationOptions()
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="Sweep")
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """A plan at ratios from 1.5 to 8 instead of one.
@@ -267,6 +267,10 @@ def make_small_job(
             compresses no layer.
     """
     check_inputs(network.model, network.weights)
+    if small is not None and options is not None:
+        raise DeepTwistError(
+            "the network in --small is decomposed already: leave out the options of a plan"
+        )
     check_small(small)
     from deeptwist.compress import Job
     from deeptwist.plan.planner import plan_from_model
@@ -277,10 +281,6 @@ def make_small_job(
         job.choose_plan()
         job.decompose()
         return job
-    if options is not None:
-        raise DeepTwistError(
-            "the network in --small is decomposed already: leave out the options of a plan"
-        )
     dense = network.build(bare=True)
     decomposed = load(small, model=dense)
     plan = plan_from_model(decomposed, dense, network.example_input())
@@ -299,7 +299,7 @@ def _outputs(network: "nn.Module", example_input: "Tensor") -> int | None:
     return output.shape[1] if is_logits else None
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="Timing")
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
     """Settings to time networks in; several values of one option are all combined.
@@ -349,12 +349,12 @@ class CompressOptions(BenchmarkOptions):
         runtime: What runs the networks; ONNX files are written where onnxruntime is among them.
     """
 
-    goal: str | None = None
-    distill_steps: CountOrNone | None = None
-    distill_minutes: Positive = 10.0
-    distill_images: Count = 2048
+    goal: Annotated[str | None, Parameter(group=HOW)] = None
+    distill_steps: Annotated[CountOrNone | None, Parameter(group="Training")] = None
+    distill_minutes: Annotated[Positive, Parameter(group="Training")] = 10.0
+    distill_images: Annotated[Count, Parameter(group="Training")] = 2048
     int8: bool = False
-    keep_calibration: bool = False
+    keep_calibration: Annotated[bool, Parameter(group="Parameters")] = False
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
     layers: Annotated[bool, Parameter(show=False)] = False
 

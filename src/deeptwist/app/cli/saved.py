@@ -86,7 +86,7 @@ def benchmark(
     """Time a network dense and decomposed, in turn, in one process: each layer, then the whole.
 
     ```
-    deeptwist benchmark torchvision/resnet34 --decomposition spatial-svd --ratio 4
+    deeptwist benchmark torchvision/resnet34 --decomposition tucker --ratio 4
     deeptwist benchmark --small runs/tucker/model --batch 1 64 --threads 1 2
     deeptwist benchmark torchvision/resnet34 --ratio 4 --runtime eager onnxruntime
     ```
@@ -131,9 +131,9 @@ def export(
 
     ```
     deeptwist export --small runs/tucker/model --out small.onnx
-    deeptwist export torchvision/resnet34 --ratio 4 --format program --out small.pt2
-    deeptwist export my_nets:unet --small runs/unet/model --dynamic-size --out small.onnx
-    deeptwist export my_nets:detector --small runs/det/model --batch 1 --out small.onnx
+    deeptwist export torchvision/resnet34 --ratio 4 --format program --out r34.pt2
+    deeptwist export --small runs/unet/model --dynamic-size --out unet.onnx
+    deeptwist export --small runs/detector/model --batch 1 --out detector.onnx
     ```
 
     Args:

@@ -47,6 +47,7 @@ def _check_tile(_: Any, tile: int | tuple[int, ...] | None) -> None:
         raise ValueError("Write rows and columns, such as 64x72.")
 
 
+HOW = "Compression"  # a group of options, in help
 Count = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1))]
 _SIZES = Parameter(n_tokens=1, accepts_keys=False, converter=_read_sizes)
 

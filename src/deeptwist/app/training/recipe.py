@@ -15,8 +15,8 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 from cyclopts.validators import Number
 
+from deeptwist.app.training.compression import HOW, Count, read_whole
 from deeptwist.app.training.compression import CompressionRecipe as CompressionRecipe
-from deeptwist.app.training.compression import Count, read_whole
 from deeptwist.errors import DeepTwistError, require_extra, unknown_name_error
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ class Recipe:
     """
 
     model: Annotated[str, Parameter(show=False)]  # the command line's first word
-    weights: str | None = None
+    weights: Annotated[str | None, Parameter(group="Parameters")] = None
     mode: Mode = "deeptwist"
     interval: Count = 200
     batch_size: Count = 128
@@ -285,11 +285,11 @@ class Recipe:
     cuda_graphs: bool = False
     compile: str | None = None
     checkpoint_gradients: bool = False
-    data: DataRecipe = field(default_factory=DataRecipe)
+    data: Annotated[DataRecipe, Parameter(group="Images")] = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
-    compression: Annotated[CompressionRecipe, Parameter(name=("compression", "*"))] = field(
-        default_factory=CompressionRecipe
+    compression: Annotated[CompressionRecipe, Parameter(name=("compression", "*"), group=HOW)] = (
+        field(default_factory=CompressionRecipe)
     )
     calibration_images: CountOrNone = 0
     frozen_compression: CompressionRecipe | None = None
