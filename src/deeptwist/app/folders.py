@@ -125,11 +125,11 @@ def check_folder(
     *,
     resume: bool,
 ) -> None:
-    """Check that a folder is free, or holds what is to be gone on with.
+    """Check that a folder is free, or holds work of this kind that is to be gone on with.
 
     Args:
         folder: where the work goes.
-        kind: of work: a job or a run.
+        kind: a job or a run.
         known: what was asked for in the work that the folder holds; `None` where it holds none.
         asked: what is asked for now, of which every value must be the same.
         resume: whether that work is to be gone on with.
@@ -151,11 +151,7 @@ def check_folder(
 
 
 def check_same_recipe(path: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Check that a folder may be trained in.
-
-    Raises:
-        DeepTwistError: if it holds a run and `resume` is not given, or one of another recipe.
-    """
+    """Check that a folder may be trained in, see `check_folder`."""
     known = _comparable(read_recipe(path / RECIPE)) if (path / RECIPE).exists() else None
     check_folder(path, "run", known, _comparable(recipe), resume=resume)
 

@@ -10,7 +10,6 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
-from deeptwist.app.cli.checks import check_inputs, check_job, check_size
 from deeptwist.app.cli.console import (
     is_main_process,
     plan_counts,
@@ -31,6 +30,8 @@ from deeptwist.app.cli.options import (
     NetworkOptions,
     PlanOptions,
     SweepOptions,
+    check_inputs,
+    check_size,
     make_job,
     values_of_recipe,
 )
@@ -113,7 +114,7 @@ def compress(
         out: Folder of the job: plan, small network, ONNX files, report, every step's result.
         resume: Go on with the job in the folder: steps that are done are skipped.
     """
-    check_job(recipe, options)
+    options.check(recipe)
     check_inputs(recipe.model, recipe.weights, recipe.data)
     from deeptwist.app.cli.compress import run_compress
 

@@ -1,8 +1,11 @@
 """The whole job on a trained network: its steps shown, kept in one folder, skipped when done."""
 
 import copy
+import json
 import logging
 import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeptwist.app.cli.checks import Goal, check_job
 from deeptwist.app.cli.console import progress_bar, telling
-from deeptwist.app.cli.options import CompressOptions
-from deeptwist.app.cli.record import Record
+from deeptwist.app.cli.options import CompressOptions, Goal
 from deeptwist.app.data import load_data
+from deeptwist.app.folders import JOB, RECIPE, check_folder, read_job
 from deeptwist.app.report import write_report
 from deeptwist.app.tables import int8_changes, speed
 from deeptwist.app.training.evaluation import (
@@ -31,7 +33,8 @@ from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import CALIBRATION, DISTILLED, SMALL, Job, Values
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.distill import HELD_OUT, distill
-from deeptwist.errors import require_extra
+from deeptwist.errors import DeepTwistError, require_extra
+from deeptwist.files import explaining_writes, write_text
 from deeptwist.measure.runtimes import Setting
 from deeptwist.save import WEIGHTS, load
 
@@ -68,7 +71,7 @@ def run_compress(
     Raises:
         DeepTwistError: if the folder holds a job and `resume` is not given, or a step fails.
     """
-    goal = check_job(recipe, options)
+    goal = options.check(recipe)
     has_onnx = "onnxruntime" in options.runtime
     if has_onnx:
         with require_extra("onnx"):
@@ -83,18 +86,50 @@ def run_compress(
         has_onnx,
         options.int8,
     )
-    asked = {**recipe.to_dict(), "options": asdict(options)}
-    record = Record(folder, asked, total=7 + sum(optional), resume=resume)
-    record.begin("load", f"{recipe.model}, and the images of {recipe.data.source}")
+    record = _begin(folder, {**recipe.to_dict(), "options": asdict(options)}, resume=resume)
+    results, seconds, total = record["results"], record["seconds"], 7 + sum(optional)
+    started = time.perf_counter()
+    _say(f"[1/{total}] load: {recipe.model}, and the images of {recipe.data.source}")
     job = ImageJob(recipe, options, folder, has_goal=goal is not None)
-    counts = (len(split.labels) for split in (job.data.train, job.data.test))
-    record.end("{:,} images to train on, {:,} test images".format(*counts))
-    for step in _steps(job, record.results, options, goal):
-        record.run(*step)
+    train_images, test_images = (len(split.labels) for split in (job.data.train, job.data.test))
+    took = f"{time.perf_counter() - started:.1f} s"
+    _say(f"      {train_images:,} images to train on, {test_images:,} test images ({took})")
+    steps = _steps(job, results, options, goal)
+    for number, (name, what, work, describe) in enumerate(steps, start=2):
+        _say(f"[{number}/{total}] {name}: {what}")
+        took = "done already"
+        if name not in results:
+            started = time.perf_counter()
+            results[name] = work()
+            seconds[name] = time.perf_counter() - started
+            took = f"{seconds[name]:.1f} s"
+            with explaining_writes(folder / JOB):
+                write_text(folder / JOB, json.dumps(record, indent=1, ensure_ascii=False))
+        _say(f"      {describe(**results[name])} ({took})")
     if not options.keep_calibration:
         (folder / CALIBRATION).unlink(missing_ok=True)
-    reached = {} if goal is None else {"goal": goal(record.results["dense"]["accuracy"])}
-    return record.to_dict() | reached
+    reached = {} if goal is None else {"goal": goal(results["dense"]["accuracy"])}
+    return record | reached
+
+
+def _begin(folder: Path, asked: Values, *, resume: bool) -> Values:
+    """Return the record of a job: see `read_job`; of a new one, what is asked for alone.
+
+    Raises:
+        DeepTwistError: if the folder holds a job and `resume` is not given, or another job or run.
+    """
+    new = {"job": json.loads(json.dumps(asked)), "results": {}, "seconds": {}}
+    record = read_job(folder)
+    check_folder(folder, "job", record and record["job"], new["job"], resume=resume)
+    if record is None and (folder / RECIPE).exists():
+        raise DeepTwistError(f"{folder} holds a run of 'deeptwist train': choose another folder")
+    with explaining_writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return record or new
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _steps(

@@ -32,11 +32,6 @@ now with a network and images of your own (folders train/CLASS/, val/CLASS/):
 def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
     """Train a dense network on scikit-learn's handwritten digits, and compress it five times.
 
-    Args:
-        out: where the dense run and the job go; an earlier demo there is replaced.
-        epochs: of each training.
-        seed: of the initial weights and of the order of the images.
-
     Returns:
         What every step of the job came to.
 

@@ -1,5 +1,8 @@
 """Options that several commands share, and what fills them in or is made of them."""
 
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -10,11 +13,18 @@ from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 from cyclopts.validators import Number
 
-from deeptwist.app.cli.checks import check_inputs, check_size, check_small
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.training.compression import HOW, CompressionRecipe, Count, read_whole
-from deeptwist.app.training.recipe import CountOrNone, DataRecipe, Pixels, Positive, read_values
-from deeptwist.errors import DeepTwistError
+from deeptwist.app.training.recipe import (
+    CountOrNone,
+    DataRecipe,
+    Pixels,
+    Positive,
+    Recipe,
+    read_values,
+)
+from deeptwist.errors import DeepTwistError, check_ratio
+from deeptwist.networks.names import check_name, check_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +39,8 @@ COMPRESS_DEFAULTS: dict[str, Any] = {
     "optimizer": {"lr": 0.02},
     "calibration_images": 1024,
 }
+Goal = Callable[[float], float]  # the dense network's accuracy → the least of the small one
+_SIZES = "ratio", "weight_budget", "macs", "latency", "latency_ms", "rank", "fraction", "plan"
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Parameter(consume_multiple=True)]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON for a script instead of a table.")]
@@ -53,12 +65,7 @@ class WeightOptions:
     num_classes: int | None = None
 
     def build(self, data: "ImageData | None" = None, *, bare: bool = False) -> "nn.Module":
-        """Return the network with its weights; options win over what the data set says.
-
-        Args:
-            data: says how many classes and channels there are.
-            bare: whether its weights do not matter.
-        """
+        """Return the network with its weights, or `bare`; options win over what the data says."""
         from deeptwist.networks.build import build_model
         from deeptwist.networks.weights import build_trained
 
@@ -183,6 +190,49 @@ def values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     Dict(values, source=recipe, use_commands_as_keys=False)(app, commands, arguments)
 
 
+def check_inputs(
+    model: str,
+    weights: str | None = None,
+    data: DataRecipe | str | None = None,
+) -> None:
+    """Check that a network, its weights and images are there, as far as names and files tell."""
+    check_name(model)
+    if weights is not None:
+        check_weights(model, weights)
+    if data is not None:
+        (DataRecipe(source=data) if isinstance(data, str) else data).check_source()
+
+
+def check_small(small: Path | None) -> None:
+    """Check that a folder of a saved network is there."""
+    if small is not None and not small.is_dir():
+        raise DeepTwistError(f"no config.json in {small}: not a folder that deeptwist saved")
+
+
+def given_sizes(compression: CompressionRecipe) -> list[str]:
+    """Return the options that say how small, of those that are given."""
+    return [name for name in _SIZES if getattr(compression, name) is not None]
+
+
+def check_size(compression: CompressionRecipe, *, or_goal: bool = False) -> None:
+    """Check that something says how small the network shall be, as a goal would too.
+
+    Raises:
+        DeepTwistError: if nothing does, a number that does compresses nothing, or a plan is not
+            there.
+    """
+    if not given_sizes(compression) and not compression.overrides:
+        others = "--weight-budget 4, --macs 3 or --latency 2"
+        if or_goal:
+            others = "--macs 3, --latency 2, or --goal 'accuracy>=dense-0.01'"
+        raise DeepTwistError(f"say how small: --ratio 4, {others}")
+    for factor in (compression.ratio, compression.weight_budget, compression.macs):
+        if factor is not None:
+            check_ratio(factor)
+    if compression.plan is not None and not Path(compression.plan).exists():
+        raise DeepTwistError(f"cannot read plan {compression.plan}: no such file")
+
+
 def make_job(
     network: NetworkOptions,
     options: CompressionRecipe | None,
@@ -193,12 +243,7 @@ def make_job(
 ) -> "Job":
     """Return the job on a network without training, calibrated where images are given.
 
-    Args:
-        network: see `NetworkOptions`.
-        options: of a plan.
-        calibration: images to choose ranks and factors on.
-        data: images that the network is built for, and calibrated on in place of those.
-        recalibrate: take batch norm's statistics anew on them.
+    With `data` the network is built for those images, and calibrated on them.
 
     Raises:
         DeepTwistError: if there is no such network, nothing says how small it shall be, or there
@@ -231,61 +276,6 @@ def make_job(
     job = Job(dense, make_plan, lambda: batches, recover, None, progress_bar, metadata)
     if batches:
         job.calibrate()
-    return job
-
-
-def saved_network(small: Path | None) -> NetworkOptions:
-    """Return the network that a saved folder names, with the input that it was planned on.
-
-    Raises:
-        DeepTwistError: if there is no folder, or none that can be read.
-    """
-    if small is None:
-        raise DeepTwistError("name a network, or the folder of a small one: --small FOLDER")
-    check_small(small)
-    from deeptwist.save import read_saved
-
-    saved = read_saved(small)
-    shape = next((each[0][1:] for each in saved.inputs if isinstance(each, tuple)), ())
-    classes = saved.metadata.get("num_classes")
-    size = "x".join(map(str, shape)) or None
-    return NetworkOptions(model=saved.base_model, num_classes=classes, input=size)
-
-
-def make_small_job(
-    network: NetworkOptions, options: CompressionRecipe | None, small: Path | None
-) -> "Job":
-    """Return the job on a network whose small one is there: as saved, or as planned here.
-
-    Args:
-        network: see `NetworkOptions`.
-        options: of a plan.
-        small: a folder with the decomposed network.
-
-    Raises:
-        DeepTwistError: if both a folder and options of a plan are given, or the plan
-            compresses no layer.
-    """
-    check_inputs(network.model, network.weights)
-    if small is not None and options is not None:
-        raise DeepTwistError(
-            "the network in --small is decomposed already: leave out the options of a plan"
-        )
-    check_small(small)
-    from deeptwist.compress import Job
-    from deeptwist.plan.planner import plan_from_model
-    from deeptwist.save import load, read_saved
-
-    if small is None:
-        job = make_job(network, options)
-        job.choose_plan()
-        job.decompose()
-        return job
-    dense = network.build(bare=True)
-    decomposed = load(small, model=dense)
-    plan = plan_from_model(decomposed, dense, network.example_input())
-    job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
-    job.plan, job.small, job.metadata = plan, decomposed, read_saved(small).metadata
     return job
 
 
@@ -357,6 +347,41 @@ class CompressOptions(BenchmarkOptions):
     keep_calibration: Annotated[bool, Parameter(group="Parameters")] = False
     runtime: Several[Literal["eager", "compile", "onnxruntime"]] = ("eager", "onnxruntime")
     layers: Annotated[bool, Parameter(show=False)] = False
+
+    def check(self, recipe: Recipe) -> Goal | None:
+        """Check what is asked for, before any work; return the goal, if there is one.
+
+        Raises:
+            DeepTwistError: if parts of it do not go together, or nothing says how small.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DeepTwistError("compress is one process: train in several by 'deeptwist train'")
+        if not recipe.compresses:
+            raise DeepTwistError(
+                f"mode {recipe.mode} compresses nothing: finetune and deeptwist do"
+            )
+        if recipe.frozen_compression is not None:
+            raise DeepTwistError("compress takes no frozen_compression: 'deeptwist train' does")
+        if self.int8 and "onnxruntime" not in self.runtime:
+            raise DeepTwistError("--int8 is onnxruntime's: add it to --runtime")
+        if self.distill_steps and recipe.mode != "finetune":
+            raise DeepTwistError(
+                f"mode {recipe.mode} begins from the dense network: distill with --mode finetune"
+            )
+        if self.goal is None:
+            check_size(recipe.compression, or_goal=True)
+            return None
+        given = given_sizes(recipe.compression)
+        if given:
+            raise DeepTwistError(f"a --goal finds the ratio: leave out {', '.join(given)}")
+        match = re.fullmatch(r"accuracy>=(dense-)?(0?\.\d+)", self.goal.replace(" ", ""))
+        if match is None:
+            raise DeepTwistError(
+                f"cannot read the goal {self.goal!r}: write 'accuracy>=0.90' or "
+                "'accuracy>=dense-0.01'"
+            )
+        number = float(match[2])
+        return (lambda dense: dense - number) if match[1] else (lambda _: number)
 
 
 def _parse_size(text: str) -> tuple[int, ...]:

@@ -6,11 +6,10 @@ Heavy imports wait inside the commands, so that help answers at once.
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from deeptwist.app.cli.checks import check_inputs, check_small
 from deeptwist.app.cli.console import (
     layer_rows,
     plan_counts,
@@ -27,11 +26,15 @@ from deeptwist.app.cli.options import (
     NetworkOptions,
     PlanOptions,
     WeightOptions,
-    make_small_job,
-    saved_network,
+    check_inputs,
+    check_small,
+    make_job,
 )
 from deeptwist.app.training.recipe import DataRecipe
 from deeptwist.errors import DeepTwistError
+
+if TYPE_CHECKING:
+    from deeptwist.compress import Job
 
 _BENCHMARK = BenchmarkOptions()
 
@@ -56,7 +59,7 @@ def evaluate(
     if data is None:
         raise DeepTwistError("name the images: --data digits, or a folder")
     data.check_source()
-    network = network or saved_network(small)
+    network = network or _saved_network(small)
     check_inputs(network.model, network.weights)
     check_small(small)
     if (small is None) == (network.weights is None):
@@ -94,8 +97,8 @@ def benchmark(
     Args:
         small: A folder that deeptwist saved; without it the network is decomposed here.
     """
-    network = network or saved_network(small)
-    job = make_small_job(network, options, small)
+    network = network or _saved_network(small)
+    job = _make_small_job(network, options, small)
     from deeptwist.plan.latency import time_plan
 
     combinations, rounds, layers = settings.settings(), settings.rounds, []
@@ -144,14 +147,14 @@ def export(
         dynamic_size: Leave height and width free too.
         opset: Version of ONNX's operators; torch's choice if not given.
     """
-    network = network or saved_network(small)
+    network = network or _saved_network(small)
     if opset is not None and format != "onnx":
         raise DeepTwistError(f"--opset applies to ONNX only: leave it out with --format {format}")
     if format == "state-dict" and (batch is not None or dynamic_size):
         raise DeepTwistError("a state dict has no inputs: leave out --batch and --dynamic-size")
     if small is not None and network.weights is not None:
         raise DeepTwistError("the network in --small has weights: leave out --weights")
-    job = make_small_job(network, options, small)
+    job = _make_small_job(network, options, small)
     from deeptwist.export import export_onnx, export_program, export_state_dict
 
     decomposed = job.small
@@ -203,3 +206,51 @@ def predict(
 
     values = predict(network, images, top=top)
     print_result({"images": values}, as_json, print_predictions)
+
+
+def _saved_network(small: Path | None) -> NetworkOptions:
+    """Return the network that a saved folder names, with the input that it was planned on.
+
+    Raises:
+        DeepTwistError: if there is no folder, or none that can be read.
+    """
+    if small is None:
+        raise DeepTwistError("name a network, or the folder of a small one: --small FOLDER")
+    check_small(small)
+    from deeptwist.save import read_saved
+
+    saved = read_saved(small)
+    shape = next((each[0][1:] for each in saved.inputs if isinstance(each, tuple)), ())
+    classes = saved.metadata.get("num_classes")
+    size = "x".join(map(str, shape)) or None
+    return NetworkOptions(model=saved.base_model, num_classes=classes, input=size)
+
+
+def _make_small_job(network: NetworkOptions, options: PlanOptions, small: Path | None) -> "Job":
+    """Return the job on a network whose small one is there: as saved, or as planned here.
+
+    Raises:
+        DeepTwistError: if both a folder and options of a plan are given, or the plan
+            compresses no layer.
+    """
+    check_inputs(network.model, network.weights)
+    if small is not None and options is not None:
+        raise DeepTwistError(
+            "the network in --small is decomposed already: leave out the options of a plan"
+        )
+    check_small(small)
+    from deeptwist.compress import Job
+    from deeptwist.plan.planner import plan_from_model
+    from deeptwist.save import load, read_saved
+
+    if small is None:
+        job = make_job(network, options)
+        job.choose_plan()
+        job.decompose()
+        return job
+    dense = network.build(bare=True)
+    decomposed = load(small, model=dense)
+    plan = plan_from_model(decomposed, dense, network.example_input())
+    job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
+    job.plan, job.small, job.metadata = plan, decomposed, read_saved(small).metadata
+    return job

@@ -1,16 +1,16 @@
 """Which ratio can I afford: a network planned at several, and where the loss begins to run away."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deeptwist.app.cli.checks import given_sizes
 from deeptwist.app.cli.console import progress_bar
 from deeptwist.app.cli.options import (
     CalibrationOptions,
     NetworkOptions,
     SweepOptions,
+    given_sizes,
     make_job,
 )
 from deeptwist.app.training.evaluation import evaluate
@@ -23,15 +23,12 @@ Point = dict[str, Any]  # see `sweep`
 
 
 def sweep(
-    make_plan: Callable[[float], Plan],
-    ratios: Iterable[float] = RATIOS,
-    accuracy: Callable[[Plan], float] | None = None,
+    make_plan: Callable[[float], Plan], accuracy: Callable[[Plan], float] | None = None
 ) -> list[Point]:
-    """Return what a network comes to at several ratios.
+    """Return what a network comes to at `RATIOS`.
 
     Args:
         make_plan: a ratio → the plan.
-        ratios: see `make_plan`.
         accuracy: a plan → the accuracy of the network that it makes.
 
     Returns:
@@ -40,7 +37,7 @@ def sweep(
         decomposed, of the whole network and of the layers; `accuracy` of the network decomposed
         so, without training, or `None`.
     """
-    plans = {ratio: make_plan(ratio) for ratio in ratios}
+    plans = {ratio: make_plan(ratio) for ratio in RATIOS}
     names = {layer.name for plan in plans.values() for layer in plan.compressed}
     points = []
     for ratio, plan in plans.items():
@@ -114,6 +111,6 @@ def sweep_network(
             advance()
             return job.make_plan(job.calibration, ratio)
 
-        points = sweep(make_plan, accuracy=accuracy)
+        points = sweep(make_plan, accuracy)
     knee = points[find_knee(points, dense_accuracy)]["ratio"]
     return {"dense_accuracy": dense_accuracy, "knee": knee, "points": points}

@@ -39,6 +39,10 @@ class ImageFiles:
     workers: int = 0
     skip_unreadable: bool = False
 
+    def __getitem__(self, number: int) -> "Image.Image":
+        """Return an image as it is read."""
+        return self.read(self.rows[number])
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Return (N, C, H, W) as evaluation sees the images."""

@@ -149,9 +149,8 @@ class _Items(Dataset[tuple[_Key, Tensor | DeepTwistError]]):
 
     def __getitem__(self, key: _Key) -> tuple[_Key, Tensor | DeepTwistError]:
         epoch, row = key
-        images = self.split.images
         try:
-            image = images[row] if isinstance(images, Tensor) else images.read(images.rows[row])
+            image = self.split.images[row]
         except DeepTwistError as error:
             return key, error
         if self.seed is None:

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,17 +65,21 @@ def _load_named(config: "DataRecipe") -> ImageData:
 
 
 def _load_files(config: "DataRecipe") -> ImageData:
-    train, test = _list_source(config.source)
+    train, test, classes = _list_source(config.source)
     if config.preset is None:
-        size = config.image_size or max(train.read(train.rows[0]).size)
+        assert isinstance(train.images, ImageFiles)
+        size = config.image_size or max(train.images[0].size)
         config = replace(config, preset="cifar" if size <= _SMALL else "imagenet")
     if config.preset == "imagenet":
         config = _with_defaults(config, image_size=224, crop_pct=0.875)
     config = _with_defaults(config, eval_size=config.image_size)
-    splits = [_files(train, config, config.image_size), _files(test, config, config.eval_size)]
+    train, test = (
+        _prepared(train, config, config.image_size),
+        _prepared(test, config, config.eval_size),
+    )
     if config.preset == "cifar":
-        splits = [_decoded(split) for split in splits]
-    return _image_data(config, Path(config.source).name, splits[0], splits[1], train.classes)
+        train, test = _decoded(train), _decoded(test)
+    return _image_data(config, Path(config.source).name, train, test, classes)
 
 
 def _with_defaults(config: "DataRecipe", **defaults: Any) -> "DataRecipe":
@@ -166,43 +170,37 @@ def _transforms(interpolation: str) -> tuple[Any, Any]:
 # --- where images come from
 
 
-@dataclass(frozen=True, eq=False)
-class _Listing:
-    """A split before it is read.
-
-    Attributes:
-        read: row → its image as RGB; a `DeepTwistError` that names one that is damaged.
-        rows: those of this split, int64 (N,).
-        labels: of these, int64 (N,).
-        classes: the name of each label.
-    """
-
-    read: "Callable[[int], Image.Image]"
-    rows: npt.NDArray[np.int64]
-    labels: Tensor
-    classes: tuple[str, ...]
+Listed = tuple[Split, tuple[str, ...]]  # images that are not yet prepared; each label's class
 
 
-def _list_source(source: str) -> tuple[_Listing, _Listing]:
+def _list_source(source: str) -> tuple[Split, Split, tuple[str, ...]]:
     """List the training and the test images of a folder, or of ``hf/`` and a data set."""
     if source.startswith("hf/"):
-        train, test = _list_hub(source.removeprefix("hf/"))
+        listed = _list_hub(source.removeprefix("hf/"))
     else:
         root = Path(source).expanduser().resolve()
         folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
         if folders and not folders & {"train", "test", "val"}:
-            return _split(_list_folder(root), source)
-        train = _list_folder(root / "train")
-        test = _list_folder(root / ("test" if (root / "test").is_dir() else "val"))
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
+            whole, classes = _list_folder(root)
+            return *_split(whole, source), classes
+        names = "train", "test" if (root / "test").is_dir() else "val"
+        listed = [_list_folder(root / name) for name in names]
+    (train, classes), (test, others) = listed
+    if classes != others:
+        differing = sorted({*classes} ^ {*others})
         raise DeepTwistError(
             f"'{source}' has classes in one split only: {', '.join(differing)}: add or delete them"
         )
-    return train, test
+    return train, test, classes
 
 
-def _list_folder(split: Path) -> _Listing:
+def _listed(read: "Callable[[int], Image.Image]", labels: Tensor) -> Split:
+    """Return images to be read; see `_prepared`."""
+    as_is = eval_transform(None, (), "bilinear")
+    return Split(ImageFiles(read, np.arange(len(labels)), as_is, ()), labels)
+
+
+def _list_folder(split: Path) -> Listed:
     with require_extra():
         from torchvision.datasets import ImageFolder
     if not split.is_dir():
@@ -217,18 +215,17 @@ def _list_folder(split: Path) -> _Listing:
     # Encoded in an array, not a list of strings, which every worker would come to copy.
     names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in folder.samples])
     read = partial(_read_file, str(split), names)
-    targets = torch.tensor(folder.targets)
-    return _Listing(read, np.arange(len(targets)), targets, tuple(folder.classes))
+    return _listed(read, torch.tensor(folder.targets)), tuple(folder.classes)
 
 
-def _split(whole: _Listing, source: str) -> tuple[_Listing, _Listing]:
+def _split(whole: Split, source: str) -> tuple[Split, Split]:
     """Split class folders: the first fifth of each class's images, shuffled, to test on.
 
     The shuffle is always the same, whatever the seed of a run.
     """
     order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(0))
     parts: tuple[list[Tensor], list[Tensor]] = [], []
-    for label in range(len(whole.classes)):
+    for label in whole.labels.unique():
         rows = order[whole.labels[order] == label]
         count = max(1, len(rows) // 5) if len(rows) > 1 else 0  # the only one is trained on
         parts[0].append(rows[count:])
@@ -243,11 +240,10 @@ def _split(whole: _Listing, source: str) -> tuple[_Listing, _Listing]:
         len(train),
         len(test),
     )
-    both = [replace(whole, rows=rows.numpy(), labels=whole.labels[rows]) for rows in (train, test)]
-    return both[0], both[1]
+    return whole.subset(train), whole.subset(test)
 
 
-def _list_hub(name: str) -> tuple[_Listing, ...]:
+def _list_hub(name: str) -> list[Listed]:
     with require_extra("huggingface"):
         import datasets
     if Path(name).expanduser().is_dir():
@@ -264,15 +260,13 @@ def _list_hub(name: str) -> tuple[_Listing, ...]:
     labels = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if not columns or not labels:
         raise DeepTwistError(f"hf/{name} has no column of images, or none of class labels")
-    return tuple(
-        _Listing(
-            partial(_read_row, f"hf/{name}/{split}", splits[split], columns[0]),
-            np.arange(len(splits[split])),
-            torch.tensor(splits[split].with_format("numpy")[labels[0]][:], dtype=torch.int64),
-            tuple(splits[split].features[labels[0]].names),
-        )
-        for split in ("train", tests[0])
-    )
+    listed = []
+    for split in ("train", tests[0]):
+        read = partial(_read_row, f"hf/{name}/{split}", splits[split], columns[0])
+        numbers = torch.tensor(splits[split].with_format("numpy")[labels[0]][:], dtype=torch.int64)
+        classes = tuple(splits[split].features[labels[0]].names)
+        listed.append((_listed(read, numbers), classes))
+    return listed
 
 
 def _read_file(root: str, names: npt.NDArray[np.bytes_], row: int) -> "Image.Image":
@@ -320,12 +314,14 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _files(listing: _Listing, config: "DataRecipe", size: int | None) -> Split:
+def _prepared(split: Split, config: "DataRecipe", size: int | None) -> Split:
+    """Return files with evaluation's transform to this height and width."""
+    files = split.images
+    assert isinstance(files, ImageFiles)
     transform = eval_transform(_resize(config, size), (size or 0, size or 0), config.interpolation)
-    read, rows, workers = listing.read, listing.rows, config.workers or 0
-    shape = tuple(transform(read(rows[0])).shape) if size is None else (3, size, size)
-    files = ImageFiles(read, rows, transform, shape, workers, config.skip_unreadable)
-    return Split(files, listing.labels)
+    shape = tuple(transform(files[0]).shape) if size is None else (3, size, size)
+    skips, workers = config.skip_unreadable, config.workers or 0
+    return Split(ImageFiles(files.read, files.rows, transform, shape, workers, skips), split.labels)
 
 
 def _decoded(split: Split) -> Split:

@@ -78,8 +78,8 @@ def draw(
     """Return a chart, or nothing where there is no point to draw.
 
     Args:
-        title: see `Chart`.
-        caption: see `Chart`.
+        title: of the chart.
+        caption: what one sees.
         curves: see `Curve`.
         x: what goes across.
         y: what goes up.

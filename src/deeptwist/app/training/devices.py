@@ -102,8 +102,8 @@ def step_network(
 
     Args:
         fabric: launched.
-        wrapped: the network as Fabric set it up.
-        model: the network itself, whose weights all of these share.
+        wrapped: the network as Fabric set it up, which shares its weights.
+        model: the network itself.
         example: an input like every one to come.
         recipe: says `compile` and `cuda_graphs`, which a processor has not.
 

@@ -33,17 +33,12 @@ class Evaluation:
     top5: float | None = None
 
 
-def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
-    """Turn stored pixels into a model's input: normalised, of its type, on its device.
-
-    Args:
-        images: uint8 (B, C, H, W).
-        model: whose first parameter says which type and device.
-        data: says how pixels are normalised.
-
-    Returns:
-        (B, C, H, W), channels_last.
-    """
+def preprocess(
+    images: Tensor,  # uint8 (B, C, H, W)
+    model: nn.Module,
+    data: ImageData,
+) -> Tensor:  # (B, C, H, W), channels_last
+    """Turn stored pixels into a model's input: normalised, of its first parameter's type, there."""
     first = next(model.parameters())
     x = normalize(images.to(first.device), data.mean, data.std)
     return x.to(first.dtype, memory_format=torch.channels_last)
@@ -52,14 +47,7 @@ def preprocess(images: Tensor, model: nn.Module, data: ImageData) -> Tensor:
 def training_inputs(
     data: ImageData, model: nn.Module, count: int, batch_size: int = 128
 ) -> Iterator[Tensor]:
-    """Yield batches of so many training images, not augmented, the same ones every time.
-
-    Args:
-        data: whose training split is read.
-        model: see `preprocess`.
-        count: images, at most.
-        batch_size: images in each, at most.
-    """
+    """Yield batches of so many training images, not augmented, the same ones every time."""
     shuffle = torch.Generator().manual_seed(0)
     chosen = data.train.subset(torch.randperm(len(data.train.labels), generator=shuffle)[:count])
     images = batches(chosen, min(count, batch_size), generator=None)
@@ -77,15 +65,7 @@ class AugmentedInputs(Iterable[Tensor]):
     """
 
     def __init__(self, data: ImageData, model: nn.Module, count: int, *, seed: int, held_out: int):
-        """Choose the images, evenly spaced over the training split.
-
-        Args:
-            data: whose training split is read.
-            model: see `preprocess`.
-            count: images to learn on, those held out aside.
-            seed: of the order and the augmentation.
-            held_out: batches.
-        """
+        """Choose so many training images, evenly spaced, and as many batches to hold out."""
         chosen = data.train.subsample(count + held_out * _BATCH)
         total = len(chosen.labels)
         self._batch = max(1, min(_BATCH, total // (held_out + 2)))  # of few images, some to learn

@@ -65,14 +65,7 @@ def frozen_modules(model: nn.Module, options: OptimizerRecipe) -> list[nn.Module
 
 
 def lr_factor(schedule: ScheduleRecipe, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Return the share of the learning rate that a step has.
-
-    Args:
-        schedule: see `ScheduleRecipe`.
-        step: optimizer steps before it.
-        steps: optimizer steps in all.
-        steps_per_epoch: optimizer steps in an epoch.
-    """
+    """Return the share of the learning rate that a step has, after `step` of `steps` steps."""
     steps = max(steps, 1)
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:
