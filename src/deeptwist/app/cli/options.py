@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -14,7 +14,7 @@ from cyclopts.config import Dict
 from cyclopts.validators import Number
 
 from deeptwist.app.cli.console import progress_bar
-from deeptwist.app.training.compression import HOW, CompressionRecipe, Count, read_whole
+from deeptwist.app.training.compression import HOW, SIZES, CompressionRecipe, Count, read_whole
 from deeptwist.app.training.recipe import (
     CountOrNone,
     DataRecipe,
@@ -64,21 +64,14 @@ class WeightOptions:
     weights: str | None = None
     num_classes: int | None = None
 
-    def build(self, data: "ImageData | None" = None, *, bare: bool = False) -> "nn.Module":
-        """Return the network with its weights, or `bare`; options win over what the data says."""
+    def build(self, sizes: Mapping[str, Any], *, bare: bool = False) -> "nn.Module":
+        """Return the network, with its weights or `bare`, of these sizes, but for its options'."""
         from deeptwist.networks.build import build_model
         from deeptwist.networks.weights import build_trained
 
-        sizes: dict[str, Any] = {"in_channels": self.in_channels} if data is None else data.sizes
-        if self.num_classes is not None:
-            sizes["num_classes"] = self.num_classes
+        own = {} if self.num_classes is None else {"num_classes": self.num_classes}
         make = build_model if bare else partial(build_trained, weights=self.weights)
-        return make(self.model, **sizes).eval()
-
-    @property
-    def in_channels(self) -> int | None:
-        """Return the channels that it is built for, `None` for its own number."""
-        return None
+        return make(self.model, **{**sizes, **own}).eval()
 
 
 @Parameter(name="*")
@@ -91,15 +84,16 @@ class NetworkOptions(WeightOptions):
         image_size: Side of square images, in place of --input 3xSIDExSIDE.
     """
 
-    input: str | None = None
+    input: Annotated[int | tuple[int, ...] | None, SIZES, Parameter(validator=Number(gte=1))] = None
     image_size: Pixels | None = None
 
     @property
-    def in_channels(self) -> int | None:
-        """Return those of --input, `None` for the network's own number."""
+    def sizes(self) -> dict[str, int | None]:
+        """Return the classes and channels that it is built for, `None` for its own number."""
         is_set = self.input is not None and not self.model.startswith("torchvision/")
-        channels = _parse_size(self.input or "")[0] if is_set else 3
-        return None if channels == 3 else channels  # which every network takes by itself
+        channels = self.size[0] if is_set else 3
+        own = None if channels == 3 else channels  # which every network takes by itself
+        return {"num_classes": self.num_classes, "in_channels": own}
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -108,7 +102,9 @@ class NetworkOptions(WeightOptions):
             if self.input is not None:
                 raise DeepTwistError("--input and --image-size say the same: leave one of them out")
             return 3, self.image_size, self.image_size
-        return _parse_size(self.input or ("3x224x224" if "/" in self.model else "3x32x32"))
+        if self.input is None:
+            return (3, 224, 224) if "/" in self.model else (3, 32, 32)
+        return (self.input,) if isinstance(self.input, int) else self.input
 
     def example_input(self, batch: int = 2) -> "Tensor":
         """Return standard normal numbers of the network's input size."""
@@ -258,7 +254,7 @@ def make_job(
     from deeptwist.compress import Job
     from deeptwist.decompose import recalibrate_batch_norm
 
-    dense = network.build(data)
+    dense = network.build(network.sizes if data is None else data.sizes)
     example = network.example_input() if data is None else test_inputs(data, dense, 2)
     if data is None and calibration.calibrate is not None:
         data = network.load_images(calibration.calibrate)
@@ -268,8 +264,7 @@ def make_job(
     def recover(small: "nn.Module", share: float) -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
 
-    sizes = {"num_classes": network.num_classes, "in_channels": network.in_channels}
-    metadata: dict[str, Any] = {k: v for k, v in sizes.items() if v is not None}
+    metadata: dict[str, Any] = {k: v for k, v in network.sizes.items() if v is not None}
     if data is not None and _outputs(dense, example) == len(data.classes):
         metadata = data.metadata
     make_plan = partial(recipe.make_plan, dense, example)
@@ -382,10 +377,3 @@ class CompressOptions(BenchmarkOptions):
             )
         number = float(match[2])
         return (lambda dense: dense - number) if match[1] else (lambda _: number)
-
-
-def _parse_size(text: str) -> tuple[int, ...]:
-    parts = text.lower().replace("×", "x").split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise DeepTwistError(f"cannot read sizes {text!r}: write them like 3x224x224")
-    return tuple(int(part) for part in parts)

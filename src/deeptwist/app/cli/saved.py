@@ -69,7 +69,7 @@ def evaluate(
     from deeptwist.save import load
 
     dataset = load_data(data)
-    built = network.build(dataset, bare=small is not None)
+    built = network.build(dataset.sizes, bare=small is not None)
     if small is not None:
         built = load(small, model=built)
     result = evaluate(built, dataset.test, dataset, progress=progress_bar)
@@ -222,8 +222,7 @@ def _saved_network(small: Path | None) -> NetworkOptions:
     saved = read_saved(small)
     shape = next((each[0][1:] for each in saved.inputs if isinstance(each, tuple)), ())
     classes = saved.metadata.get("num_classes")
-    size = "x".join(map(str, shape)) or None
-    return NetworkOptions(model=saved.base_model, num_classes=classes, input=size)
+    return NetworkOptions(model=saved.base_model, num_classes=classes, input=shape or None)
 
 
 def _make_small_job(network: NetworkOptions, options: PlanOptions, small: Path | None) -> "Job":
@@ -248,7 +247,7 @@ def _make_small_job(network: NetworkOptions, options: PlanOptions, small: Path |
         job.choose_plan()
         job.decompose()
         return job
-    dense = network.build(bare=True)
+    dense = network.build(network.sizes, bare=True)
     decomposed = load(small, model=dense)
     plan = plan_from_model(decomposed, dense, network.example_input())
     job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)

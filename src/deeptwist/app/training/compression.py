@@ -30,11 +30,15 @@ def read_whole(_: Any, tokens: Sequence[Token]) -> int:
 
 def _read_sizes(_: Any, tokens: Sequence[Token]) -> int | tuple[int, ...]:
     """Read sizes joined by x, or a list of them: 64x72 is (64, 72), and 8 a number."""
-    words = [word for token in tokens for word in token.value.lower().replace("×", "x").split("x")]
+    sizes = [size for token in tokens for size in _sizes(token.value)]
+    return tuple(sizes) if len(sizes) > 1 else sizes[0]
+
+
+def _sizes(text: str) -> list[int]:
+    words = text.lower().replace("×", "x").split("x")
     if not all(word.isdecimal() for word in words):
-        raise ValueError(f"{'x'.join(words)!r} is not a size like 8 or 64x72")
-    sizes = tuple(map(int, words))
-    return sizes if len(sizes) > 1 else sizes[0]
+        raise ValueError(f"{text!r} is not a size like 8 or 64x72")
+    return [*map(int, words)]
 
 
 def _check_rank(_: Any, rank: int | tuple[int, ...] | None) -> None:
@@ -49,7 +53,7 @@ def _check_tile(_: Any, tile: int | tuple[int, ...] | None) -> None:
 
 HOW = "Compression"  # a group of options, in help
 Count = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1))]
-_SIZES = Parameter(n_tokens=1, accepts_keys=False, converter=_read_sizes)
+SIZES = Parameter(n_tokens=1, accepts_keys=False, converter=_read_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +95,11 @@ class CompressionRecipe(Layers):
     latency_runtime: Literal["eager", "compile", "onnxruntime"] = "eager"
     latency_threads: Count | None = None
     rank: Annotated[
-        int | tuple[int, int] | None, _SIZES, Parameter(validator=(Number(gte=1), _check_rank))
+        int | tuple[int, int] | None, SIZES, Parameter(validator=(Number(gte=1), _check_rank))
     ] = None
     fraction: float | None = None
     tile: Annotated[
-        tuple[int, int] | None, _SIZES, Parameter(validator=(Number(gte=1), _check_tile))
+        tuple[int, int] | None, SIZES, Parameter(validator=(Number(gte=1), _check_tile))
     ] = None
     skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = True
     min_in_channels: Count = 1
@@ -204,12 +208,12 @@ def _read_override(text: str) -> "tuple[str, Override]":
     values: dict[str, Any] = {"method": method.replace("-", "_")}
     for option in filter(None, options.split(",")):
         name, _, value = option.partition("=")
-        sizes = value.lower().replace("×", "x").split("x")
         try:
-            numbers = [int(size) if size.isdecimal() else float(size) for size in sizes]
+            is_whole = "x" in value or value.isdecimal()
+            sizes: list[Any] = _sizes(value) if is_whole else [float(value)]
         except ValueError as error:
             raise DeepTwistError(
                 f"cannot read {name} in override {text!r}: {value!r} is not a number"
             ) from error
-        values[name] = tuple(numbers) if len(numbers) > 1 else numbers[0]
+        values[name] = tuple(sizes) if len(sizes) > 1 else sizes[0]
     return pattern, decode(Decomposition, values)
