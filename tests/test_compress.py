@@ -310,9 +310,8 @@ def test_a_run_s_folder_is_refused_before_its_images_are_read(tmp_path: Path) ->
 
 
 def test_weights_that_are_not_there_end_the_job_in_one_line(tmp_path: Path) -> None:
-    done = run(*WORDS, "--out", tmp_path, "--ratio", 4, "--weights", "nowhere.pt")
-    _, line = done.stderr.splitlines()
-    assert (done.returncode, line) == (2, "deeptwist: no weights file at 'nowhere.pt'")
+    message = refused(*WORDS, "--out", tmp_path, "--ratio", 4, "--weights", "nowhere.pt")
+    assert message == "deeptwist: no weights file at 'nowhere.pt'\n"
 
 
 def test_without_training_or_onnx_the_job_is_short(weights: Path, tmp_path: Path) -> None:

@@ -10,15 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
-from deeptwist.app.cli.console import (
-    is_main_process,
-    plan_counts,
-    print_compressed,
-    print_result,
-    print_summary,
-    print_sweep,
-    telling,
-)
+from deeptwist.app.cli import console
 from deeptwist.app.cli.help import CommonOptions
 from deeptwist.app.cli.options import (
     COMPRESS_DEFAULTS,
@@ -72,7 +64,7 @@ def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> N
     from deeptwist.app.cli.demo import NEXT_STEPS, run_demo
 
     result = run_demo(out, epochs=epochs, seed=seed)
-    print_compressed("handwritten digits, five convolutions of up to 256 channels", result)
+    console.print_compressed("handwritten digits, five convolutions of up to 256 channels", result)
     print(NEXT_STEPS)
 
 
@@ -119,8 +111,10 @@ def compress(
     from deeptwist.app.cli.compress import run_compress
 
     result = run_compress(recipe, options, out, resume=resume)
-    print_result(
-        result, as_json, partial(print_compressed, f"{recipe.model} on {recipe.data.source}")
+    console.print_result(
+        result,
+        as_json,
+        partial(console.print_compressed, f"{recipe.model} on {recipe.data.source}"),
     )
 
 
@@ -162,7 +156,7 @@ def plan(
         title = f"{network.model}, {recipe.label}"
         if sweep.page is not None:
             write_sweep(result, sweep.page, title=f"deeptwist plan --sweep {title}")
-        print_result(result, as_json, partial(print_sweep, title))
+        console.print_result(result, as_json, partial(console.print_sweep, title))
         return
     job = make_job(network, options, calibration)
     planned = job.make_plan(job.calibration, None)
@@ -206,7 +200,7 @@ def train(
     """
     if recipe.compresses:
         check_size(recipe.compression)
-    if is_main_process():  # the others would see what it has begun
+    if console.is_main_process():  # the others would see what it has begun
         check_same_recipe(out, recipe, resume=resume)
     check_inputs(recipe.model, recipe.weights, recipe.data)
     from deeptwist.app.data import load_data
@@ -214,9 +208,11 @@ def train(
 
     data = load_data(recipe.data)
     run = build_run(recipe, data, name=out.name)
-    with telling(f"{recipe.mode} {recipe.model}", run) as shown:
+    with console.telling(f"{recipe.mode} {recipe.model}", run) as shown:
         summary = train(run, out, resume=resume, **shown)
-    print_result(summary, as_json, partial(print_summary, f"{recipe.model} on {data.name}"))
+    console.print_result(
+        summary, as_json, partial(console.print_summary, f"{recipe.model} on {data.name}")
+    )
 
 
 @app.command
@@ -249,13 +245,13 @@ def decompose(
     small = job.decompose()
     saved = save(small, out, base_model=network.model, metadata=job.metadata)
     size = (saved / WEIGHTS).stat().st_size
-    values = {"out": str(out), **plan_counts(planned), "bytes": size}
+    values = {"out": str(out), **console.plan_counts(planned), "bytes": size}
     text = (
         f"{out}: {planned.dense_parameters:,} → {planned.parameters:,} parameters "
         f"({planned.compression_ratio:.2f}×), {planned.dense_macs:,} → {planned.macs:,} MACs, "
         f"{len(planned.compressed)} layers compressed, {len(planned.kept)} kept"
     )
-    print_result(values, as_json, lambda _: print(text))
+    console.print_result(values, as_json, lambda _: print(text))
 
 
 @app.command

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from deeptwist.app.cli.console import (
-    layer_rows,
-    plan_counts,
-    print_benchmark,
-    print_exported,
-    print_info,
-    print_predictions,
-    print_result,
-    progress_bar,
-)
+from deeptwist.app.cli import console
 from deeptwist.app.cli.options import (
     AsJson,
     BenchmarkOptions,
@@ -72,10 +63,10 @@ def evaluate(
     built = network.build(dataset.sizes, bare=small is not None)
     if small is not None:
         built = load(small, model=built)
-    result = evaluate(built, dataset.test, dataset, progress=progress_bar)
+    result = evaluate(built, dataset.test, dataset, progress=console.progress_bar)
     values = {"data": dataset.name, "images": len(dataset.test.labels), **asdict(result)}
     text = "accuracy {accuracy:.2%}, loss {loss:.4f} on {images:,} images of {data}"
-    print_result(values, as_json, lambda values: print(text.format(**values)))
+    console.print_result(values, as_json, lambda values: print(text.format(**values)))
 
 
 def benchmark(
@@ -104,18 +95,18 @@ def benchmark(
     combinations, rounds, layers = settings.settings(), settings.rounds, []
     if settings.layers:
         reference, eager = next(job.model.parameters()), replace(combinations[0], runtime="eager")
-        with progress_bar("layers", len(job.plan.compressed)) as advance:
+        with console.progress_bar("layers", len(job.plan.compressed)) as advance:
             times = time_plan(job.plan, reference, eager, rounds=rounds, on_layer=advance)
-        layers = layer_rows(job.plan, times)
+        layers = console.layer_rows(job.plan, times)
     timed = job.time(network.example_input, combinations, rounds)
     names = [field.name for field in fields(combinations[0])]
     networks = [
         {"setting": {name: row.pop(name) for name in names}, "reason": None, **row}
         for row in timed["settings"]
     ]
-    values = {**plan_counts(job.plan), "networks": networks, "layers": layers}
+    values = {**console.plan_counts(job.plan), "networks": networks, "layers": layers}
     result = {"machine": timed["machine"], **values}
-    print_result(result, as_json, partial(print_benchmark, network.model))
+    console.print_result(result, as_json, partial(console.print_benchmark, network.model))
 
 
 def export(
@@ -166,7 +157,7 @@ def export(
         write = export_program if format == "program" else onnx
         written = write(decomposed, out, example, batch=batch, dynamic_size=dynamic_size)
     result = {**asdict(written), "path": str(out), "format": format}
-    print_result(result, as_json, print_exported)
+    console.print_result(result, as_json, console.print_exported)
 
 
 def info(folder: Path, *, as_json: AsJson = False) -> None:
@@ -182,7 +173,7 @@ def info(folder: Path, *, as_json: AsJson = False) -> None:
     check_small(folder)
     from deeptwist.app.serving import describe
 
-    print_result(describe(folder), as_json, print_info)
+    console.print_result(describe(folder), as_json, console.print_info)
 
 
 def predict(
@@ -205,7 +196,7 @@ def predict(
     from deeptwist.app.serving import predict
 
     values = predict(network, images, top=top)
-    print_result({"images": values}, as_json, print_predictions)
+    console.print_result({"images": values}, as_json, console.print_predictions)
 
 
 def _saved_network(small: Path | None) -> NetworkOptions:
@@ -250,6 +241,6 @@ def _make_small_job(network: NetworkOptions, options: PlanOptions, small: Path |
     dense = network.build(network.sizes, bare=True)
     decomposed = load(small, model=dense)
     plan = plan_from_model(decomposed, dense, network.example_input())
-    job = Job(dense, lambda calibration, ratio: plan, list, progress=progress_bar)
+    job = Job(dense, lambda calibration, ratio: plan, list, progress=console.progress_bar)
     job.plan, job.small, job.metadata = plan, decomposed, read_saved(small).metadata
     return job

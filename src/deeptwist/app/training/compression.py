@@ -41,6 +41,13 @@ def _sizes(text: str) -> list[int]:
     return [*map(int, words)]
 
 
+def _numbers(text: str) -> list[Any]:
+    try:
+        return _sizes(text)
+    except ValueError:
+        return [float(text)]
+
+
 def _check_rank(_: Any, rank: int | tuple[int, ...] | None) -> None:
     if isinstance(rank, tuple) and len(rank) != 2:
         raise ValueError("Write one rank, or two such as 24x24.")
@@ -209,8 +216,7 @@ def _read_override(text: str) -> "tuple[str, Override]":
     for option in filter(None, options.split(",")):
         name, _, value = option.partition("=")
         try:
-            is_whole = "x" in value or value.isdecimal()
-            sizes: list[Any] = _sizes(value) if is_whole else [float(value)]
+            sizes = _numbers(value)
         except ValueError as error:
             raise DeepTwistError(
                 f"cannot read {name} in override {text!r}: {value!r} is not a number"
