@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deeptwist.app.cli.console import progress_bar, telling
 from deeptwist.app.cli.options import CompressOptions, Goal
@@ -210,6 +210,8 @@ class ImageJob:
         data: the images, without those held out or searched on; the test images tell results.
         search_images: those that a goal's ratio is searched on; no result is told on them.
         model: the dense network.
+        example_input: a number of test images → them as the network gets them.
+        training_inputs: the same of training images, always the same ones, in batches.
         steps: those of every job.
     """
 
@@ -225,6 +227,8 @@ class ImageJob:
         self.recipe, self.options, self.folder = recipe, options, folder
         self.data = self._run.data
         self.model = self._run.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.example_input = partial(test_inputs, self.data, self.model)
+        self.training_inputs = partial(training_inputs, self.data, self.model)
         self.steps = Job(
             self.model,
             partial(recipe.compression.make_plan, self.model, self.example_input(2)),
@@ -236,14 +240,6 @@ class ImageJob:
         )
         if not recipe.calibration_images:
             self.steps.calibration = None
-
-    def example_input(self, count: int) -> Tensor:
-        """Return so many test images as the network gets them."""
-        return test_inputs(self.data, self.model, count)
-
-    def training_inputs(self, count: int) -> Iterator[Tensor]:
-        """Yield so many training images, the same ones every time."""
-        return training_inputs(self.data, self.model, count)
 
     def evaluate(self, network: nn.Module) -> Values:
         """Evaluate a network on the test images."""
@@ -362,8 +358,7 @@ class ImageJob:
         """
         count = self.recipe.batch_norm_batches or _NORM_BATCHES
         size = self.recipe.batch_size
-        seen = training_inputs(self.data, self.model, count * size, size)
-        anew = recalibrate_batch_norm(small, seen)
+        anew = recalibrate_batch_norm(small, self.training_inputs(count * size, size))
         if self.recipe.batch_norm_batches:
             return anew, count
         judges = self.data.train.subsample(_NORM_IMAGES)
