@@ -91,7 +91,7 @@ def load_task(options: argparse.Namespace) -> Task:
 
 
 def read_once(split: Split) -> Split:
-    images, labels = zip(*batches(split, 256, generator=None), strict=True)
+    images, labels = zip(*batches(split, 256), strict=True)
     return Split(torch.cat(images), torch.cat(labels))
 
 

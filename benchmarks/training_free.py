@@ -173,7 +173,7 @@ def _classes(options: argparse.Namespace) -> tuple[nn.Module, ImageData, list[Te
     shuffle = torch.Generator().manual_seed(0)
     shuffled = islice(batches(data.train, 128, generator=shuffle), 16)
     images = [preprocess(x, model, data) for x, _ in shuffled]
-    tested = [preprocess(x, model, data) for x, _ in batches(test, 500, generator=None)]
+    tested = [preprocess(x, model, data) for x, _ in batches(test, 500)]
     return model.eval(), data, images, (torch.cat(tested), test.labels)
 
 

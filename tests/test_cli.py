@@ -18,7 +18,7 @@ from tests.cases import every_layer
 import deeptwist as dt
 from deeptwist import Plan
 from deeptwist.app.cli import console, main
-from deeptwist.app.cli.commands import train
+from deeptwist.app.cli.commands import app, train
 from deeptwist.app.data import load_data
 from deeptwist.app.training.evaluation import evaluate
 from deeptwist.app.training.recipe import Recipe, make_recipe
@@ -203,6 +203,9 @@ def test_help_shows_the_common_options_and_help_all_the_others(command: str) -> 
     assert 15 <= len(common) <= 25
     assert len(every) > 1.5 * len(common)
     assert run(command, "--help").stdout.count("╭─ Compression") == 1
+    assert all(
+        name in run(command, "--help-all").stdout for name in app[command].help_formatter.common
+    )
 
 
 def test_help_tells_each_command_s_own_defaults() -> None:

@@ -30,7 +30,7 @@ def batches(
     split: Split,
     batch_size: int,
     *,
-    generator: torch.Generator | None,
+    generator: torch.Generator | None = None,
     drop_last: bool = False,
 ) -> Iterator[Batch]:
     """Return the batches of one pass over a split, as evaluation sees its images.

@@ -333,7 +333,7 @@ def _decoded(split: Split) -> Split:
             f"{len(split.labels):,} images take {needed / 2**30:.0f} GiB of this machine's "
             f"{memory / 2**30:.0f}: choose the imagenet preset, which reads them as needed"
         )
-    images, labels = zip(*batches(split, 512, generator=None), strict=True)
+    images, labels = zip(*batches(split, 512), strict=True)
     return Split(torch.cat(images), torch.cat(labels))
 
 

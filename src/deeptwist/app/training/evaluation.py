@@ -50,7 +50,7 @@ def training_inputs(
     """Yield batches of so many training images, not augmented, the same ones every time."""
     shuffle = torch.Generator().manual_seed(0)
     chosen = data.train.subset(torch.randperm(len(data.train.labels), generator=shuffle)[:count])
-    images = batches(chosen, min(count, batch_size), generator=None)
+    images = batches(chosen, min(count, batch_size))
     return (preprocess(x, model, data) for x, _ in images)
 
 
@@ -84,7 +84,7 @@ class AugmentedInputs(Iterable[Tensor]):
         data, per_round = self._data, self.count // self._batch
         steps = range(self._round * per_round, (self._round + 1) * per_round)
         self._round += 1
-        for images, _ in batches(self._judges, self._batch, generator=None):
+        for images, _ in batches(self._judges, self._batch):
             yield preprocess(images, self._model, data)
         for images, _ in train_batches(data, self._batch, seed=self._seed, steps=steps):
             yield preprocess(images, self._model, data)
@@ -94,7 +94,7 @@ def test_inputs(data: ImageData, model: nn.Module, count: int) -> Tensor:
     """Return a model's input for so many test images, from the first on, over again if need be."""
     total = len(data.test.labels)
     first = data.test.subset(torch.arange(min(count, total)))
-    images = torch.cat([x for x, _ in batches(first, 128, generator=None)])
+    images = torch.cat([x for x, _ in batches(first, 128)])
     return preprocess(images[torch.arange(count) % len(images)], model, data)
 
 
@@ -141,7 +141,7 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     size = max(1, min(500, 2**23 // math.prod(data.shape)))  # fewer if they are large
     with eval_mode(model), progress("evaluate", math.ceil(len(share.labels) / size)) as advance:
-        for images, labels in batches(share, size, generator=None):
+        for images, labels in batches(share, size):
             totals += _totals(_logits(model, images, data), labels)
             advance()
     if world_size() > 1:
