@@ -146,8 +146,8 @@ def plan(
     Args:
         out: Write the plan as JSON to this file.
     """
-    check_inputs(network.model, network.weights, sweep.data)
     if sweep.sweep:
+        check_inputs(network.model, network.weights, sweep.data)
         from deeptwist.app.cli.sweep import sweep_network
         from deeptwist.app.report import write_sweep
 

@@ -187,9 +187,7 @@ def values_of_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCol
 
 
 def check_inputs(
-    model: str,
-    weights: str | None = None,
-    data: DataRecipe | str | None = None,
+    model: str, weights: str | None = None, data: DataRecipe | str | None = None
 ) -> None:
     """Check that a network, its weights and images are there, as far as names and files tell."""
     check_name(model)
