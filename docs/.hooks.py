@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 import deeptwist
 from deeptwist.app.cli.commands import app
-from deeptwist.app.cli.help import default_of
+from deeptwist.app.cli.console import default_of
 
 _AT_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _NOTEBOOK = "notebooks/resnet18"

@@ -23,7 +23,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         with require_extra("cli"):
             from deeptwist.app.cli.commands import app
-        from deeptwist.app.cli.help import SHOWS_ALL
+        from deeptwist.app.cli.console import SHOWS_ALL
     except DeepTwistError as error:
         sys.exit(_complain(str(error)))
     words = sys.argv[1:] if words is None else words

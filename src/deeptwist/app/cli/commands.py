@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.app.cli import console
-from deeptwist.app.cli.help import CommonOptions
+from deeptwist.app.cli.console import CommonOptions
 from deeptwist.app.cli.options import (
     COMPRESS_DEFAULTS,
     NO_CALIBRATION,

@@ -1,14 +1,17 @@
-"""What is shown: results on standard output, as tables or as JSON; progress on standard error."""
+"""What is shown: help and results, as tables or JSON; on standard error, progress."""
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from cyclopts.help import DefaultFormatter, HelpPanel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from deeptwist.measure.timing import Comparison
     from deeptwist.plan.plan import Plan
 
+SHOWS_ALL: ContextVar[bool] = ContextVar("shows_all", default=False)  # of help
 _SECONDS_BETWEEN_LINES = 20.0  # of progress, in a pipe
 # A pipe has no width to fit: a table there keeps its lines whole.
 _WIDE = None if sys.stdout.isatty() else 200
@@ -250,3 +254,42 @@ def print_compressed(title: str, result: Values) -> None:
     results = result["results"]
     print(f"small network: {results['verify']['path']}\nreport: {results['report']['path']}\n")
     print_table(title, HEADER, job_rows(results))
+
+
+# --- help
+
+
+class CommonOptions(DefaultFormatter):
+    """Panels of the options that are common, until all are asked for.
+
+    Attributes:
+        common: their names, apart by spaces.
+        defaults: of the command, where they are other than those of the recipe that it reads.
+    """
+
+    def __init__(self, common: str, defaults: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.common, self.defaults = {*common.split()}, defaults or {}
+
+    def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
+        """Print a panel, if anything is left in it."""
+        is_common = [SHOWS_ALL.get() or bool(self.common & {*e.names}) for e in panel.entries]
+        entries = [
+            entry.copy(default=default_of(entry.names, entry.default, self.defaults))
+            for entry, is_shown in zip(panel.entries, is_common, strict=True)
+            if is_shown
+        ]
+        if entries:
+            super().__call__(console, options, panel.copy(entries=entries))
+
+
+def default_of(names: tuple[str, ...], default: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return an option's default: one of the command's, nested as in a recipe, or else its own."""
+    for name in names:
+        value: Any = defaults
+        for key in name.removeprefix("--").replace("-", "_").split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and not isinstance(value, Mapping):
+            return str(value)
+    plain = re.sub(r"[(),']", "", str(default))  # a tuple as it is typed
+    return None if plain in ("", "False", "None") else plain
