@@ -11,7 +11,6 @@ from cyclopts import App, Parameter
 
 from deeptwist._version import __version__
 from deeptwist.app.cli import console
-from deeptwist.app.cli.console import CommonOptions
 from deeptwist.app.cli.options import (
     COMPRESS_DEFAULTS,
     NO_CALIBRATION,
@@ -69,7 +68,7 @@ def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> N
 
 
 @app.command(
-    help_formatter=CommonOptions(
+    help_formatter=console.CommonOptions(
         "--network --out --weights --data --image-size --ratio --macs --latency --goal --exclude "
         "--decomposition --mode --epochs --lr --batch-size --calibration-images --distill-steps "
         "--int8 --runtime --batch --threads --resume --json",
@@ -119,7 +118,7 @@ def compress(
 
 
 @app.command(
-    help_formatter=CommonOptions(
+    help_formatter=console.CommonOptions(
         "--model --weights --input --image-size --num-classes --ratio --weight-budget --macs "
         "--latency --rank --decomposition --include --exclude --override --calibrate --out --sweep "
         "--data --page --json"
@@ -167,7 +166,7 @@ def plan(
 
 
 @app.command(
-    help_formatter=CommonOptions(
+    help_formatter=console.CommonOptions(
         "--network --out --weights --data --image-size --mode --interval --ratio --macs --rank "
         "--decomposition --exclude --calibration-images --epochs --lr --batch-size --seed "
         "--precision --optimizer.name --schedule.kind --resume --json"
