@@ -25,15 +25,15 @@ def on_files(files: Files, config: Any) -> Files:
     cells = json.loads((docs / f"{_NOTEBOOK}.ipynb").read_text(encoding="utf-8"))["cells"]
     page = "\n\n".join(_as_markdown(cell) for cell in cells)
     files.append(File.generated(config, f"{_NOTEBOOK}.md", content=page))
+    for name, file in _AT_ROOT.items():
+        files.append(File.generated(config, name, content=Path(file).read_text(encoding="utf-8")))
     files.append(File.generated(config, "options.md", content=_options()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
-    """Read pages of the root; leave the words of links to files that the site does not hold."""
-    name = page.file.src_uri
-    if name in _AT_ROOT:
-        markdown = Path(_AT_ROOT[name]).read_text(encoding="utf-8")
+    """Lead the root's links to the site's pages; of those that lead out of it, leave the words."""
+    if page.file.src_uri in _AT_ROOT:
         for page_name, file in _AT_ROOT.items():
             markdown = markdown.replace(f"]({file})", f"]({page_name})")
         markdown = markdown.replace("](docs/", "](")

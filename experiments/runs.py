@@ -7,6 +7,7 @@ shifts of single layers stay in the run's own folder.
 
 import multiprocessing
 import shlex
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from deeptwist.app.cli.commands import app
 from deeptwist.app.data import ImageData, load_data
@@ -26,7 +28,6 @@ from deeptwist.app.training.run import build_run, train
 from deeptwist.compress import Values
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import write_text
-from experiments.perturb import NoiseInPlaceOfDistortion
 
 FINISHED, CUT = "finished", "cut"
 KINDS = ("epochs", "distortions", "runs")  # the last one says that a run is finished
@@ -39,6 +40,26 @@ _SUMMARY = (
     *("seconds", "processes", "machine", "version"),
 )
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class NoiseInPlaceOfDistortion:
+    """Moves a weight as far as a distortion would, in a random direction: see `DeepTwist.perturb`.
+
+    Attributes:
+        seed: of the directions.
+    """
+
+    seed: int
+
+    def __call__(self, name: str, step: int, weight: Tensor, approximation: Tensor) -> Tensor:
+        """Return the weight with noise of the norm of its distortion, other at every step."""
+        seed = zlib.crc32(f"{self.seed}/{step}/{name}".encode())
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        noise = noise.to(weight, non_blocking=True)
+        size = torch.linalg.vector_norm(approximation - weight)
+        moved: Tensor = weight + size / torch.linalg.vector_norm(noise) * noise
+        return moved
 
 
 @dataclass(frozen=True)

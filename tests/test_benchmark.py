@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.cases import EVERY_LAYER, error_of
-from tests.memory import peak_memory
+from tests.cases import EVERY_LAYER, error_of, peak_memory
 from torch import Tensor, nn
 
 from deeptwist import Plan, SpatialSVD, decompose, plan

@@ -144,6 +144,12 @@ def test_misspelt_names_give_the_nearest(error_of: ErrorOf, name: str, nearest: 
     assert error_of(build_model, name).endswith(f"did you mean {nearest!r}?")
 
 
+def test_a_name_of_other_libraries_is_told_with_theirs(error_of: ErrorOf) -> None:
+    pytest.importorskip("timm")
+    message = error_of(build_model, "resnet18")
+    assert message.endswith("did you mean 'torchvision/resnet18' or 'timm/resnet18'?")
+
+
 def test_a_name_like_no_other_lists_them(error_of: ErrorOf) -> None:
     message = error_of(build_model, "xyz")
     assert "resnet32" in message

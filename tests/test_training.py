@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from experiments.perturb import NoiseInPlaceOfDistortion
+from experiments.runs import NoiseInPlaceOfDistortion
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional

@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.cases import EVERY_LAYER, METHODS, at, build, difference, error_of, read
-from tests.memory import peak_memory
+from tests.cases import EVERY_LAYER, METHODS, at, build, difference, error_of, peak_memory, read
 from torch import Tensor, nn
 
 from deeptwist import CP, SVD, Decomposition, DeepTwist, TiledSVD, Tucker, plan

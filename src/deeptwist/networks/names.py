@@ -28,7 +28,11 @@ def check_name(name: str) -> None:
         if known and network.partition(".")[0] not in known:  # else it is not installed
             raise unknown_name_error(f"{source} model", network, known)
     elif ":" not in name:
-        others = [f"{package}/{network or 'NAME'}" for package in ("torchvision", "timm")]
+        packages = "torchvision", "timm"
+        there = [f"'{package}/{name}'" for package in packages if name in registered(package)]
+        if there:
+            raise DeepTwistError(f"unknown model {name!r}: did you mean {' or '.join(there)}?")
+        others = [f"{package}/{network or 'NAME'}" for package in packages]
         others.append("package.module:factory")
         raise unknown_name_error("model", name, [*RESNETS, *VGGS, *others])
 
