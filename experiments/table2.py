@@ -6,12 +6,14 @@ way; or by SVD of 64×64 tiles, of ranks from 16 to 8, by DeepTwist. Sizes and F
 convolutions alone, counted as the paper counts them, in units of 2²⁰: they are exact.
 """
 
+import math
+
 import torch
 
 from deeptwist import Plan
+from deeptwist.layers.geometry import ConvGeometry
 from deeptwist.networks.build import build_model
 from experiments.fig2 import ACCURACY
-from experiments.flops import MEGA, plan_flops
 from experiments.page import Report, Results, Table, count_holds, number
 from experiments.plots import Curve, draw
 from experiments.profiles import PROFILES, Network, Profile, Run
@@ -50,6 +52,9 @@ NOTES = (
     "each column of a tile within 1 %, although the right factor sums 64 products.",
     "Accuracies are of the network that the profile trains; weights and FLOPs are always of VGG19.",
 )
+
+
+MEGA = 2**20  # the paper's M: of weights too
 
 
 def runs(profile: Profile) -> dict[str, Run]:
@@ -113,3 +118,30 @@ def _row(
 ) -> list[str]:
     (weights, flops), printed = (f"{each:.2f}" for each in ours), [f"{each:.2f}" for each in paper]
     return [name, weights, printed[0], flops, printed[1], accuracy, printed[2]]
+
+
+def paper_flops(convolution: ConvGeometry, size: tuple[int, ...]) -> int:
+    """Return the FLOPs of a convolution for one example of this spatial input size."""
+    outputs = convolution.out_channels * math.prod(convolution.output_size(size))
+    return 2 * convolution.macs(size) - outputs
+
+
+def plan_flops(plan: Plan, *, factored: bool) -> int:
+    """Return the compressed layers' FLOPs of one example, dense or factored."""
+    total = 0
+    for layer in plan.compressed:
+        for call in layer.calls:
+            parts = [(layer.convolution, call.size)]
+            if factored:
+                parts = [
+                    # A raw tile's convolution multiplies by zeros besides; the paper's, a 1×1 one
+                    # over the windows that it sees, does not.
+                    (part, size if part == convolution else convolution.output_size(size))
+                    for part, (convolution, size) in zip(
+                        layer.decomposition.parts(layer.convolution),
+                        layer.decomposition.workload(layer.convolution, call.size),
+                        strict=True,
+                    )
+                ]
+            total += call.count * sum(paper_flops(part, size) for part, size in parts)
+    return total // plan.examples

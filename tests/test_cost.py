@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from experiments.flops import MEGA, paper_flops, plan_flops
+from experiments.table2 import MEGA, paper_flops, plan_flops
 from tests.cases import EVERY_LAYER, PLANNED_METHODS, at, every_layer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
