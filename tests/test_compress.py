@@ -203,7 +203,7 @@ def test_a_ratio_is_judged_by_what_networks_learn(
     found = job.search(lambda network: float(network.keeps_its_score), 1.0, learns=learns)
     assert found["kept"]
     assert threshold / 1.1 < found["ratio"] <= threshold
-    assert {share for *_, share in found["tried"]} == ({0.1, 0.3, 1.0} if learns else {0.0})
+    assert {share for *_, share in found["tried"]} == ({0.0, 0.1, 0.3, 1.0} if learns else {0.0})
 
 
 def test_a_score_that_the_least_ratio_does_not_keep_may_be_kept_by_a_larger_one() -> None:

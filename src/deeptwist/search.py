@@ -7,7 +7,7 @@ RATIOS = tuple(round(1.2 * 1.06**k, 2) for k in range(45))  # up to 15.58, searc
 # A rung: the share of what there is to learn, and how far beyond the last rung's ratio it looks.
 Rung = tuple[float, float]
 UNTRAINED: tuple[Rung, ...] = ((0.0, RATIOS[-1]),)
-LEARNING: tuple[Rung, ...] = ((0.1, RATIOS[-1]), (0.3, 2.0), (1.0, 1.4))
+LEARNING: tuple[Rung, ...] = (*UNTRAINED, (0.1, 2.0), (0.3, 2.0), (1.0, 1.4))
 
 
 def search_ratio(
@@ -16,8 +16,8 @@ def search_ratio(
     """Return the largest ratio whose network keeps a score; `None` if none does.
 
     Networks that will learn are judged in rungs, as in successive halving (Jamieson and Talwalkar,
-    2016): many after a short while, and of those larger than the last that kept the score then
-    fewer, after longer.
+    2016): many as they are, and of those larger than the last that kept the score then fewer,
+    after longer. (A short while at the full rate may cost more than it brings.)
 
     Args:
         score: the share of what there is to learn, and a ratio → the network's score.
