@@ -118,11 +118,13 @@ def distill(
             on_step()
     student = recalibrate_batch_norm(student, seen)
     average([buffer for buffer in student.buffers() if buffer.is_floating_point()])
-    start, end = (
-        mean_over_ranks(partial(divergence_from, dense, model, judges, loss)) if judges else 0.0
-        for model in (small, student)
-    )
-    result = student if end < start or not judges else swap(small, {})
+    result = student
+    if judges:
+        start, end = (
+            mean_over_ranks(partial(divergence_from, dense, model, judges, loss))
+            for model in (small, student)
+        )
+        result = student if end < start else swap(small, {})
     for module, source in zip(result.modules(), small.modules(), strict=True):
         module.training = source.training
     progress.forget()

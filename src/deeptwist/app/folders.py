@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeptwist.app.training.recipe import Recipe, read_recipe
-from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.errors import DeepTwistError, explaining
 
 if TYPE_CHECKING:  # the command line's help must not wait for torch
     from deeptwist.compress import Values
@@ -108,13 +108,12 @@ def read_job(folder: Path) -> "Values | None":
     Raises:
         DeepTwistError: if it is damaged.
     """
-    try:
-        values = json.loads((folder / JOB).read_text(encoding="utf-8"))
-        return {key: dict(values[key]) for key in ("job", "results", "seconds")}
-    except FileNotFoundError:
+    path = folder / JOB
+    if not path.exists():
         return None
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise DeepTwistError(f"{folder / JOB} is damaged: {first_line(error)}") from error
+    with explaining(f"{path} is damaged", errors=(OSError, LookupError, TypeError, ValueError)):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {key: dict(values[key]) for key in ("job", "results", "seconds")}
 
 
 def check_folder(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform
 from deeptwist.app.data.loading import batches
-from deeptwist.errors import DeepTwistError, first_line, require_extra
+from deeptwist.errors import DeepTwistError, explaining, first_line, require_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -208,10 +208,8 @@ def _list_folder(split: Path) -> Listed:
             f"no folder '{split}': images belong in CLASS/, or in train/CLASS/ and test/CLASS/ or "
             "val/CLASS/"
         )
-    try:
+    with explaining(f"no images in '{split}'", errors=(FileNotFoundError,)):
         folder = ImageFolder(str(split))
-    except FileNotFoundError as error:
-        raise DeepTwistError(f"no images in '{split}': {first_line(error)}") from error
     # Encoded in an array, not a list of strings, which every worker would come to copy.
     names = np.array([os.fsencode(os.path.relpath(path, split)) for path, _ in folder.samples])
     read = partial(_read_file, str(split), names)
@@ -248,10 +246,9 @@ def _list_hub(name: str) -> list[Listed]:
         import datasets
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
-    try:
+    # Of the network, of files, of formats.
+    with explaining(f"cannot load data set hf/{name}", errors=(Exception,)):
         splits = datasets.load_dataset(name)
-    except Exception as error:  # of the network, of files, of formats
-        raise DeepTwistError(f"cannot load data set hf/{name}: {first_line(error)}") from error
     tests = [split for split in ("test", "validation", "val") if split in splits]
     if "train" not in splits or not tests:
         raise DeepTwistError(f"hf/{name} has the splits {', '.join(splits)}: it needs train, test")

@@ -20,7 +20,7 @@ from deeptwist.app.training.devices import Fabric, TensorBoardLogger
 from deeptwist.app.training.loop import OnRecord, Trainer
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.compress import Values
-from deeptwist.errors import DeepTwistError, first_line
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.files import fsync, write_state, write_text
 
 logger = logging.getLogger("deeptwist")
@@ -104,14 +104,12 @@ class RunDir:
         """Load the last checkpoint, if there is one, and drop the records after it."""
         state, known = read_checkpoint(self.path), 0
         if state is not None:
-            try:
+            what = f"the checkpoints in {self.path} are of another run"
+            kinds = DeepTwistError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+            with explaining(what, errors=kinds):
                 trainer.load_state_dict(state["training"])
                 self._started -= float(state["seconds"])
                 known = int(state["metrics"])
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise DeepTwistError(
-                    f"the checkpoints in {self.path} are of another run: {first_line(error)}"
-                ) from error
         if self.fabric.is_global_zero:
             with self._metrics.open("ab") as file:
                 if file.tell() < known:
