@@ -271,6 +271,12 @@ def test_a_recipe_is_read_and_the_command_line_wins_over_it(
         3,
         "--compression.exclude",
         "a",
+        "--no-skip-first-conv",  # of the compression, as all names without a section
+        "--override",
+        "a=keep",
+        "--frozen-compression.no-skip-first-conv",
+        "--frozen-compression.override",
+        "b=2",
     ]
     assert run("train", path, "--out", tmp_path / "x", *words, "--exclude", "b").returncode == 0
     (recipe,) = recipes
@@ -285,7 +291,10 @@ def test_a_recipe_is_read_and_the_command_line_wins_over_it(
                 "rank": (3, 4),
                 "linear": False,
                 "exclude": ("a", "b"),
+                "skip_first_conv": False,
+                "overrides": ("a=keep",),
             },
+            "frozen_compression": {"skip_first_conv": False, "overrides": ("b=2",)},
         }
     )
 

@@ -307,6 +307,11 @@ def test_a_run_s_folder_is_refused_before_its_images_are_read(tmp_path: Path) ->
     (tmp_path / "recipe.yaml").write_text("model: resnet20")
     words = ["train", "resnet20", "--data", "/nowhere/at/all", "--ratio", 4, "--out", tmp_path]
     assert "holds a run: go on with it (--resume)" in refused(*words)
+    (tmp_path / "recipe.yaml").rename(tmp_path / "photo.jpg")
+    assert "is not empty and holds no run" in refused(*words, "--resume")
+    job = [*WORDS, "--out", tmp_path, "--ratio", 4, "--resume"]
+    assert "is not empty and holds no job" in refused(*job)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 def test_weights_that_are_not_there_end_the_job_in_one_line(tmp_path: Path) -> None:

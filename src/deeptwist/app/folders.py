@@ -126,6 +126,8 @@ def check_folder(
 ) -> None:
     """Check that a folder is free, or holds work of this kind that is to be gone on with.
 
+    What is to be gone on with, but had not begun, begins in an empty folder alone.
+
     Args:
         folder: where the work goes.
         kind: a job or a run.
@@ -134,9 +136,14 @@ def check_folder(
         resume: whether that work is to be gone on with.
 
     Raises:
-        DeepTwistError: if it holds work and `resume` is not given, or other work than this.
+        DeepTwistError: if it holds work and `resume` is not given, or none and other files where it
+            is, or other work than this.
     """
     if known is None:
+        if resume and folder.is_dir() and any(not x.name.startswith(".") for x in folder.iterdir()):
+            raise DeepTwistError(
+                f"{folder} is not empty and holds no {kind} to go on with: choose another folder"
+            )
         return
     if not resume:
         raise DeepTwistError(

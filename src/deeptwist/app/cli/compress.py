@@ -120,9 +120,9 @@ def _begin(folder: Path, asked: Values, *, resume: bool) -> Values:
     """
     new = {"job": json.loads(json.dumps(asked)), "results": {}, "seconds": {}}
     record = read_job(folder)
-    check_folder(folder, "job", record and record["job"], new["job"], resume=resume)
     if record is None and (folder / RECIPE).exists():
         raise DeepTwistError(f"{folder} holds a run of 'deeptwist train': choose another folder")
+    check_folder(folder, "job", record and record["job"], new["job"], resume=resume)
     with explaining_writes(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return record or new

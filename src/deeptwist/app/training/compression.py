@@ -108,13 +108,13 @@ class CompressionRecipe(Layers):
     tile: Annotated[
         tuple[int, int] | None, SIZES, Parameter(validator=(Number(gte=1), _check_tile))
     ] = None
-    skip_first_conv: Annotated[bool, Parameter(negative="--no-skip-first-conv")] = True
+    skip_first_conv: Annotated[bool, Parameter(negative="no-skip-first-conv")] = True
     min_in_channels: Count = 1
-    linear: Annotated[bool, Parameter(negative="--no-linear")] = False
+    linear: Annotated[bool, Parameter(negative="no-linear")] = False
     rank_multiple: Count | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    overrides: Annotated[tuple[str, ...], Parameter(alias="--override")] = ()  # type: ignore[assignment]
+    overrides: Annotated[tuple[str, ...], Parameter(alias="override")] = ()  # type: ignore[assignment]
     min_speedup: Annotated[float | None, Parameter(validator=Number(gt=0))] = None
     plan: str | None = None
 

@@ -216,7 +216,8 @@ def lock_run_dir(path: Path, recipe: Recipe, fabric: Fabric, *, resume: bool) ->
     except OSError as error:
         raise DeepTwistError(f"cannot write {path}: {error.strerror}") from error
     try:
-        check_same_recipe(path, recipe, resume=resume)
+        if (path / RECIPE).exists():  # or it is a job's folder, or nothing's
+            check_same_recipe(path, recipe, resume=resume)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_text(path / RECIPE, text)
         fabric.barrier()
