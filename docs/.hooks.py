@@ -11,7 +11,11 @@ import deeptwist
 from deeptwist.app.cli.commands import app
 from deeptwist.app.cli.console import default_of
 
-_AT_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_AT_ROOT = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 _NOTEBOOK = "notebooks/resnet18"
 _FIGURE = re.compile(r"(!\[[^\]]*\])\(\.\./(results/[^)]*)\)")
 

@@ -77,9 +77,9 @@ def names_of_a_page(page: str, folder: Path) -> dict[str, Any]:
         "batches": [x, x, x],
         "evaluate": lambda model: float(sum(p.numel() for p in model.parameters()) > 0),
         "fine_tune": lambda model: model.train(),
-    } | {"docs/integrations.md": loops, "docs/export.md": exports, "docs/serving.md": exports}.get(
-        page, lambda folder: {}
-    )(folder)
+    } | {"docs/integrations.md": loops, "docs/export.md": exports}.get(page, lambda folder: {})(
+        folder
+    )
 
 
 def loops(folder: Path) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_the_page_s_lines_serve_the_file_by_hand(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (lines,) = [b for b in blocks(ROOT / "docs/serving.md", "python") if "served.onnx" in b]
+    (lines,) = [b for b in blocks(ROOT / "docs/export.md", "python") if "served.onnx" in b]
     monkeypatch.chdir(tmp_path)
     Path("served.onnx").symlink_to(onnx)
     for index, file in enumerate(sorted((pictures / "test").rglob("*.png"))):
