@@ -10,7 +10,7 @@ Laws, each a test in ``tests/test_laws.py`` that every method joins:
 - The error never rises with the rank; at full rank it is zero (CP excepted).
 - ``weight_numel`` counts the numbers that the layer stores, ``macs`` the work that it does.
 - The layer equals the convolution with the reconstructed kernel.
-- A start changes the time, and the result by little: ``docs/distortion.md`` says how little.
+- A start changes the time, and the result by little: ``docs/decompositions.md`` says how little.
 """
 
 from abc import ABC, abstractmethod

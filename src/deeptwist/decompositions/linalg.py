@@ -103,7 +103,7 @@ def refine(
     """Return a low-rank approximation from the left factor of one that was good a moment ago.
 
     One step of subspace iteration: it is within 0.1 % of the least squared error where the matrix
-    moved by 5 % (``docs/distortion.md``), and its error is a projection's wherever it moved.
+    moved by 5 % (``docs/decompositions.md``), and its error is a projection's wherever it moved.
 
     Args:
         matrix: finite.
