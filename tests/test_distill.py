@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deeptwist import SpatialSVD, decompose, distill, plan
+from deeptwist.decompose import recalibrate_batch_norm
 from deeptwist.distill import (
     block_names,
     divergence_from,
@@ -124,6 +125,26 @@ def test_a_result_that_is_worse_on_the_batches_held_out_is_not_taken() -> None:
     assert not equal(state(taken), state(small))
 
 
+def test_batch_norm_taken_anew_is_kept_where_nothing_else_was_learned() -> None:
+    dense, _ = pair()
+    x = [5 * batch + 3 for batch in batches(5)]
+    dense = recalibrate_batch_norm(dense, x)
+    small = decompose(dense, plan(dense, SpatialSVD(), ratio=8, example_input=x[0]))
+    kept = distill(small, dense, x, steps=3, lr=1e3)
+    assert equal(state(kept), state(recalibrate_batch_norm(small, x[2:])))
+    before, after = (divergence_from(dense, model, x[:2]) for model in (small, kept))
+    assert after < before
+
+
+def test_an_autocast_that_is_held_open_learns_too() -> None:
+    dense, small = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        learned = distill(small, dense, batches(10), steps=60)
+    unseen = batches(4, seed=1)
+    before, after = (divergence_from(dense, model, unseen) for model in (small, learned))
+    assert after < before / 3
+
+
 def test_labels_are_not_read_and_a_generator_is_gone_through_again() -> None:
     dense, small = pair()
     expected = distill(small, dense, batches(4), steps=7)
@@ -171,7 +192,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_the_outputs_own() -> None:
         return functional.l1_loss(x, y)
 
     distill(small, dense, batches(4), steps=3, loss=loss)
-    assert seen == [(16, 5)] * (3 + 2 * 2)  # the steps, and two batches held out by two networks
+    assert seen == [(16, 5)] * (3 + 2 * 3)  # the steps, and two batches held out by three networks
 
 
 def test_blocks_are_what_factored_layers_stand_in() -> None:

@@ -72,7 +72,8 @@ def distill(
         lr: the highest learning rate.
         block_weight: of the blocks' loss beside the outputs'.
         held_out: the first so many batches are not learned from, unless the loader shuffles: on
-            them it is decided whether the result is better than the start; 0 to take it anyway.
+            them it is decided whether the result is better than the start, as it is or with batch
+            norm taken anew; 0 to take it anyway.
         loss: of an output against the dense network's, both (examples, …) → a scalar; without it
             the Kullback-Leibler divergence for logits (examples, classes), and ‖x − y‖² / ‖y‖²
             for every other shape.
@@ -92,12 +93,13 @@ def distill(
     stream = read_batches(_repeated(batches, held_out), inputs, device)
     judges = [*islice(stream, held_out)]
     student = swap(small, {}).eval()
+    broadcast([*student.state_dict().values()], source=0)
+    start = swap(student, {})
     for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
         norm.train()
     learning = [p for p in student.parameters() if p.requires_grad]
     if not learning:
         raise DeepTwistError(f"nothing in {type(small).__name__} is to be learned: all is frozen")
-    broadcast([*student.state_dict().values()], source=0)
     optimizer = torch.optim.AdamW(learning, lr, weight_decay=0.0)
     progress = _Progress(student, optimizer, steps, minutes, checkpoint)
     seen = deque(islice(stream, progress.done), maxlen=_NORM_BATCHES)
@@ -114,17 +116,15 @@ def distill(
             value.backward()
             average([p.grad for p in learning if p.grad is not None])
             optimizer.step()
+            # An autocast that the caller holds open would go on with casts of the old weights.
+            torch.clear_autocast_cache()
             progress.advance()
             on_step()
-    student = recalibrate_batch_norm(student, seen)
-    average([buffer for buffer in student.buffers() if buffer.is_floating_point()])
-    result = student
-    if judges:
-        start, end = (
-            mean_over_ranks(partial(divergence_from, dense, model, judges, loss))
-            for model in (small, student)
-        )
-        result = student if end < start else swap(small, {})
+    result = _recalibrated(student, seen)
+    if judges:  # of equals the first: what changed nothing is no result
+        candidates = start, _recalibrated(start, seen), result
+        judge = partial(divergence_from, dense, batches=judges, loss=loss)
+        result = min(candidates, key=lambda network: mean_over_ranks(partial(judge, network)))
     for module, source in zip(result.modules(), small.modules(), strict=True):
         module.training = source.training
     progress.forget()
@@ -199,6 +199,13 @@ def _check_budget(steps: int | None, minutes: float | None) -> None:
         raise DeepTwistError(f"minutes={minutes} is no time to learn in: give a positive number")
     if steps is None and minutes is None:
         raise DeepTwistError("there is no budget to learn in: give steps or minutes")
+
+
+def _recalibrated(network: nn.Module, batches: Iterable[Inputs]) -> nn.Module:
+    """Return a copy whose batch norms hold the statistics of these batches, of all processes."""
+    network = recalibrate_batch_norm(network, batches)
+    average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+    return network
 
 
 class _Progress:

@@ -291,6 +291,7 @@ class DeepTwist:
                     factors[layer.name] = _factors(layer, empty)
                 tensors += [weight, *factors[layer.name].tensors]
             broadcast(tensors, source)
+        torch.clear_autocast_cache()  # of the old weights, where the caller's loop is in autocast
         return {layer.name: factors[layer.name] for layer in self.plan.compressed}
 
     def _record(
