@@ -91,7 +91,7 @@ def test_a_named_network_loads_by_its_folder_alone(
 @pytest.mark.parametrize(
     ("name", "metadata", "answer"),
     [
-        (None, {}, "how to build 'Sequential' (unknown model"),
+        (None, {}, "how to build 'Sequential': unknown model"),
         ("os:abort", {}, "Python's own"),
         (TINY, {"num_classes": "3"}, "num_classes '3' is not a whole number"),
         (TINY, {"num_classes": 10**15}, "load(path, model)"),
@@ -185,7 +185,7 @@ def test_what_says_nothing_of_images_predicts_nothing(
 ) -> None:
     image = pictures / "test" / "ant" / "0.png"
     bare = dt.save(small, tmp_path, base_model=TINY, metadata={"num_classes": 3})
-    assert "how images become its input ('classes')" in refused("predict", bare, image)
+    assert "how images become its input: 'classes'" in refused("predict", bare, image)
 
 
 def test_a_quantised_file_says_the_same(data: ImageData, onnx: Path, tmp_path: Path) -> None:

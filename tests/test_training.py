@@ -18,6 +18,7 @@ from torch.nn import functional
 import deeptwist as dt
 from deeptwist.app.data import ImageData, Split, load_data, normalize
 from deeptwist.app.folders import read_run
+from deeptwist.app.training.devices import own_device
 from deeptwist.app.training.evaluation import evaluate, training_inputs
 from deeptwist.app.training.recipe import Mode, Recipe, make_recipe
 from deeptwist.app.training.run import TrainingRun, build_run, train
@@ -186,6 +187,13 @@ def test_metrics_hold_what_the_report_needs_and_tensorboard_is_written(
     assert epoch["images_per_second"] == pytest.approx(11 * 128 / epoch["seconds"])
     assert first["weight_shift"] > 0
     assert [*(tmp_path / "tensorboard").glob("events*")]
+
+
+def test_processes_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_gpus, expected in ((True, "cuda:3"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_gpus: answer)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert own_device() == torch.device(expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

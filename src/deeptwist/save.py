@@ -26,7 +26,7 @@ from deeptwist.decompose import (
     set_channels_last,
 )
 from deeptwist.decompositions import Decomposition
-from deeptwist.errors import DATA_ERRORS, DeepTwistError, check_int, explaining, first_line
+from deeptwist.errors import DATA_ERRORS, DeepTwistError, check_int, explaining
 from deeptwist.files import atomic_write, check_suffix, explaining_writes
 from deeptwist.inspection.run import Argument, check_unwrapped
 from deeptwist.inspection.swap import stored_modules
@@ -269,16 +269,13 @@ def read_saved(folder: Path) -> Saved:
 def _build_named(saved: Saved, folder: Path) -> nn.Module:
     """Build the network whose name a folder holds."""
     sizes = {key: saved.metadata.get(key) for key in ("num_classes", "in_channels")}
-    try:
+    problem = f"{folder} does not say how to build {saved.base_model!r}"
+    advice = "give the network that was decomposed, load(path, model)"
+    with explaining(problem, advice, (DeepTwistError, RuntimeError)):  # or no memory holds them
         for key, size in sizes.items():
             if size is not None:
                 check_int(key, size)
         return build_model(saved.base_model, **sizes)
-    except (DeepTwistError, RuntimeError) as error:  # of sizes that no memory holds
-        raise DeepTwistError(
-            f"{folder} does not say how to build {saved.base_model!r} ({first_line(error)}): give "
-            "the network that was decomposed, load(path, model)"
-        ) from error
 
 
 def plan_layers(layers: Mapping[str, SavedLayer]) -> tuple[CompressedLayer, ...]:

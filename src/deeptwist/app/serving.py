@@ -15,7 +15,7 @@ from deeptwist.app.data.sources import eval_transform, read_image
 from deeptwist.app.folders import SMALL
 from deeptwist.app.training.evaluation import logits_of
 from deeptwist.compress import Values
-from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
+from deeptwist.errors import DATA_ERRORS, check_int, explaining
 from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.plan.codec import decode
 from deeptwist.plan.plan import layer_row
@@ -80,15 +80,11 @@ def predict(path: Path, images: Sequence[Path], *, top: int) -> list[Values]:
     """
     check_int("top", top)
     network, metadata = _open(path)
-    try:
-        says: ImageInput = decode(
-            ImageInput, {key.name: metadata[key.name] for key in fields(ImageInput)}
-        )
-    except (LookupError, ValueError) as error:
-        raise DeepTwistError(
-            f"{path} does not say how images become its input ({first_line(error)}): give save, or "
-            "export_onnx, that metadata, as the commands that read images do"
-        ) from error
+    problem = f"{path} does not say how images become its input"
+    advice = "give save, or export_onnx, that metadata, as the commands that read images do"
+    with explaining(problem, advice, DATA_ERRORS):
+        values = {key.name: metadata[key.name] for key in fields(ImageInput)}
+        says: ImageInput = decode(ImageInput, values)
     prepare = eval_transform(says.resize, says.image_size, says.interpolation)
     rows = []
     for image in images:

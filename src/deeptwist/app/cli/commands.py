@@ -89,7 +89,8 @@ def compress(
     Evaluates the dense network, calibrates, plans, decomposes, trains, takes batch norm's
     statistics anew, exports both networks to ONNX, times them in turn, writes a report. Unless a
     recipe or an option says otherwise: spatial SVD on all convolutions but the first, calibrated
-    on 1,024 images, and 6 epochs of conventional fine-tuning from a learning rate of 0.02.
+    on 1,024 images, and 6 epochs of conventional fine-tuning from a learning rate of 0.02. What a
+    recipe leaves out is as `deeptwist train --help` says.
 
     ```
     deeptwist compress resnet32 --weights r32.safetensors --data cifar10 \
@@ -105,11 +106,11 @@ def compress(
         out: Folder of the job: plan, small network, ONNX files, report, every step's result.
         resume: Go on with the job in the folder: steps that are done are skipped.
     """
-    options.check(recipe)
+    goal = options.check(recipe)
     check_inputs(recipe.model, recipe.weights, recipe.data)
     from deeptwist.app.cli.compress import run_compress
 
-    result = run_compress(recipe, options, out, resume=resume)
+    result = run_compress(recipe, options, out, goal=goal, resume=resume)
     console.print_result(
         result,
         as_json,

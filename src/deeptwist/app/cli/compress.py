@@ -21,6 +21,7 @@ from deeptwist.app.data import load_data
 from deeptwist.app.folders import JOB, RECIPE, check_folder, read_job
 from deeptwist.app.report import write_report
 from deeptwist.app.tables import int8_changes, speed
+from deeptwist.app.training.devices import own_device
 from deeptwist.app.training.evaluation import (
     AugmentedInputs,
     Evaluation,
@@ -64,14 +65,18 @@ Step = tuple[str, str, Callable[[], Values], Callable[..., str]]
 
 
 def run_compress(
-    recipe: Recipe, options: CompressOptions, folder: Path, *, resume: bool
+    recipe: Recipe,
+    options: CompressOptions,
+    folder: Path,
+    *,
+    goal: Goal | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Compress a network as asked, and return what every step came to.
+    """Compress a network as asked, and return what every step came to; see `CompressOptions.check`.
 
     Raises:
         DeepTwistError: if the folder holds a job and `resume` is not given, or a step fails.
     """
-    goal = options.check(recipe)
     has_onnx = "onnxruntime" in options.runtime
     if has_onnx:
         with require_extra("onnx"):
@@ -226,7 +231,7 @@ class ImageJob:
         self._run = build_run(replace(recipe, mode="dense"), data, name="dense")
         self.recipe, self.options, self.folder = recipe, options, folder
         self.data = self._run.data
-        self.model = self._run.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.model = self._run.model.to(own_device()).eval()
         self.example_input = partial(test_inputs, self.data, self.model)
         self.training_inputs = partial(training_inputs, self.data, self.model)
         self.steps = Job(

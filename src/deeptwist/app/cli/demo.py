@@ -62,7 +62,7 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
     with telling("train the dense network", run) as shown:
         train(run, out / _DENSE, **shown)
     options = CompressOptions(batch=(_BATCH,), int8=True)
-    return run_compress(small, options, out / _SMALL, resume=False)
+    return run_compress(small, options, out / _SMALL)
 
 
 def _clear(out: Path) -> None:

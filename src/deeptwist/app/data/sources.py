@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deeptwist.app.data.dataset import ImageData, ImageFiles, Mix, Split, Transform
 from deeptwist.app.data.loading import batches
-from deeptwist.errors import DeepTwistError, explaining, first_line, require_extra
+from deeptwist.errors import DeepTwistError, explaining, require_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -357,13 +357,9 @@ def _cifar10() -> tuple[Split, Split, tuple[str, ...]]:
     with require_extra():
         from torchvision.datasets import CIFAR10
     folder = str(Path(os.environ.get("DEEPTWIST_CACHE") or "~/.cache/deeptwist").expanduser())
-    try:
+    advice = "give a folder that holds train/CLASS/*.png and test/CLASS/*.png instead"
+    with explaining(f"cannot download CIFAR-10 into {folder}", advice, (OSError, RuntimeError)):
         parts = [CIFAR10(folder, train=part, download=True) for part in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise DeepTwistError(
-            f"cannot download CIFAR-10 into {folder} ({first_line(error)}): "
-            "give a folder that holds train/CLASS/*.png and test/CLASS/*.png instead"
-        ) from error
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (Split(x, torch.tensor(p.targets)) for x, p in zip(images, parts, strict=True))
     return train, test, tuple(parts[0].classes)

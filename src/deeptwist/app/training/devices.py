@@ -57,6 +57,13 @@ def make_fabric(recipe: Recipe) -> Fabric:
     return fabric
 
 
+def own_device() -> torch.device:
+    """Return this process's GPU, of those that Fabric deals out under ``torchrun``, if any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def _leave_processes() -> None:
     """End the process group, once its threads have let go of the last tensors.
 

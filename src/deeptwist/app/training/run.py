@@ -20,7 +20,7 @@ from deeptwist.app.folders import (
     check_same_recipe,
     read_run,
 )
-from deeptwist.app.training.devices import images_on, make_fabric
+from deeptwist.app.training.devices import images_on, make_fabric, own_device
 from deeptwist.app.training.evaluation import (
     Evaluation,
     evaluate,
@@ -258,8 +258,7 @@ def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
 def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
     """Return the calibration on so many training images of a shuffle that is always the same."""
     device = next(model.parameters()).device
-    if torch.cuda.is_available():  # where it takes seconds, not minutes
-        model.to("cuda")
+    model.to(own_device())  # on a GPU it takes seconds, not minutes
     calibration = calibrate(model, training_inputs(data, model, count))
     model.to(device)
     moments = calibration.moments.items()
