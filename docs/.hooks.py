@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
             markdown = markdown.replace(f"]({file})", f"]({page_name})")
         markdown = markdown.replace("](docs/", "](")
     markdown = _FIGURE.sub(r"\1(\2)", markdown).replace(f"{_NOTEBOOK}.ipynb", f"{_NOTEBOOK}.md")
-    markdown = re.sub(r"^::: (\S+)$", _as_imported, markdown, flags=re.M)
+    markdown = re.sub(r"^::: (.+)$", _as_imported, markdown, flags=re.M)
     return re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
 
 
@@ -74,8 +74,11 @@ def _options() -> str:
 
 
 def _as_imported(match: re.Match[str]) -> str:
-    """Head what `import deeptwist as dt` gives by that name, and all else by where it is."""
-    path = match[1]
-    name = path.rpartition(".")[2]
-    heading = f"dt.{name}" if name in dir(deeptwist) else path
-    return f"::: {path}\n    options:\n      heading: {heading}\n      toc_label: {heading}"
+    """Head each name of a line as it is written: `dt.NAME`, wherever that lives, or a path."""
+    blocks = []
+    for name in match[1].split():
+        value = getattr(deeptwist, name[3:]) if name.startswith("dt.") else None
+        path = f"{value.__module__}.{value.__qualname__}" if value else name
+        heading = f"    options:\n      heading: {name}\n      toc_label: {name}"
+        blocks.append(f"::: {path}\n{heading}")
+    return "\n\n".join(blocks)
