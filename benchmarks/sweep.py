@@ -2,14 +2,13 @@
 
 python benchmarks/sweep.py                    # measures what results/sweep.jsonl lacks
 python benchmarks/sweep.py timm/resnet18      # this network, its record printed
-python benchmarks/sweep.py --table            # writes the table of docs/networks.md
+python benchmarks/sweep.py --table            # prints a row for each
 """
 
 import argparse
 import importlib
 import json
 import multiprocessing
-import re
 import statistics
 import tempfile
 import time
@@ -25,7 +24,6 @@ from deeptwist.export import export_onnx
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "sweep.jsonl"
-PAGE = ROOT / "docs" / "networks.md"
 SECONDS = 240  # for one network
 Inputs = tuple[Tensor, ...]
 Made = tuple[Callable[[], nn.Module], Inputs]
@@ -317,7 +315,7 @@ def sweep(path: Path) -> None:
 
 
 def table(records: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of the page's table."""
+    """Yield what they come to together, and the lines of a table."""
     good = [r for r in records.values() if "failure" not in r]
     shares = [r["compressed_share"] for r in good]
     ratios = [r["network_mac_ratio"] for r in good if r["network_mac_ratio"]]
@@ -348,17 +346,8 @@ def table(records: dict[str, dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def write_table(records: dict[str, dict[str, Any]], page: Path) -> None:
-    """Put the table in its place in the page."""
-    begin, end = "<!-- sweep: benchmarks/sweep.py --table -->\n", "<!-- /sweep -->"
-    text = page.read_text()
-    body = "\n".join(table(records)) + "\n"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    page.write_text(re.sub(pattern, lambda _: begin + body + end, text, flags=re.DOTALL))
-
-
 def main() -> None:
-    """Run the sweep, measure networks by name, or write the table."""
+    """Run the sweep, measure networks by name, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -367,7 +356,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.table:
-        write_table(read(arguments.out), PAGE)
+        print(*table(read(arguments.out)), sep="\n")
     for library in {network.partition("/")[0] for network in arguments.networks}:
         importlib.import_module(library)  # once for all the processes that are forked
     for index, network in enumerate(arguments.networks):

@@ -3,16 +3,16 @@
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cyclopts import MissingArgumentError
+from examples.own_decomposition import InputBasis
 from tests.cases import EVERY_LAYER, at, build, difference, factored, read, with_kernel
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from deeptwist.app.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"docs/add-a-decomposition.md"}  # test_the_example_of_the_page does
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -153,9 +152,7 @@ def exports(folder: Path) -> dict[str, Any]:
     return {"small": small, "batches": [x]}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if blocks(ROOT / n, "python") and n not in RUN_ELSEWHERE]
-)
+@pytest.mark.parametrize("name", sorted(WITH_PYTHON))
 def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
@@ -268,18 +265,12 @@ def test_the_readme_is_short_and_begins_with_two_commands() -> None:
     assert len(blocks(ROOT / "README.md", "sh")[0].splitlines()) == 2  # which .ci/run runs
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "add-a-decomposition.md"
-
-
 @pytest.mark.parametrize("geometry", ["3x3", "groups", "linear", "1-D", "transposed 2-D", "3-D"])
-def test_the_example_of_the_page(geometry: str) -> None:
-    module = ModuleType("example_of_the_page")
-    sys.modules[module.__name__] = module  # dataclasses look it up
-    exec(PAGE.read_text(encoding="utf-8").split("```")[1].removeprefix("python"), vars(module))
+def test_the_example_of_a_decomposition(geometry: str) -> None:
     layer, x = build(geometry)
     convolution, kernel = read(layer)
     for share in (0.5, 1.0):
-        method = at(module.InputBasis(), convolution, share)
+        method = at(InputBasis(), convolution, share)
         factors, small = factored(layer, method)
         assert difference(with_kernel(layer, factors.reconstruct())(x), small(x)) < 1e-11
         stored = sum(p.numel() for n, p in small.named_parameters() if not n.endswith("bias"))

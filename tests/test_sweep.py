@@ -1,8 +1,7 @@
 """Networks of other libraries, each in a process of its own: ``pytest -m sweep`` runs them all.
 
 The sample runs in every build, its libraries imported once; the whole sweep takes about an hour on
-two cores and is better run by ``python benchmarks/sweep.py``, which resumes and writes the table of
-docs/networks.md.
+two cores and is better run by ``python benchmarks/sweep.py``, which resumes.
 """
 
 import importlib.util

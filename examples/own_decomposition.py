@@ -1,10 +1,11 @@
-# Add a decomposition
+"""A decomposition of one's own, whole: the input channels alone, 1×1 into R, then d×d.
 
-One file, one line in the registry (`deeptwist/decompositions/__init__.py`), one line in the tests' table (`METHODS` in
-`tests/cases.py`): the laws of `tests/test_laws.py` then hold for it, or fail. Its options are its dataclass fields.
-This one reduces the input channels alone: 1×1 into R channels, then the d×d convolution.
+In the package it takes one line in the registry (``deeptwist/decompositions/__init__.py``) and one
+in the tests' table (``METHODS`` in ``tests/cases.py``): the laws of ``tests/test_laws.py`` hold for
+it then, or fail. Outside, ``deeptwist.decompositions.METHODS["input_basis"] = InputBasis`` lets
+plans and saved models name it. Its options are its dataclass fields.
+"""
 
-```python
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,3 @@ class InputBasis(SingleRankDecomposition):
     def kernels(self, tensors, shape):
         basis, core = tensors
         return [basis.mT.reshape(*basis.mT.shape, *[1] * (len(shape) - 3)), core]
-```
-
-Outside the package, `deeptwist.decompositions.METHODS["input_basis"] = InputBasis` lets plans and saved models name it.
