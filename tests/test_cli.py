@@ -458,13 +458,21 @@ def test_a_rank_beside_a_ratio_is_refused() -> None:
 def test_long_work_is_told_of_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    for name in ("_SECONDS_TO_FIRST_LINE", "_SECONDS_BETWEEN_LINES"):
+        monkeypatch.setattr(console, name, 0.01)
+    shown = ""
+
+    def wait_for(line: str) -> None:
+        nonlocal shown
+        while not re.search(line, shown):
+            shown += capsys.readouterr().err
+
     with console.progress_bar("time", 3) as advance:
+        wait_for("^time: 0 of 3\n")  # before anything is done
         advance()
+        wait_for(r"\ntime: 1 of 3, [\d.]+ s left\n")
         advance()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rpartition(",")[0] for line in lines] == ["time: 1 of 3", "time: 2 of 3"]
-    assert all(line.endswith(" s left") for line in lines)
+        wait_for(r"\ntime: 2 of 3, [\d.]+ s left\n")
 
 
 # --- a sweep over ratios: its points, its knee, what the command prints and draws

@@ -134,7 +134,8 @@ def test_layers_are_timed_in_pytorch_by_themselves(caplog: pytest.LogCaptureFixt
     (layer,) = dt.plan(model, "spatial_svd", latency=Latency(1.2, batch=1), **options).layers
     assert isinstance(layer, CompressedLayer)
     assert caplog.messages[0] == "timing layer 1 of 1, 0"
-    assert caplog.messages[1].startswith("timed the network: ")
+    assert caplog.messages[1] == "timing the network as planned beside the dense one"
+    assert caplog.messages[2].startswith("timed the network: ")
     with pytest.raises(dt.DeepTwistError, match="no plan"):
         dt.plan(model, dt.SpatialSVD(), latency=1e6, **options)
 

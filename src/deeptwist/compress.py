@@ -41,6 +41,11 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 Table = list[list[str]]
 
 
+def no_progress(label: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+    """Show nothing; see `Job.progress`."""
+    return nullcontext(lambda: None)
+
+
 @dataclass(frozen=True)
 class Compressed:
     """A network made smaller; printed, a table of what it was and what it is.
@@ -162,7 +167,7 @@ class Job:
     batches: Callable[[], Iterable[Inputs | Tensor]]
     recover: Callable[[nn.Module, float], nn.Module] = lambda network, share: network
     folder: Path | None = None
-    progress: Progress = lambda label, total: nullcontext(lambda: None)
+    progress: Progress = no_progress
     metadata: Values | None = None
 
     @cached_property
@@ -253,7 +258,8 @@ class Job:
             done += 1
             advance()
 
-        with self.progress("distill", steps) as advance:
+        limit = "" if minutes is None else f", {minutes:g} minutes at most"
+        with self.progress(f"distill{limit}", steps) as advance:
             self.small = distill(
                 self.small,
                 self.model,

@@ -1,6 +1,7 @@
 """Decide for every layer of a model how it is held, or read it from a model that is decomposed."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -182,6 +183,7 @@ class Planner:
 
         def attempt(speedup: float | None) -> Plan:
             made = self._share(candidates, replace(budgets, milliseconds=speedup), speedup is None)
+            logger.info("timing the network as planned beside the dense one")
             times = time_network(self._model, inputs, made, setting, self._clock)
             logger.info("timed the network: %s", times)
             return replace(made, latency=times)
@@ -247,10 +249,12 @@ class Planner:
             geometry, call = max(uses, key=lambda use: use[1].count * use[0].macs(use[1].size))
             multiple = clock.rank_multiple(geometry, call, self._decompositions[0])
         made: dict[LayerErrors, list[Candidate]] = {}
-        for number, (errors, geometry) in enumerate(sharing.items(), 1):
+        started = time.monotonic()
+        for done, (errors, geometry) in enumerate(sharing.items()):
             if clock is not None:
-                name = errors.layer.names[0]
-                logger.info("timing layer %d of %d, %s", number, len(sharing), name)
+                name, seconds = errors.layer.names[0], time.monotonic() - started
+                left = f", {seconds / done * (len(sharing) - done):.0f} s left" if done else ""
+                logger.info("timing layer %d of %d, %s%s", done + 1, len(sharing), name, left)
             options = self._decompositions, multiple, clock
             made[errors] = layer_candidates(errors, geometry, *options)
         return [made.get(errors, []) for errors in self._errors]

@@ -207,7 +207,7 @@ def train(
     from deeptwist.app.training.run import build_run, train
 
     data = load_data(recipe.data)
-    run = build_run(recipe, data, name=out.name)
+    run = build_run(recipe, data, name=out.name, progress=console.progress_bar)
     with console.telling(f"{recipe.mode} {recipe.model}", run) as shown:
         summary = train(run, out, resume=resume, **shown)
     console.print_result(

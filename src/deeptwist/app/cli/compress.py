@@ -237,7 +237,7 @@ class ImageJob:
         self.steps = Job(
             self.model,
             partial(recipe.compression.make_plan, self.model, self.example_input(2)),
-            partial(self.training_inputs, recipe.calibration_images),
+            partial(self.training_inputs, recipe.calibration_images, progress=progress_bar),
             self._recover,
             folder,
             progress_bar,
@@ -315,7 +315,7 @@ class ImageJob:
         """Quantise both networks; warn of one that loses more than it should."""
         values = self.steps.int8(
             self.evaluate,
-            partial(self.training_inputs, _INT8_IMAGES),
+            partial(self.training_inputs, _INT8_IMAGES, progress=progress_bar),
             self.example_input(setting.batch),
             threads=setting.threads,
             rounds=self.options.rounds,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from deeptwist.plan.plan import Plan
 
 SHOWS_ALL: ContextVar[bool] = ContextVar("shows_all", default=False)  # of help
-_SECONDS_BETWEEN_LINES = 20.0  # of progress, in a pipe
+_SECONDS_TO_FIRST_LINE, _SECONDS_BETWEEN_LINES = 3.0, 20.0  # of progress, in a pipe
 # A pipe has no width to fit: a table there keeps its lines whole.
 _WIDE = None if sys.stdout.isatty() else 200
 
@@ -69,9 +70,13 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
 
     On a terminal it is a bar; elsewhere a line now and then, where the work takes that long.
     """
-    console = Console(stderr=True, quiet=not is_main_process())
+    console = Console(stderr=True)
+    if not is_main_process():
+        yield lambda: None
+        return
     if not console.is_terminal:
-        yield _lines(label, total) if is_main_process() else lambda: None
+        with _lines(label, total) as advance:
+            yield advance
         return
     columns = (
         TextColumn("{task.description}"),
@@ -84,20 +89,28 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _lines(label: str, total: int) -> Callable[[], None]:
-    """Return the call that counts, and every so many seconds tells how much there is left."""
-    started = told = time.monotonic()
-    done = 0
+@contextmanager
+def _lines(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Give the call that counts; tell soon, then now and then, how much is left, done or not."""
+    started, done, ended = time.monotonic(), 0, threading.Event()
+
+    def tell() -> None:
+        seconds = _SECONDS_TO_FIRST_LINE
+        while not ended.wait(seconds):
+            left = (time.monotonic() - started) / max(1, done) * max(0, total - done)
+            estimate = f", {_duration(left)} left" if done else ""
+            print(f"{label}: {done:,} of {total:,}{estimate}", file=sys.stderr, flush=True)
+            seconds = _SECONDS_BETWEEN_LINES
 
     def advance() -> None:
-        nonlocal done, told
-        done, now = done + 1, time.monotonic()
-        if now - told >= _SECONDS_BETWEEN_LINES:
-            told = now
-            left = (now - started) / done * max(0, total - done)
-            print(f"{label}: {done:,} of {total:,}, {_duration(left)} left", file=sys.stderr)
+        nonlocal done
+        done += 1
 
-    return advance
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield advance
+    finally:
+        ended.set()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -257,7 +257,14 @@ def make_job(
     if data is None and calibration.calibrate is not None:
         data = network.load_images(calibration.calibrate)
     count = calibration.calibration_images
-    batches = [] if data is None else [*training_inputs(data, dense, count)]
+    batches: list[Tensor] = []
+
+    def read() -> "Iterator[Tensor]":
+        """Yield the images to calibrate on, and keep them."""
+        if data is not None:
+            for x in training_inputs(data, dense, count, progress=progress_bar):
+                batches.append(x)
+                yield x
 
     def recover(small: "nn.Module", share: float) -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
@@ -266,8 +273,8 @@ def make_job(
     if data is not None and _outputs(dense, example) == len(data.classes):
         metadata = data.metadata
     make_plan = partial(recipe.make_plan, dense, example)
-    job = Job(dense, make_plan, lambda: batches, recover, None, progress_bar, metadata)
-    if batches:
+    job = Job(dense, make_plan, read, recover, None, progress_bar, metadata)
+    if data is not None:
         job.calibrate()
     return job
 

@@ -93,24 +93,26 @@ def sweep_network(
     given = given_sizes(recipe)
     if given:
         raise DeepTwistError(f"a sweep chooses the ratios: leave out {', '.join(given)}")
-    accuracy, dense_accuracy = None, None
     data = None if options.data is None else network.load_images(options.data)
     recipe = replace(recipe, ratio=RATIOS[0])
     job = make_job(network, recipe, calibration, data, recalibrate=data is not None)
-    if data is not None:
-        images, test = data, data.test.subsample(min(options.test_images, len(data.test.labels)))
-
-        def accuracy(plan: Plan) -> float:
-            small = job.make_small(plan) if plan.compressed else job.model
-            return evaluate(small, test, images).accuracy
-
-        dense_accuracy = accuracy(Plan(()))
-    with progress_bar("sweep", len(RATIOS)) as advance:
+    test = None if data is None else data.test.subsample(options.test_images)
+    with progress_bar("sweep", len(RATIOS) if data is None else 2 * len(RATIOS) + 1) as advance:
 
         def make_plan(ratio: float) -> Plan:
+            made = job.make_plan(job.calibration, ratio)
             advance()
-            return job.make_plan(job.calibration, ratio)
+            return made
 
-        points = sweep(make_plan, accuracy)
+        def accuracy(plan: Plan) -> float:
+            assert data is not None
+            assert test is not None
+            small = job.make_small(plan) if plan.compressed else job.model
+            value = evaluate(small, test, data).accuracy
+            advance()
+            return value
+
+        dense_accuracy = None if data is None else accuracy(Plan(()))
+        points = sweep(make_plan, None if data is None else accuracy)
     knee = points[find_knee(points, dense_accuracy)]["ratio"]
     return {"dense_accuracy": dense_accuracy, "knee": knee, "points": points}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deeptwist.app.data import ImageData, Split, batches, normalize, train_batches
-from deeptwist.compress import Progress
+from deeptwist.compress import Progress, no_progress
 from deeptwist.distributed import process_rank, world_size
 from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.inspection.run import eval_mode
@@ -45,13 +44,24 @@ def preprocess(
 
 
 def training_inputs(
-    data: ImageData, model: nn.Module, count: int, batch_size: int = 128
+    data: ImageData,
+    model: nn.Module,
+    count: int,
+    batch_size: int = 128,
+    *,
+    progress: Progress = no_progress,
 ) -> Iterator[Tensor]:
-    """Yield batches of so many training images, not augmented, the same ones every time."""
+    """Yield batches of so many training images, not augmented, the same ones every time.
+
+    Progress is shown as that of a calibration.
+    """
     shuffle = torch.Generator().manual_seed(0)
     chosen = data.train.subset(torch.randperm(len(data.train.labels), generator=shuffle)[:count])
-    images = batches(chosen, min(count, batch_size))
-    return (preprocess(x, model, data) for x, _ in images)
+    size = min(count, batch_size)
+    with progress("calibrate", math.ceil(len(chosen.labels) / size)) as advance:
+        for images, _ in batches(chosen, size):
+            yield preprocess(images, model, data)
+            advance()
 
 
 _BATCH = 64  # images that are distilled on at once
@@ -122,7 +132,7 @@ def evaluate(
     split: Split,
     data: ImageData,
     *,
-    progress: Progress = lambda label, total: nullcontext(lambda: None),
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Evaluate a model in evaluation mode, on its own device; processes share the images out.
 

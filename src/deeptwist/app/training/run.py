@@ -30,7 +30,7 @@ from deeptwist.app.training.evaluation import (
 from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, lock_run_dir
-from deeptwist.compress import Values
+from deeptwist.compress import Progress, Values, no_progress
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.errors import DeepTwistError
 from deeptwist.files import atomic_write
@@ -86,7 +86,12 @@ class TrainingRun:
 
 
 def build_run(
-    recipe: Recipe, data: ImageData, *, name: str, model: nn.Module | None = None
+    recipe: Recipe,
+    data: ImageData,
+    *,
+    name: str,
+    model: nn.Module | None = None,
+    progress: Progress = no_progress,
 ) -> TrainingRun:
     """Build and plan a recipe's network.
 
@@ -95,6 +100,7 @@ def build_run(
         data: see `deeptwist.app.data.load_data`.
         name: of the run.
         model: a network in place of the recipe's own; most modes change it in place.
+        progress: shows a calibration, see `deeptwist.compress.Job`.
 
     Raises:
         DeepTwistError: if there is no such network, its weights do not fit, it cannot be planned
@@ -115,7 +121,7 @@ def build_run(
     calibration = None
     if recipe.compresses:
         if recipe.calibration_images:
-            calibration = _calibrate(model, data, recipe.calibration_images)
+            calibration = _calibrate(model, data, recipe.calibration_images, progress)
         plan = recipe.compression.make_plan(model, example, calibration=calibration)
     else:  # a plan that says what the network costs
         plan = plan_from_model(model, model, example)
@@ -255,11 +261,11 @@ def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
     return teacher
 
 
-def _calibrate(model: nn.Module, data: ImageData, count: int) -> Calibration:
+def _calibrate(model: nn.Module, data: ImageData, count: int, progress: Progress) -> Calibration:
     """Return the calibration on so many training images of a shuffle that is always the same."""
     device = next(model.parameters()).device
     model.to(own_device())  # on a GPU it takes seconds, not minutes
-    calibration = calibrate(model, training_inputs(data, model, count))
+    calibration = calibrate(model, training_inputs(data, model, count, progress=progress))
     model.to(device)
     moments = calibration.moments.items()
     return Calibration({name: replace(m, values=m.values.to(device)) for name, m in moments})
