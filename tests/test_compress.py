@@ -354,6 +354,10 @@ def test_the_job_distils_where_nothing_is_trained(weights: Path, tmp_path: Path)
     assert after["verify"]["accuracy"] == after["train"]["accuracy"]
     assert after["verify"]["accuracy"] > before["verify"]["accuracy"]
     assert after["plan"]["parameters"] == before["plan"]["parameters"]
+    for folder, name in (("plain", "no training"), ("small", "distilled")):
+        page = (tmp_path / folder / "report.html").read_text()
+        assert f"{name} (SpatialSVD, 8×): " in page
+        assert "untrained, %" not in page
     again = run(*WORDS, *words, "--json", "--resume")
     assert json.loads(again.stdout)["results"] == after
 

@@ -582,7 +582,9 @@ def test_a_batch_larger_than_the_data_is_refused(
     digits: ImageData, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     few = replace(digits, train=Split(digits.train.images[:50], digits.train.labels[:50]))
-    assert "batch_size 128" in error_of(train, run_of(few), tmp_path)
+    assert "batch_size 128" in error_of(run_of, few)
+    summary = train(run_of(few, schedule={"epochs": 0}), tmp_path)  # where nothing is trained
+    assert (summary["steps"], summary["accuracy"]) == (0, summary["accuracy_untrained"])
 
 
 def test_a_damaged_run_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:

@@ -117,8 +117,11 @@ def _lines(label: str, total: int) -> Iterator[Callable[[], None]]:
 def telling(label: str, run: "TrainingRun") -> Iterator[dict[str, Any]]:
     """Show a training on standard error: its steps, and each epoch in a line.
 
-    Gives the arguments `on_step` and `on_record` of `train`.
+    Gives the arguments of `train`; where there are no steps, its evaluations are shown.
     """
+    if not run.steps:
+        yield {"progress": progress_bar}
+        return
     epochs = run.recipe.schedule.epochs
 
     def tell(values: Values) -> None:

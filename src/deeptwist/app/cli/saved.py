@@ -193,6 +193,8 @@ def predict(
     """
     if network.suffix != ".onnx":
         check_small(network)
+    elif not network.is_file():
+        raise DeepTwistError(f"no file '{network}'")
     from deeptwist.app.serving import predict
 
     values = predict(network, images, top=top)

@@ -31,7 +31,10 @@ with require_extra():
 
 _NONE, _NBSP = "–", "\N{NO-BREAK SPACE}"
 Cell = str | tuple[str, str, str]  # a text; or it, a smaller line below it, and a tooltip
-_OUTCOME = "As the job told it at its end: milliseconds are medians, both networks timed in turn."
+_OUTCOME = (
+    "As the job told it at its end: both networks are timed in turn, milliseconds are medians, how "
+    "many times as fast is the median of the rounds' own ratios."
+)
 _WORDS = {"ms": ("faster", "slower"), "MB": ("smaller", "larger")}
 
 

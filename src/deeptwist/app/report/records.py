@@ -101,9 +101,11 @@ def _networks(run: Mapping[str, Any]) -> tuple[list[Network], list[Network]]:
     dense = Network(name, "dense", accuracy)
     ratio = None if run["ratio"] is None else f"{run['ratio']:g}×"
     decomposition = (run["decomposition"] or "").removesuffix("()")
-    mode = "" if run["mode"] == run["name"] else run["mode"]
+    is_trained = run["steps"] > 0
+    mode = "" if run["mode"] == run["name"] or not is_trained else run["mode"]
     kind = ", ".join(filter(None, (mode, decomposition, ratio)))
-    small = Network(run["name"], kind, run["accuracy"], before, run["accuracy_untrained"])
+    untrained = run["accuracy_untrained"] if is_trained else None
+    small = Network(run["name"], kind, run["accuracy"], before, untrained)
     _add_sizes(PARAMETERS, (run["parameters_before"], run["parameters"]), dense, small)
     _add_sizes(MACS, (run["macs_before"], run["macs"]), dense, small)
     (dense if is_dense else small).costs[MEGABYTES] = Cost(run["bytes"] / 1e6)

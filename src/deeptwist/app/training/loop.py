@@ -80,8 +80,8 @@ class Trainer:
             on_record: called with every epoch's and every distortion's record.
 
         Raises:
-            DeepTwistError: if the training split does not fill one batch, a batch cannot be shared
-                evenly among the processes, or the model does not offer what the recipe asks for.
+            DeepTwistError: if a batch cannot be shared evenly among the processes, or the model
+                does not offer what the recipe asks for.
         """
         self._fabric, self._model, self._data, self._recipe = fabric, model, data, recipe
         self._teacher, self._on_record = teacher, on_record
@@ -362,18 +362,8 @@ class Trainer:
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:
-    """Return the optimizer steps in an epoch; an incomplete last batch is left out.
-
-    Raises:
-        DeepTwistError: if the training split does not fill one batch.
-    """
-    steps = len(data.train.labels) // batch_size
-    if steps == 0:
-        raise DeepTwistError(
-            f"batch_size {batch_size} is more than the {len(data.train.labels)} "
-            f"training images of {data.name}"
-        )
-    return steps
+    """Return the optimizer steps in an epoch; an incomplete last batch is left out."""
+    return len(data.train.labels) // batch_size
 
 
 def distillation_loss(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -104,8 +104,15 @@ def build_run(
 
     Raises:
         DeepTwistError: if there is no such network, its weights do not fit, it cannot be planned
-            so, or more images are held out than there are.
+            so, more images are held out than there are, or what is left to train on does not fill
+            one batch.
     """
+    data = _hold_out(data, recipe.data.validation)
+    if recipe.schedule.epochs and not steps_per_epoch(data, recipe.batch_size):
+        raise DeepTwistError(
+            f"batch_size {recipe.batch_size} is more than the {len(data.train.labels)} training "
+            f"images of {data.name}: give a smaller one"
+        )
     if model is None:
         torch.manual_seed(recipe.seed)
         model = build_trained(recipe.model, recipe.weights, new_head=True, **data.sizes)
@@ -117,7 +124,6 @@ def build_run(
         model = decompose(model, frozen)
         for layer in frozen.compressed:
             model.get_submodule(layer.name).requires_grad_(False)
-    data = _hold_out(data, recipe.data.validation)
     calibration = None
     if recipe.compresses:
         if recipe.calibration_images:
@@ -137,6 +143,7 @@ def train(
     latency_batch: int | None = 16,
     on_record: OnRecord = lambda values: None,
     on_step: Callable[[], object] = lambda: None,
+    progress: Progress = no_progress,
 ) -> Values:
     """Train, evaluate what would be deployed, and write the run's folder.
 
@@ -150,6 +157,7 @@ def train(
         latency_batch: images in the batch that latency is measured on; `None` to leave it out.
         on_record: called with every epoch's and every distortion's record, see `folders`.
         on_step: called after every optimizer step, those before the checkpoint included.
+        progress: shows evaluations, see `deeptwist.compress.Job`.
 
     Returns:
         The run's summary, see `folders`.
@@ -163,10 +171,12 @@ def train(
         return read_run(folder).summary
     fabric = make_fabric(run.recipe)
     with lock_run_dir(folder, run.recipe, fabric, resume=resume):
-        return _train(run, RunDir(folder, fabric, on_record, on_step), latency_batch)
+        return _train(run, RunDir(folder, fabric, on_record, on_step), latency_batch, progress)
 
 
-def _train(run: TrainingRun, run_dir: RunDir, latency_batch: int | None) -> Values:
+def _train(
+    run: TrainingRun, run_dir: RunDir, latency_batch: int | None, progress: Progress
+) -> Values:
     fabric, recipe, model = run_dir.fabric, run.recipe, run.model.to(run_dir.fabric.device)
     run = replace(run, data=images_on(fabric.device, run.data))
     data, untrained = run.data, None
@@ -179,7 +189,7 @@ def _train(run: TrainingRun, run_dir: RunDir, latency_batch: int | None) -> Valu
     elif recipe.mode == "finetune":
         network = decompose(model, run.plan, calibration=run.calibration)
     if recipe.compresses:
-        untrained = evaluate(_deployed(run, network), data.test, data)
+        untrained = evaluate(_deployed(run, network), data.test, data, progress=progress)
         run_dir.write(PLAN, run.plan.to_json())
     trainer = Trainer(
         fabric,
@@ -196,7 +206,8 @@ def _train(run: TrainingRun, run_dir: RunDir, latency_batch: int | None) -> Valu
         run = replace(run, plan=twist.plan)
         run_dir.write(PLAN, run.plan.to_json())
     final = _recalibrated(run, finished)
-    after = evaluate(final, data.test, data)
+    after = untrained if trainer.steps == 0 and final is finished else None
+    after = after or evaluate(final, data.test, data, progress=progress)
     path = _write_network(run, run_dir, final)
     derived = _derived_networks(run, run_dir, trainer, finished, final)
     variants = [_write_variant(run, run_dir, name, network) for name, network in derived]
