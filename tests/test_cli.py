@@ -302,7 +302,9 @@ def test_a_recipe_is_read_and_the_command_line_wins_over_it(
 def test_decompose_then_evaluate_is_the_library_s_own_result(weights: Path, tmp_path: Path) -> None:
     network = ["resnet20", "--weights", weights, "--input", "1x8x8"]
     plan = ["--decomposition", "svd", "--ratio", 2, "--no-skip-first-conv"]
-    sizes = json.loads(run("decompose", *network, *plan, "--out", tmp_path, "--json").stdout)
+    sizes = json.loads(
+        run("decompose", *network, *plan, "--out", tmp_path / "model", "--json").stdout
+    )
     assert sizes["parameters"] < sizes["parameters_before"] / 1.9
     words = ["evaluate", "resnet20", "--small", tmp_path, "--data", "digits", "--json"]
     printed = json.loads(run(*words).stdout)

@@ -396,6 +396,9 @@ def test_a_damaged_image_is_named_or_left_out(
     ):
         sizes = [(len(images), len(labels)) for images, labels in passed]
         assert sorted(sizes) == [(3, 3), (4, 4), (4, 4)]
+    (folder / "train" / "cat" / "0.png").write_bytes(b"")  # that tells the images' size
+    data = load_data(str(folder), skip_unreadable=True, workers=workers)
+    assert data.train.images.shape == (10, 3, 9, 9)
 
 
 # --- whatever runs them, the same images

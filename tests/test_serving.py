@@ -177,7 +177,9 @@ def test_the_commands(folder: Path, onnx: Path, pictures: Path, tmp_path: Path) 
     words = [TINY, "--num-classes", 3, "--input", "3x16x16", "--small", folder]
     run("export", *words, "--out", exported)
     assert OnnxNetwork(exported, 1).metadata == OnnxNetwork(onnx, 1).metadata
-    assert "cannot decode image" in refused("predict", onnx, folder / "config.json")
+    told = refused("predict", onnx, folder / "config.json")
+    assert told.endswith("config.json' (UnidentifiedImageError)\n")
+    assert "no image file" in refused("predict", onnx, folder / "photo.jpg")
 
 
 def test_what_says_nothing_of_images_predicts_nothing(

@@ -12,14 +12,13 @@ from torch import nn
 
 from deeptwist.app.data import normalize
 from deeptwist.app.data.sources import eval_transform, read_image
-from deeptwist.app.folders import SMALL
 from deeptwist.app.training.evaluation import logits_of
 from deeptwist.compress import Values
 from deeptwist.errors import DATA_ERRORS, check_int, explaining
 from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.plan.codec import decode
 from deeptwist.plan.plan import layer_row
-from deeptwist.save import CONFIG, WEIGHTS, load, read_saved
+from deeptwist.save import WEIGHTS, load, read_saved
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,8 @@ class ImageInput:
     std: tuple[float, ...]
 
 
-def saved_folder(path: Path) -> Path:
-    """Return where a network is saved: the folder, or the one in the folder of a run or a job."""
-    inner = path / SMALL
-    return inner if (inner / CONFIG).is_file() and not (path / CONFIG).is_file() else path
-
-
-def describe(path: Path) -> Values:
+def describe(folder: Path) -> Values:
     """Return what a folder says of its network, as plain values; the network is not built."""
-    folder = saved_folder(path)
     saved = read_saved(folder)
     # Without MACs, which hang on the size of the input.
     rows = [layer_row(layer) for layer in saved.plan().compressed]
@@ -89,7 +81,7 @@ def predict(path: Path, images: Sequence[Path], *, top: int) -> list[Values]:
     rows = []
     for image in images:
         mode = "L" if len(says.mean) == 1 else "RGB"
-        x = normalize(prepare(read_image(image).convert(mode))[None], says.mean, says.std)
+        x = normalize(prepare(read_image(image, "").convert(mode))[None], says.mean, says.std)
         with explaining(f"{path} cannot run on {tuple(x.shape[1:])}"), torch.no_grad():
             shares = logits_of(network(x.to(next(network.parameters()).dtype)))[0].softmax(0)
         best = shares.topk(min(top, len(shares)))
@@ -103,5 +95,4 @@ def _open(path: Path) -> tuple[nn.Module, Values]:
     if path.suffix == ".onnx":
         onnx = OnnxNetwork(path, torch.get_num_threads())
         return onnx, onnx.metadata
-    folder = saved_folder(path)
-    return load(folder), read_saved(folder).metadata
+    return load(path), read_saved(path).metadata

@@ -97,8 +97,8 @@ def _lines(label: str, total: int) -> Iterator[Callable[[], None]]:
     def tell() -> None:
         seconds = _SECONDS_TO_FIRST_LINE
         while not ended.wait(seconds):
-            left = (time.monotonic() - started) / max(1, done) * max(0, total - done)
-            estimate = f", {_duration(left)} left" if done else ""
+            left = (time.monotonic() - started) / max(1, done) * (total - done)
+            estimate = f", {_duration(left)} left" if 0 < done < total else ""
             print(f"{label}: {done:,} of {total:,}{estimate}", file=sys.stderr, flush=True)
             seconds = _SECONDS_BETWEEN_LINES
 

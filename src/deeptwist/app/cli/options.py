@@ -14,6 +14,7 @@ from cyclopts.config import Dict
 from cyclopts.validators import Number
 
 from deeptwist.app.cli.console import progress_bar
+from deeptwist.app.folders import SMALL
 from deeptwist.app.training.compression import HOW, SIZES, CompressionRecipe, Count, read_whole
 from deeptwist.app.training.recipe import (
     CountOrNone,
@@ -197,10 +198,16 @@ def check_inputs(
         (DataRecipe(source=data) if isinstance(data, str) else data).check_source()
 
 
-def check_small(small: Path | None) -> None:
-    """Check that a folder of a saved network is there."""
-    if small is not None and not small.is_dir():
+def find_small(small: Path) -> Path:
+    """Return the folder of a saved network, which may be a run's or a job's.
+
+    Raises:
+        DeepTwistError: if it is not there.
+    """
+    if not small.is_dir():
         raise DeepTwistError(f"no config.json in {small}: not a folder that deeptwist saved")
+    inner, config = small / SMALL, "config.json"
+    return inner if (inner / config).is_file() and not (small / config).is_file() else small
 
 
 def given_sizes(compression: CompressionRecipe) -> list[str]:

@@ -18,7 +18,7 @@ from deeptwist.app.cli.options import (
     PlanOptions,
     WeightOptions,
     check_inputs,
-    check_small,
+    find_small,
     make_job,
 )
 from deeptwist.app.training.recipe import DataRecipe
@@ -52,7 +52,7 @@ def evaluate(
     data.check_source()
     network = network or _saved_network(small)
     check_inputs(network.model, network.weights)
-    check_small(small)
+    small = small and find_small(small)
     if (small is None) == (network.weights is None):
         raise DeepTwistError("give either --weights of the dense network or --small of a small one")
     from deeptwist.app.data import load_data
@@ -170,10 +170,9 @@ def info(folder: Path, *, as_json: AsJson = False) -> None:
     Args:
         folder: What 'deeptwist decompose', 'train' or 'compress' saved, or a folder of theirs.
     """
-    check_small(folder)
     from deeptwist.app.serving import describe
 
-    console.print_result(describe(folder), as_json, console.print_info)
+    console.print_result(describe(find_small(folder)), as_json, console.print_info)
 
 
 def predict(
@@ -192,9 +191,12 @@ def predict(
         top: How many classes of each are told.
     """
     if network.suffix != ".onnx":
-        check_small(network)
+        network = find_small(network)
     elif not network.is_file():
         raise DeepTwistError(f"no file '{network}'")
+    for image in images:
+        if not image.is_file():
+            raise DeepTwistError(f"no image file '{image}'")
     from deeptwist.app.serving import predict
 
     values = predict(network, images, top=top)
@@ -209,7 +211,7 @@ def _saved_network(small: Path | None) -> NetworkOptions:
     """
     if small is None:
         raise DeepTwistError("name a network, or the folder of a small one: --small FOLDER")
-    check_small(small)
+    small = find_small(small)
     from deeptwist.save import read_saved
 
     saved = read_saved(small)
@@ -230,7 +232,7 @@ def _make_small_job(network: NetworkOptions, options: PlanOptions, small: Path |
         raise DeepTwistError(
             "the network in --small is decomposed already: leave out the options of a plan"
         )
-    check_small(small)
+    small = small and find_small(small)
     from deeptwist.compress import Job
     from deeptwist.plan.planner import plan_from_model
     from deeptwist.save import load, read_saved

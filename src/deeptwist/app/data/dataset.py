@@ -1,6 +1,7 @@
 """A data set: images in memory or read one by one, labels, and what prepares them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,13 @@ class ImageFiles:
     def __getitem__(self, number: int) -> "Image.Image":
         """Return an image as it is read."""
         return self.read(self.rows[number])
+
+    def first(self, *, skip_unreadable: bool) -> "Image.Image":
+        """Return the first image, or the first that can be decoded."""
+        for row in self.rows if skip_unreadable else ():
+            with suppress(DeepTwistError):
+                return self.read(row)
+        return self[0]
 
     @property
     def shape(self) -> tuple[int, ...]:

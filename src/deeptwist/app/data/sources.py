@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("deeptwist")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_ADVICE = ": replace or delete it, or leave such out: --skip-unreadable"
 _SMALL = 64  # pixels: up to here, images are kept in memory without being asked for
 
 
@@ -68,7 +69,8 @@ def _load_files(config: "DataRecipe") -> ImageData:
     train, test, classes = _list_source(config.source)
     if config.preset is None:
         assert isinstance(train.images, ImageFiles)
-        size = config.image_size or max(train.images[0].size)
+        first = train.images.first(skip_unreadable=config.skip_unreadable)
+        size = config.image_size or max(first.size)
         config = replace(config, preset="cifar" if size <= _SMALL else "imagenet")
     if config.preset == "imagenet":
         config = _with_defaults(config, image_size=224, crop_pct=0.875)
@@ -270,7 +272,7 @@ def _read_file(root: str, names: npt.NDArray[np.bytes_], row: int) -> "Image.Ima
     return read_image(os.path.join(root, os.fsdecode(names[row])))
 
 
-def read_image(path: str | Path) -> "Image.Image":
+def read_image(path: str | Path, advice: str = _ADVICE) -> "Image.Image":
     """Read an image file as RGB.
 
     Raises:
@@ -278,7 +280,7 @@ def read_image(path: str | Path) -> "Image.Image":
     """
     with require_extra():
         from PIL import Image
-    with _named(f"'{path}'"), Image.open(path) as image:
+    with _named(f"'{path}'", advice), Image.open(path) as image:
         return _to_rgb(image)
 
 
@@ -288,13 +290,12 @@ def _read_row(name: str, dataset: Any, column: str, row: int) -> "Image.Image":
 
 
 @contextmanager
-def _named(image: str) -> Iterator[None]:
+def _named(image: str, advice: str = _ADVICE) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged images surface as OSError, SyntaxError, ValueError, …
         raise DeepTwistError(
-            f"cannot decode image {image} ({type(error).__name__}): replace or delete it, or "
-            "leave such out: --skip-unreadable"
+            f"cannot decode image {image} ({type(error).__name__}){advice}"
         ) from error
 
 
@@ -316,8 +317,9 @@ def _prepared(split: Split, config: "DataRecipe", size: int | None) -> Split:
     files = split.images
     assert isinstance(files, ImageFiles)
     transform = eval_transform(_resize(config, size), (size or 0, size or 0), config.interpolation)
-    shape = tuple(transform(files[0]).shape) if size is None else (3, size, size)
     skips, workers = config.skip_unreadable, config.workers or 0
+    first = None if size else transform(files.first(skip_unreadable=skips))
+    shape = (3, size or 0, size or 0) if first is None else tuple(first.shape)
     return Split(ImageFiles(files.read, files.rows, transform, shape, workers, skips), split.labels)
 
 
