@@ -155,6 +155,15 @@ def test_a_wrapper_is_refused_by_every_door(wrap: object, inside: str, tmp_path:
         assert f"give its .{inside}" in error_of(call)
 
 
+def test_what_is_no_network_or_no_number_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    for other in (model.state_dict(), "resnet18"):
+        told = error_of(lambda other=other: dt.plan(other, dt.SVD(), ratio=2, example_input=X))
+        assert "is no network: give the nn.Module" in told
+    told = error_of(lambda: dt.plan(model, dt.SVD(), ratio="2", example_input=X))
+    assert told.startswith("ratio '2' compresses nothing: give a number")
+
+
 def test_what_a_run_leaves_anywhere_is_put_back() -> None:
     class Spiking(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Real
 
 # What networks raise where their input, or a module of theirs, is not what they were made for.
 FORWARD_ERRORS = AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
@@ -73,8 +74,10 @@ def check_ratio(ratio: float) -> float:
     Raises:
         DeepTwistError: unless it is a finite number above 1.
     """
-    if not (math.isfinite(ratio) and ratio > 1):
-        raise DeepTwistError(f"ratio {ratio} compresses nothing: give a number above 1, such as 4")
+    if not (isinstance(ratio, Real) and math.isfinite(ratio) and ratio > 1):
+        raise DeepTwistError(
+            f"ratio {ratio!r} compresses nothing: give a number above 1, say 4"
+        )
     return ratio
 
 

@@ -260,6 +260,9 @@ def check_unwrapped(model: nn.Module) -> None:
     Raises:
         DeepTwistError: naming the attribute to give in its place.
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise DeepTwistError(f"a {kind} is no network: give the nn.Module, its weights in it")
     for name, module in model.named_modules():
         kinds = map(class_name, type(module).__mro__)
         inside = next((_WRAPPERS[kind] for kind in kinds if kind in _WRAPPERS), None)
