@@ -75,9 +75,7 @@ def check_ratio(ratio: float) -> float:
         DeepTwistError: unless it is a finite number above 1.
     """
     if not (isinstance(ratio, Real) and math.isfinite(ratio) and ratio > 1):
-        raise DeepTwistError(
-            f"ratio {ratio!r} compresses nothing: give a number above 1, say 4"
-        )
+        raise DeepTwistError(f"ratio {ratio!r} compresses nothing: give a number above 1, say 4")
     return ratio
 
 
