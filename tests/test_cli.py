@@ -244,6 +244,11 @@ def test_a_plan_printed_as_json_reads_back_and_serves_as_input(tmp_path: Path) -
     assert plan.layers[0].reason == "first convolution"
     again = run("plan", "resnet20", "--plan", tmp_path / "plan.json", "--json").stdout
     assert Plan.from_json(again) == plan
+    told = refused("plan", "resnet32", "--plan", tmp_path / "plan.json")
+    assert "the plan is for another model: it counts 269,722 parameters" in told
+    (tmp_path / "plan.json").write_text("{}")
+    told = refused("plan", "resnet20", "--plan", tmp_path / "plan.json")
+    assert "plan.json: not a plan: format None is unknown" in told
 
 
 def test_a_recipe_is_read_and_the_command_line_wins_over_it(

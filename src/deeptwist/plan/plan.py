@@ -256,7 +256,7 @@ class Plan:
                 values = json.loads(text)
             except RecursionError:
                 raise DeepTwistError("nested too deep") from None
-            found = values.pop("format")
+            found = values.pop("format", None)
             if found != _FORMAT:
                 raise DeepTwistError(f"format {found!r} is unknown: this version reads {_FORMAT}")
             plan: Plan = decode(cls, values)
@@ -285,7 +285,8 @@ def read_plan(path: Path) -> Plan:
     Raises:
         DeepTwistError: if the file cannot be read, or holds no plan.
     """
-    with explaining(f"cannot read plan {path}", errors=(OSError, UnicodeDecodeError)):
+    kinds = DeepTwistError, OSError, UnicodeDecodeError
+    with explaining(f"cannot read plan {path}", errors=kinds):
         return Plan.from_json(path.read_text(encoding="utf-8"))
 
 

@@ -163,6 +163,7 @@ class CompressionRecipe(Layers):
         ratio: float | None = None,
     ) -> "Plan":
         """Read or make the plan for a model, see `deeptwist.plan`; at a ratio, if one is given."""
+        from deeptwist.decompose import check_plan
         from deeptwist.plan.latency import Latency, exclude_slow_layers
         from deeptwist.plan.plan import read_plan
         from deeptwist.plan.planner import plan
@@ -171,6 +172,7 @@ class CompressionRecipe(Layers):
             return replace(self, ratio=ratio).make_plan(model, example_input, calibration)
         if self.plan is not None:
             made = read_plan(Path(self.plan))
+            check_plan(model, made)
         else:
             rules = {field.name: getattr(self, field.name) for field in fields(Layers)}
             rules["overrides"] = dict(map(_read_override, self.overrides))
