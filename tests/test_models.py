@@ -443,7 +443,7 @@ def test_timm_weights_by_name(
     timm = pytest.importorskip("timm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = error_of(build_trained, name, weights)
-    assert message.startswith(f"cannot get {asked} (")
+    assert message.startswith(f"cannot get {asked}: ")
     assert "give the file: --weights FILE" in message
 
     made: list[Any] = []

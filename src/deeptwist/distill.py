@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from deeptwist.decompose import recalibrate_batch_norm
 from deeptwist.distributed import average, broadcast, mean_over_ranks, process_rank
-from deeptwist.errors import DeepTwistError, check_int, explaining, first_line
+from deeptwist.errors import DeepTwistError, check_int, explaining
 from deeptwist.files import write_state
 from deeptwist.inspection.run import ExampleInput, Inputs, eval_mode, output_tensors, read_batches
 from deeptwist.inspection.swap import swap
@@ -228,15 +228,12 @@ class _Progress:
         self._steps, self._seconds = steps, None if minutes is None else 60 * minutes
         self.done, spent = 0, 0.0
         if path is not None and path.exists():
-            try:
+            problem, advice = f"cannot go on from '{path}'", "remove it to begin anew"
+            with explaining(problem, advice, (Exception,)):  # of damaged bytes, a dozen types
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 student.load_state_dict(state["network"])
                 optimizer.load_state_dict(state["optimizer"])
                 self.done, spent = int(state["done"]), float(state["seconds"])
-            except Exception as error:  # damaged bytes surface as a dozen types
-                raise DeepTwistError(
-                    f"cannot go on from '{path}' ({first_line(error)}): remove it to begin anew"
-                ) from error
         self._begun = time.monotonic() - spent
 
     @property

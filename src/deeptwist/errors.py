@@ -54,8 +54,8 @@ def explaining(
     except errors as error:
         if isinstance(error, DeepTwistError) and DeepTwistError not in errors:
             raise
-        words = [problem, first_line(error), *([advice] if advice else [])]
-        raise DeepTwistError(": ".join(words)) from error
+        words = problem, first_line(error).rstrip(". "), advice
+        raise DeepTwistError(": ".join(filter(None, words))) from error
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> None:

@@ -81,7 +81,8 @@ def read_run(folder: Path) -> Run:
     check_finished(folder)
     from deeptwist.plan.plan import read_plan
 
-    try:
+    errors = OSError, LookupError, TypeError, ValueError
+    with explaining(f"{folder} holds a damaged run", errors=errors):
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
@@ -92,9 +93,6 @@ def read_run(folder: Path) -> Run:
         missing = [key for key in ("mode", "accuracy", "recipe") if key not in summary]
         if missing:
             raise ValueError(f"{SUMMARY} lacks {missing[0]}")
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DeepTwistError(f"{folder} holds a damaged run: {reason}") from error
     plan = read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
     return Run(summary, epochs, distortions, plan)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.inspection.run import eval_mode
 from deeptwist.inspection.tracing import (
     class_name,
@@ -291,14 +291,12 @@ def _own_matrices(module: nn.Module) -> list[nn.Parameter]:
 
 def _geometry(module: nn.Module, kind: type[Weight]) -> ConvGeometry:
     """Return a layer's geometry, from attributes that may have been set by hand."""
-    try:
+    with explaining("has an unusual geometry", errors=(AttributeError, TypeError, DeepTwistError)):
         if kind is TransposedWeight:
             return ConvGeometry(*cast(Tensor, module.weight).shape)
         geometry = ConvGeometry.from_module(module)
         _check_attributes(module, geometry)
-    except (AttributeError, TypeError, DeepTwistError) as error:
-        raise DeepTwistError(f"has an unusual geometry: {error}") from error
-    return geometry
+        return geometry
 
 
 def _check_attributes(module: nn.Module, geometry: ConvGeometry) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from deeptwist.errors import DeepTwistError, check_int
+from deeptwist.errors import DeepTwistError, check_int, explaining
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -236,10 +236,8 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
         DeepTwistError: if they are not integers.
     """
     values = tuple(value) if isinstance(value, Iterable) else (value,) * dims
-    try:
+    with explaining(f"{value!r} is not one whole number per spatial axis", errors=(TypeError,)):
         return tuple(index(number) for number in values) * (dims if len(values) == 1 else 1)
-    except TypeError as error:
-        raise DeepTwistError(f"{value!r} is not one whole number per spatial axis") from error
 
 
 def pointwise(dims: int, in_channels: int, out_channels: int, groups: int = 1) -> ConvGeometry:

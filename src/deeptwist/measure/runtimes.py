@@ -139,14 +139,9 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Run:
         with torch.no_grad():  # weights are not frozen in inference mode
             return inputs.run(compiled)
 
-    try:
-        with config.patch(freezing=True):
-            run()
-    except Exception as error:  # no C++ compiler, an operator it does not know: a dozen types
-        raise DeepTwistError(
-            f"torch.compile fails ({type(error).__name__}: {first_line(error)}): see that a C++ "
-            "compiler is installed, or measure another runtime"
-        ) from error
+    advice = "see that a C++ compiler is installed, or measure another runtime"
+    with explaining("torch.compile fails", advice, (Exception,)), config.patch(freezing=True):
+        run()
     return run
 
 

@@ -14,7 +14,7 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from deeptwist.errors import DeepTwistError, first_line, require_extra, unknown_name_error
+from deeptwist.errors import DeepTwistError, explaining, require_extra, unknown_name_error
 from deeptwist.networks.cifar import VGG19, ResNet
 from deeptwist.networks.names import HUB, RESNETS, VGGS, check_name
 
@@ -103,12 +103,10 @@ def downloading(what: str, page: str) -> Iterator[None]:
                 socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
             except OSError:
                 hub.HF_HUB_OFFLINE = True
-        yield
-    except Exception as error:  # of the network, of caches, of formats
-        raise DeepTwistError(
-            f"cannot get {what} ({first_line(error).rstrip('. ')}): download its weights from "
-            f"{page} where there is a net, and give the file: --weights FILE"
-        ) from error
+        where = f"download its weights from {page} where there is a net"
+        advice = f"{where}, and give the file: --weights FILE"
+        with explaining(f"cannot get {what}", advice, (Exception,)):  # of the net, caches, formats
+            yield
     finally:
         if offline is not None:
             hub.HF_HUB_OFFLINE = offline
@@ -155,8 +153,6 @@ def _matching_kwargs(
     signature = inspect.signature(factory)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         given = {key: value for key, value in given.items() if key in signature.parameters}
-    try:
+    with explaining(f"{name} needs more", "wrap it in a function", (TypeError,)):
         signature.bind(**given)
-    except TypeError as error:
-        raise DeepTwistError(f"{name} needs more ({error}): wrap it in a function") from error
     return given

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from deeptwist.errors import DeepTwistError, check_int, unknown_name_error
+from deeptwist.errors import check_int, explaining, unknown_name_error
 
 if TYPE_CHECKING:  # the command line's help shows these rules, and must not wait for torch
     from deeptwist.decompositions import Decomposition
@@ -25,10 +25,8 @@ def matches(pattern: str, name: str) -> bool:
     """
     if not pattern.startswith("re:"):
         return pattern == name or fnmatchcase(name, pattern)
-    try:
+    with explaining(f"pattern {pattern!r} is no regular expression", errors=(re.error,)):
         return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise DeepTwistError(f"pattern {pattern!r} is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from deeptwist.app.training.recipe import (
     Recipe,
     read_values,
 )
-from deeptwist.errors import DeepTwistError, check_ratio
+from deeptwist.errors import DeepTwistError, check_ratio, explaining
 from deeptwist.networks.names import check_name, check_weights
 
 if TYPE_CHECKING:
@@ -111,12 +111,10 @@ class NetworkOptions(WeightOptions):
         """Return standard normal numbers of the network's input size."""
         import torch
 
-        shape = self.size
-        try:
-            return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-        except (RuntimeError, TypeError) as error:  # more than memory, or an integer, holds
-            size = "×".join(map(str, (batch, *shape)))
-            raise DeepTwistError(f"no memory for an input of {size} numbers") from error
+        shape = batch, *self.size
+        problem = f"no memory for an input of {'×'.join(map(str, shape))} numbers"
+        with explaining(problem, errors=(RuntimeError, TypeError)):  # or no integer holds it
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def load_images(self, source: str) -> "ImageData":
         """Load a data set, folders of images at the network's input size."""

@@ -32,7 +32,7 @@ from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, lock_run_dir
 from deeptwist.compress import Progress, Values, no_progress
 from deeptwist.decompose import decompose, recalibrate_batch_norm
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, explaining
 from deeptwist.files import atomic_write
 from deeptwist.measure.machine import describe_machine
 from deeptwist.measure.runtimes import Setting
@@ -262,13 +262,11 @@ def _build_teacher(recipe: Recipe, data: ImageData) -> nn.Module | None:
     distillation = recipe.distillation
     if distillation is None or distillation.model is None:
         return None
-    try:
+    with explaining(f"teacher {distillation.model}", errors=(DeepTwistError,)):
         teacher = build_trained(distillation.model, distillation.weights, **data.sizes)
         if recipe.precision == "64-true":
             teacher.double()
         evaluate(teacher, data.test.subsample(8), data)
-    except DeepTwistError as error:
-        raise DeepTwistError(f"teacher {distillation.model}: {error}") from error
     return teacher
 
 
