@@ -27,6 +27,7 @@ _RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.formatter.useoffset": False,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "grid.color": MUTED,
@@ -106,7 +107,7 @@ def draw(
             return []
         for mark in marks:
             axes.axvline(mark, color=MUTED, linestyle=":")
-        if scale == "symlog":
+        if scale == "symlog" and max(map(abs, heights)) > 1:
             axes.set_yscale("symlog", linthresh=1)
         elif scale == "log" and 0 < 30 * min(heights) < max(heights):
             axes.set_yscale("log")
