@@ -118,6 +118,10 @@ def test_nothing_is_done_before_it_is_clear_how_small(trained: nn.Module, error_
     assert "say how small: ratio=4" in error_of(dt.compress, trained, loader(), never)
     answer = error_of(dt.compress, trained, loader(), never, goal=0.9, macs=2)
     assert "leave out macs" in answer
+    answer = error_of(dt.compress, trained, loader(), never, ratoi=2)
+    assert answer == "unknown option 'ratoi': did you mean 'ratio'?"
+    answer = error_of(dt.compress, trained, loader(), print, ratio=2)
+    assert answer.startswith("eval_fn gives no number: float() argument must be")
     assert "no batch" in error_of(dt.compress, trained, [], never, ratio=2)
 
 

@@ -302,6 +302,8 @@ def test_what_cannot_be_done_is_one_line(error_of: Callable[..., str]) -> None:
     assert "0 batches leave none" in error_of(distill, small, dense, [], steps=1)
     assert "give steps or minutes" in error_of(distill, small, dense, batches(3), steps=None)
     assert "minutes=0" in error_of(distill, small, dense, batches(3), minutes=0)
+    other = nn.Sequential(nn.Conv2d(3, 8, 3))
+    assert "small is not made of this dense" in error_of(distill, small, other, batches(3), steps=1)
     frozen = copy.deepcopy(small).requires_grad_(False)
     assert "all is frozen" in error_of(distill, frozen, dense, batches(3), steps=1)
 

@@ -5,6 +5,7 @@ it makes and returns what it came to in plain values: who wants to show the step
 results, or skip those that are done calls them one by one, as the command line does.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.decompositions import Decomposition, SpatialSVD
 from deeptwist.distill import distill
-from deeptwist.errors import DeepTwistError
+from deeptwist.errors import DeepTwistError, explaining, unknown_name_error
 from deeptwist.export import export_onnx, quantize_onnx
 from deeptwist.files import write_text
 from deeptwist.inspection.run import ExampleInput, Inputs, read_batches
@@ -128,6 +129,8 @@ def compress(
 
     job = Job(model, make_plan, batches=lambda: batches, recover=recover)
     before, ratio = eval_fn(model), None
+    with explaining("eval_fn gives no number", "let it return the score", (TypeError, ValueError)):
+        float(before)
     job.calibrate()
     if goal is not None:
         search = job.search(eval_fn, goal, learns=distill_steps > 0)
@@ -371,7 +374,10 @@ def _sizes(plan: Plan) -> Values:
 
 
 def _check_budget(options: Values, goal: float | None) -> None:
-    """Check, before any work, that something says how small the network shall be."""
+    """Check, before any work, the options' names, and that something says how small."""
+    known = inspect.signature(plan).parameters
+    for name in options.keys() - known:
+        raise unknown_name_error("option", name, known)
     given = [name for name in BUDGETS if options.get(name) is not None]
     if goal is not None and given:
         raise DeepTwistError(f"a goal finds the ratio: leave out {', '.join(given)}")

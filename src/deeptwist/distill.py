@@ -84,8 +84,8 @@ def distill(
 
     Raises:
         DeepTwistError: if there is no budget, no parameter to learn, or no batch beyond those held
-            out; if nothing that the networks put out can be compared; or if the checkpoint cannot
-            be read or is of other networks.
+            out; if `small` was not made of `dense`, or nothing that they put out can be compared;
+            or if the checkpoint cannot be read or is of other networks.
     """
     _check_budget(steps, minutes)
     check_int("held_out", held_out, 0)
@@ -346,5 +346,7 @@ def _recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Ten
 
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
+            with explaining("small is not made of this dense network", errors=(AttributeError,)):
+                module = model.get_submodule(name)
+            stack.enter_context(module.register_forward_hook(keep(name)))
         yield outputs
