@@ -292,10 +292,7 @@ def _make_factored(dense: Weight, layer: CompressedLayer, kernels: list[Tensor])
 
 @torch.no_grad()
 def recalibrate_batch_norm(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    inputs: Callable[[Any], ExampleInput] | None = None,
+    model: nn.Module, batches: Iterable[Any], *, inputs: Callable[[Any], ExampleInput] | None = None
 ) -> nn.Module:
     """Return a copy whose batch norms hold the mean statistics of these batches.
 

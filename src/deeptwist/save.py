@@ -19,12 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deeptwist._version import __version__
-from deeptwist.decompose import (
-    is_channels_last,
-    planned_weight,
-    replace_layers,
-    set_channels_last,
-)
+from deeptwist.decompose import is_channels_last, planned_weight, replace_layers, set_channels_last
 from deeptwist.decompositions import Decomposition
 from deeptwist.errors import DATA_ERRORS, DeepTwistError, check_int, explaining
 from deeptwist.files import atomic_write, check_suffix, explaining_writes

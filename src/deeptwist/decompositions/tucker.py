@@ -202,11 +202,7 @@ class Tucker(Decomposition):
     def kernels(self, tensors: Tensors, shape: Sequence[int]) -> list[Tensor]:  # (g, o, i, *k)
         basis_out, core, basis_in = tensors
         ones, into = [1] * (len(shape) - 3), basis_in.mT
-        return [
-            into.reshape(*into.shape, *ones),
-            core,
-            basis_out.reshape(*basis_out.shape, *ones),
-        ]
+        return [into.reshape(*into.shape, *ones), core, basis_out.reshape(*basis_out.shape, *ones)]
 
     def tensors(self, kernels: Sequence[Tensor], shape: Sequence[int]) -> Tensors:
         basis_in, core, basis_out = kernels

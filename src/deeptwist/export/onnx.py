@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deeptwist.errors import DeepTwistError, check_int, explaining, require_extra
-from deeptwist.export.program import (
-    Exported,
-    by_argument,
-    prepare,
-    reason_of,
-    trace,
-    writing,
-)
+from deeptwist.export.program import Exported, by_argument, prepare, reason_of, trace, writing
 from deeptwist.export.verify import Run, Signature, Tensors, run_model, verify
 from deeptwist.files import atomic_write, check_suffix
 from deeptwist.inspection.run import ExampleInput, read_batches

@@ -61,10 +61,7 @@ def run_counted(
 
 
 def check_runs(
-    model: nn.Module,
-    small: nn.Module,
-    calls: Mapping[str, int | None],
-    inputs: Inputs,
+    model: nn.Module, small: nn.Module, calls: Mapping[str, int | None], inputs: Inputs
 ) -> None:
     """Prove that a decomposed model runs its factored layers, and no dense original.
 
@@ -84,10 +81,7 @@ def check_runs(
 
 
 def check_equivalent(
-    model: nn.Module,
-    small: nn.Module,
-    calls: Mapping[str, int],
-    inputs: Inputs,
+    model: nn.Module, small: nn.Module, calls: Mapping[str, int], inputs: Inputs
 ) -> float | None:
     """Prove that a decomposed model computes what the distorted one does.
 
@@ -179,10 +173,7 @@ def worst_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> f
 
 
 def _worst_layer(
-    model: nn.Module,
-    small: nn.Module,
-    dense: Mapping[str, nn.Module],
-    inputs: Inputs,
+    model: nn.Module, small: nn.Module, dense: Mapping[str, nn.Module], inputs: Inputs
 ) -> tuple[str, float]:
     """The layer whose factors give the most different output, on random inputs of its own shape."""
     seen: dict[nn.Module, Tensor] = {}

@@ -157,9 +157,7 @@ class _Usage:
     """
 
     def __init__(
-        self,
-        weights: Mapping[nn.Module, Weight | Kept],
-        holders: Mapping[Tensor, list[nn.Module]],
+        self, weights: Mapping[nn.Module, Weight | Kept], holders: Mapping[Tensor, list[nn.Module]]
     ):
         self.calls: dict[nn.Module, list[LayerCall]] = {}
         self.unsupported: dict[nn.Module, str] = {}
@@ -169,10 +167,7 @@ class _Usage:
         self._running: list[nn.Module] = []
 
     def follow(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        counter: AbstractContextManager[object],
+        self, model: nn.Module, inputs: Inputs, counter: AbstractContextManager[object]
     ) -> "_Usage":
         """Run a model, and return this."""
         with ExitStack() as stack:

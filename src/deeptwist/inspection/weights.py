@@ -34,10 +34,7 @@ _STANDARDIZED = {
     "transformers.models.bit.modeling_bit.WeightStandardizedConv2d",
 }
 _TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
-_NORM_HOOKS = {
-    "torch.nn.utils.weight_norm.WeightNorm",
-    "torch.nn.utils.spectral_norm.SpectralNorm",
-}
+_NORM_HOOKS = {"torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm"}
 _NORM_PARAMETRIZATIONS = {
     "torch.nn.utils.parametrizations._WeightNorm",
     "torch.nn.utils.parametrizations._SpectralNorm",

@@ -94,11 +94,7 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def time_modules(
-    modules: Sequence[nn.Module],
-    inputs: ExampleInput,
-    setting: Setting,
-    *,
-    rounds: int = 15,
+    modules: Sequence[nn.Module], inputs: ExampleInput, setting: Setting, *, rounds: int = 15
 ) -> list[Samples]:
     """Return the milliseconds of modules on the same inputs, timed in turn; see `make_runner`."""
     with setting.applied():

@@ -67,11 +67,7 @@ class Latency:
 
 
 def time_network(
-    model: nn.Module,
-    inputs: Inputs,
-    plan: Plan,
-    setting: Setting,
-    clock: Clock = time_modules,
+    model: nn.Module, inputs: Inputs, plan: Plan, setting: Setting, clock: Clock = time_modules
 ) -> Comparison:
     """Time the whole network, and what a plan makes of it with random factors, in turn.
 

@@ -78,13 +78,8 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
         with _lines(label, total) as advance:
             yield advance
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda: progress.advance(task)
 

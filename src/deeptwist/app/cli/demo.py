@@ -46,16 +46,14 @@ def run_demo(out: Path, *, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
         "schedule": {"epochs": epochs},
     }
     dense = make_recipe(recipe | {"mode": "dense", "optimizer": {"lr": 0.05}})
-    small = make_recipe(
-        recipe
-        | {
-            "weights": str(out / _DENSE / DENSE_WEIGHTS),
-            "mode": "finetune",
-            "optimizer": {"lr": 0.02},
-            "calibration_images": 256,
-            "compression": {"decomposition": "spatial_svd", "ratio": 5, "rank_multiple": 8},
-        }
-    )
+    changes = {
+        "weights": str(out / _DENSE / DENSE_WEIGHTS),
+        "mode": "finetune",
+        "optimizer": {"lr": 0.02},
+        "calibration_images": 256,
+        "compression": {"decomposition": "spatial_svd", "ratio": 5, "rank_multiple": 8},
+    }
+    small = make_recipe(recipe | changes)
     _clear(out)
     run = build_run(dense, load_data("digits"), name=_DENSE)
     print(f"[0] train a dense network for {epochs} epochs, then compress it", file=sys.stderr)

@@ -128,11 +128,7 @@ def logits_of(output: object) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    split: Split,
-    data: ImageData,
-    *,
-    progress: Progress = no_progress,
+    model: nn.Module, split: Split, data: ImageData, *, progress: Progress = no_progress
 ) -> Evaluation:
     """Evaluate a model in evaluation mode, on its own device; processes share the images out.
 

@@ -44,10 +44,8 @@ def _make(groups: list[Any], options: OptimizerRecipe) -> torch.optim.Optimizer:
         return optimizer
     kind = torch_optimizers()[options.name]
     accepted = inspect.signature(kind).parameters
-    own: dict[str, Any] = {
-        "momentum": options.momentum,
-        "nesterov": options.nesterov and options.momentum > 0,
-    }
+    nesterov = options.nesterov and options.momentum > 0
+    own: dict[str, Any] = {"momentum": options.momentum, "nesterov": nesterov}
     return kind(groups, **values, **{n: v for n, v in own.items() if n in accepted})
 
 

@@ -12,21 +12,9 @@ from torch import nn
 
 from deeptwist._version import __version__
 from deeptwist.app.data import ImageData
-from deeptwist.app.folders import (
-    DENSE_WEIGHTS,
-    PLAN,
-    SMALL,
-    SUMMARY,
-    check_same_recipe,
-    read_run,
-)
+from deeptwist.app.folders import DENSE_WEIGHTS, PLAN, SMALL, SUMMARY, check_same_recipe, read_run
 from deeptwist.app.training.devices import images_on, make_fabric, own_device
-from deeptwist.app.training.evaluation import (
-    Evaluation,
-    evaluate,
-    test_inputs,
-    training_inputs,
-)
+from deeptwist.app.training.evaluation import Evaluation, evaluate, test_inputs, training_inputs
 from deeptwist.app.training.loop import OnRecord, Trainer, steps_per_epoch
 from deeptwist.app.training.recipe import Recipe, ScheduleRecipe
 from deeptwist.app.training.run_dir import RunDir, lock_run_dir
