@@ -480,6 +480,11 @@ def test_long_work_is_told_of_in_a_pipe(
         wait_for(r"\ntime: 1 of 3, [\d.]+ s left\n")
         advance()
         wait_for(r"\ntime: 2 of 3, [\d.]+ s left\n")
+    monkeypatch.setattr(console, "_SECONDS_TO_FIRST_LINE", 0.5)
+    with console.progress_bar("resumed", 1000) as advance:
+        for _ in range(900):
+            advance()
+        wait_for(r"\nresumed: 900 of 1,000\n")  # in no time, from which nothing follows
 
 
 # --- a sweep over ratios: its points, its knee, what the command prints and draws

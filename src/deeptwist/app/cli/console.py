@@ -87,13 +87,15 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
 @contextmanager
 def _lines(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Give the call that counts; tell soon, then now and then, how much is left, done or not."""
-    started, done, ended = time.monotonic(), 0, threading.Event()
+    done, ended = 0, threading.Event()
 
     def tell() -> None:
-        seconds = _SECONDS_TO_FIRST_LINE
+        seconds = _SECONDS_TO_FIRST_LINE / 2
+        ended.wait(seconds)  # what an earlier process did is counted at once, and tells no speed
+        before, started = done, time.monotonic()
         while not ended.wait(seconds):
-            left = (time.monotonic() - started) / max(1, done) * (total - done)
-            estimate = f", {_duration(left)} left" if 0 < done < total else ""
+            left = (time.monotonic() - started) / max(1, done - before) * (total - done)
+            estimate = f", {_duration(left)} left" if before < done < total else ""
             print(f"{label}: {done:,} of {total:,}{estimate}", file=sys.stderr, flush=True)
             seconds = _SECONDS_BETWEEN_LINES
 
