@@ -380,6 +380,10 @@ def test_records_that_are_lost_are_an_error(tmp_path: Path, error_of: Callable[.
 
 def test_another_recipe_is_not_a_continuation(tmp_path: Path, error_of: Callable[..., str]) -> None:
     folder = cut(tmp_path)
+    told = error_of(train_run, job(optimizer={"lr": 0.5}), folder, resume=True)
+    assert "(optimizer.lr differ)" in told
+    told = error_of(train_run, job(distillation={}), folder, resume=True)
+    assert "(distillation differ)" in told
     assert "(interval differ)" in error_of(train_run, job(interval=5), folder, resume=True)
     assert "--resume" in error_of(train_run, job(), folder)
 

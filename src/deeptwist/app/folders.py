@@ -114,6 +114,15 @@ def read_job(folder: Path) -> "Values | None":
         return {key: dict(values[key]) for key in ("job", "results", "seconds")}
 
 
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a recipe's values by dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in recipe.items():
+        nested = isinstance(value, Mapping)
+        values |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return values
+
+
 def check_folder(
     folder: Path,
     kind: str,
@@ -149,6 +158,9 @@ def check_folder(
         )
     changed = [key for key, value in asked.items() if known.get(key) != value]
     if changed:
+        before = flatten(known)
+        values = [key for key, v in flatten(asked).items() if before.get(key, v) != v]
+        changed = values or changed  # sections that only one of them has
         raise DeepTwistError(
             f"{folder} holds another {kind} ({', '.join(changed)} differ): choose another folder"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from deeptwist.app.folders import RECIPE, read_job, read_run
+from deeptwist.app.folders import RECIPE, flatten, read_job, read_run
 from deeptwist.app.tables import job_rows
 from deeptwist.plan.plan import Plan
 
@@ -160,7 +160,7 @@ def _settings(
 ) -> dict[str, str]:
     """Return the recipe as far as it speaks of the mode, and how the training went."""
     hidden = _HIDDEN.get(run["mode"], ())
-    values = {key: v for key, v in _flatten(run["recipe"]).items() if not key.startswith(hidden)}
+    values = {key: v for key, v in flatten(run["recipe"]).items() if not key.startswith(hidden)}
     if epochs:
         values["images per second"] = round(median(epoch["images_per_second"] for epoch in epochs))
     if distortions:
@@ -170,15 +170,6 @@ def _settings(
     values["minutes"] = f"{run['seconds'] / 60:.1f}"
     values |= {name: run[name] for name in ("processes", "machine")} | {"deeptwist": run["version"]}
     return {key: _text(value) for key, value in values.items() if value not in (None, [], ())}
-
-
-def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a recipe's values by dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in recipe.items():
-        nested = isinstance(value, Mapping)
-        values |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return values
 
 
 def _text(value: Any) -> str:
