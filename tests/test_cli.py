@@ -215,6 +215,10 @@ def test_help_tells_each_command_s_own_defaults() -> None:
         text = " ".join(run(command, "--help").stdout.replace("│", "").split())
         assert re.search(rf"--mode \S+ How to train\. \[.*?\] \[default: {mode}\]", text)
         assert re.search(rf"--lr [^\[]*\[default: {rate}\]", text)
+    for command, default in (("benchmark", "float32"), ("decompose", "spatial_svd")):
+        text = run(command, "--help").stdout
+        assert default in {*re.findall(r"\[default: (.*?)\]", text)}  # as it is typed
+        assert not re.search(r"default: (\(|False|None)", text)
 
 
 def test_what_is_not_there_is_refused_before_torch_is_imported() -> None:

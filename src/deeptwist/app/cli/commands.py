@@ -40,6 +40,7 @@ app = App(
     config=values_of_recipe,
     default_parameter=Parameter(negative=(), show_env_var=False),
     help_flags=("--help", "-h", "--help-all"),
+    help_formatter=console.CommonOptions(),
     help_epilogue="`--help-all` shows every option of a command.",
     help="""Make a trained CNN smaller and faster by learning its low-rank approximation.
 

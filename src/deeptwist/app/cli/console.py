@@ -276,17 +276,18 @@ class CommonOptions(DefaultFormatter):
     """Panels of the options that are common, until all are asked for.
 
     Attributes:
-        common: their names, apart by spaces.
+        common: their names, apart by spaces; all are, where none is named.
         defaults: of the command, where they are other than those of the recipe that it reads.
     """
 
-    def __init__(self, common: str, defaults: Mapping[str, Any] | None = None):
+    def __init__(self, common: str = "", defaults: Mapping[str, Any] | None = None):
         super().__init__()
         self.common, self.defaults = {*common.split()}, defaults or {}
 
     def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
         """Print a panel, if anything is left in it."""
-        is_common = [SHOWS_ALL.get() or bool(self.common & {*e.names}) for e in panel.entries]
+        shows_all = SHOWS_ALL.get() or not self.common
+        is_common = [shows_all or bool(self.common & {*e.names}) for e in panel.entries]
         entries = [
             entry.copy(default=default_of(entry.names, entry.default, self.defaults))
             for entry, is_shown in zip(panel.entries, is_common, strict=True)
