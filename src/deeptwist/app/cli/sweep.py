@@ -53,8 +53,8 @@ def sweep(
     return points
 
 
-def find_knee(points: Sequence[Point], dense_accuracy: float | None = None) -> int:
-    """Return the index of the last point before the loss runs away.
+def find_knee(points: Sequence[Point], dense_accuracy: float | None = None) -> int | None:
+    """Return the index of the last point before the loss runs away; `None` where it slows down.
 
     It lies farthest below the straight line from the first to the last point, over the logarithm
     of the ratio, each axis scaled to its range (Satopaa et al., 2011).
@@ -72,7 +72,8 @@ def find_knee(points: Sequence[Point], dense_accuracy: float | None = None) -> i
     if width <= 0 or height <= 0:
         return len(points) - 1
     below = [(a - x[0]) / width - (b - losses[0]) / height for a, b in zip(x, losses, strict=True)]
-    return max(range(len(points)), key=below.__getitem__)
+    knee = max(range(len(points)), key=below.__getitem__)
+    return knee if below[knee] > 0 else None
 
 
 def sweep_network(
@@ -84,7 +85,7 @@ def sweep_network(
     """Plan a network at many ratios.
 
     Returns:
-        `points`, see `sweep`; `knee`, the ratio of the point that `find_knee` finds; and
+        `points`, see `sweep`; `knee`, the ratio of the point that `find_knee` finds, if any; and
         `dense_accuracy` where there are images, or `None`.
 
     Raises:
@@ -114,5 +115,6 @@ def sweep_network(
 
         dense_accuracy = None if data is None else accuracy(Plan(()))
         points = sweep(make_plan, None if data is None else accuracy)
-    knee = points[find_knee(points, dense_accuracy)]["ratio"]
-    return {"dense_accuracy": dense_accuracy, "knee": knee, "points": points}
+    knee = find_knee(points, dense_accuracy)
+    ratio = None if knee is None else points[knee]["ratio"]
+    return {"dense_accuracy": dense_accuracy, "knee": ratio, "points": points}

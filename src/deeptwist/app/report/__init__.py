@@ -244,7 +244,8 @@ def write_sweep(sweep: Mapping[str, Any], path: Path, *, title: str) -> None:
         DeepTwistError: if the file cannot be written.
     """
     points, knee, dense = sweep["points"], sweep["knee"], sweep["dense_accuracy"]
-    note = " Dotted: the knee, farthest below the straight line between the two ends."
+    note = " Dotted: the knee, farthest below the straight line between the two ends." * bool(knee)
+    marks = [knee] if knee else []
 
     def draw(name: str, caption: str, y: str, **heights: Iterable[float | None]) -> None:
         curves = [
@@ -255,7 +256,7 @@ def write_sweep(sweep: Mapping[str, Any], path: Path, *, title: str) -> None:
             )
             for number, (label, values) in enumerate(heights.items())
         ]
-        drawn.extend(charts.draw(name, caption, curves, x="ratio asked", y=y, marks=[knee]))
+        drawn.extend(charts.draw(name, caption, curves, x="ratio asked", y=y, marks=marks))
 
     drawn: list[charts.Chart] = []
     draw(
