@@ -43,7 +43,8 @@ logger = logging.getLogger("deeptwist")
 
 REPORT = "report.html"
 _SANITY_IMAGES = 256  # test images that tell whether the dense network is what it should be
-_SEARCH_IMAGES = 1000  # at most, that a ratio is searched on
+# At most, that a ratio is searched on; to evaluate more takes no longer than to learn.
+_SEARCH_IMAGES, _SEARCH_IMAGES_LEARNING = 1000, 5000
 _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves statistics that fit
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
 _DISTILL_STEPS = 1500  # where nothing is trained
@@ -226,7 +227,8 @@ class ImageJob:
         self.search_images = data.test
         if has_goal:
             rows = torch.arange(len(data.test.labels))
-            self.search_images = data.test.subset(rows[::2]).subsample(_SEARCH_IMAGES)
+            most = _SEARCH_IMAGES_LEARNING if options.distill_steps else _SEARCH_IMAGES
+            self.search_images = data.test.subset(rows[::2]).subsample(most)
             data = replace(data, test=data.test.subset(rows[1::2]))
         self._run = build_run(replace(recipe, mode="dense"), data, name="dense")
         self.recipe, self.options, self.folder = recipe, options, folder
