@@ -1,0 +1,44 @@
+"""``python -m experiments.peers``: draw what ``benchmarks/peers.py`` measured (docs/peers.svg)."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from deeptwist.files import write_text
+from experiments.plots import Curve, draw
+
+RESULTS, PICTURE = Path("results/peers"), Path("docs/peers.svg")
+KEY = ["network", "ratio", "way"]
+WAYS = {"deeptwist": 0, "pruning": 1}  # and their colours
+LEARNED = {"distilled": "minutes, no labels", "untrained": "no training"}
+
+
+def main() -> None:
+    """Draw accuracy over speed from the tables."""
+    accuracy = pd.read_csv(RESULTS / "accuracy.csv").groupby(KEY, as_index=False).mean()
+    speed = pd.read_csv(RESULTS / "speed.csv").rename(columns={"int8": "int8_speed"})
+    both = accuracy.merge(speed, on=KEY)
+    both = both[both.network == "resnet18"]
+    dense = both[both.way == "dense"].iloc[0]
+    curves = [
+        Curve(f"{way}, {label}", _points(both[both.way == way], y), color, dashed=y == "untrained")
+        for way, color in WAYS.items()
+        for y, label in LEARNED.items()
+    ]
+    (figure,) = draw(
+        "peers",
+        "ResNet-18: accuracy over speed, low rank beside structured pruning",
+        curves,
+        ("dense", dense.untrained),
+        x="times as fast as dense (onnxruntime, fp32, one thread)",
+        y="ResNet-18 on imagenette224 at 64 pixels: accuracy, %",
+    )
+    write_text(PICTURE, figure.svg)
+
+
+def _points(rows: pd.DataFrame, y: str) -> list[tuple[float, float]]:
+    return [*rows[["onnxruntime", y]].dropna().sort_values("onnxruntime").itertuples(False, None)]
+
+
+if __name__ == "__main__":
+    main()
