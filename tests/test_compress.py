@@ -15,9 +15,12 @@ from tests.test_cli import refused, run
 from torch import Tensor, nn
 
 import deeptwist as dt
+from deeptwist.app.cli.compress import ImageJob
+from deeptwist.app.cli.options import CompressOptions
 from deeptwist.app.data import batches, load_data, normalize
 from deeptwist.app.folders import read_run
 from deeptwist.app.training.evaluation import AugmentedInputs, evaluate
+from deeptwist.app.training.recipe import make_recipe
 from deeptwist.compress import SMALL, Compressed, Job
 from deeptwist.measure.runtimes import OnnxNetwork
 from deeptwist.networks.build import build_model
@@ -262,6 +265,30 @@ def test_a_job_s_table_is_what_its_files_are(
     assert read_run(out).summary["steps"] == 22 // 2
     assert "<svg" in (out / "report.html").read_text()
     assert not (out / "calibration.safetensors").exists()
+
+
+def test_a_ratio_is_judged_by_the_half_of_its_images_that_it_does_worse_on(
+    weights: Path, trained: nn.Module, tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        {
+            "model": "tests.test_compress:network",
+            "weights": str(weights),
+            "data": {"source": "digits"},
+            "batch_norm_batches": 4,
+            "compression": {"ratio": 2},
+        }
+    )
+    job = ImageJob(recipe, CompressOptions(distill_steps=0), tmp_path, has_goal=True)
+    tried = job.search(0.2)["tried"]
+    test = DIGITS.test
+    halves = [type(test)(test.images[first::4], test.labels[first::4]) for first in (0, 2)]
+    before = [evaluate(trained, half, DIGITS).accuracy for half in halves]
+    for ratio, score, _ in tried:
+        small = job.steps.make_small(job.steps.make_plan(None, ratio))
+        after = [evaluate(small, half, DIGITS).accuracy for half in halves]
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        assert score == pytest.approx(sum(before) / 2 + min(changes))
 
 
 def test_resuming_does_what_is_missing_and_nothing_else(job: tuple[list[object], Path]) -> None:
