@@ -21,7 +21,14 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from deeptwist import CP, SVD, Decomposition, SpatialSVD, TiledSVD, decompose, plan, save
-from deeptwist.export import BATCHES, Exported, export_onnx, export_program, export_state_dict
+from deeptwist.export import (
+    BATCHES,
+    Exported,
+    export_onnx,
+    export_program,
+    export_state_dict,
+    quantize_onnx,
+)
 from deeptwist.networks.build import build_model
 
 onnx = pytest.importorskip("onnx")
@@ -431,6 +438,20 @@ def images(split: str, per_class: int) -> Tensor:
     arrays = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
     pixels = torch.stack(arrays).permute(0, 3, 1, 2)
     return normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_layers_beside_a_residual_connection_run_in_int8_too(tmp_path: Path) -> None:
+    model, x = build_model("resnet20").eval(), torch.randn(4, 3, 32, 32)
+    source, path = tmp_path / "a.onnx", tmp_path / "a-int8.onnx"
+    export_onnx(model, source, x[:2])
+    quantize_onnx(source, path, [x])
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(path, options)
+    operators = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
+    assert {"Conv", "Add"}.isdisjoint(operators)
+    assert (operators.count("QLinearConv"), operators.count("QLinearAdd")) == (19, 9)
 
 
 @pytest.mark.slow
