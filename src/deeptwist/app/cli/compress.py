@@ -299,10 +299,9 @@ class ImageJob:
         """Decompose and train as the recipe says, and write the run's folder."""
         recipe, is_trained = self.recipe, self.recipe.schedule.epochs > 0
         calibration, plan, small = self.steps.calibration, self.steps.plan, None
-        name: str = recipe.mode if is_trained else "no training"
+        untrained = "distilled" if self.options.distill_steps else "no training"
         if self.options.distill_steps:
             small = load(self.folder / DISTILLED, model=self.model)
-            name = name if is_trained else "distilled"
         elif not is_trained and not recipe.batch_norm_batches:
             small = decompose(self.model, plan, calibration=calibration)
             recipe = replace(recipe, batch_norm_batches=self._choose_batch_norm(small)[1])
@@ -311,7 +310,7 @@ class ImageJob:
             recipe=recipe,
             model=copy.deepcopy(self.model),
             plan=plan,
-            name=name,
+            name=recipe.mode if is_trained else untrained,
             start=small,
             calibration=calibration,
             before=Evaluation(dense["loss"], dense["accuracy"], dense["top5"]),
