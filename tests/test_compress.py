@@ -393,6 +393,19 @@ def test_the_job_distils_where_nothing_is_trained(weights: Path, tmp_path: Path)
     assert json.loads(again.stdout)["results"] == after
 
 
+def test_what_is_told_after_distilling_and_training_is_of_the_trained_network(
+    weights: Path, tmp_path: Path
+) -> None:
+    words = ["--weights", weights, "--ratio", 8, "--runtime", "onnxruntime", *FAST]
+    words += ["--distill-steps", 5, "--distill-images", 512, "--epochs", 1]
+    done = run(*WORDS, *words, "--out", tmp_path, "--json")
+    results = json.loads(done.stdout)["results"]
+    assert results["train"]["accuracy"] != results["train"]["untrained"]
+    assert results["verify"]["accuracy"] == results["train"]["accuracy"]
+    exported = evaluate(OnnxNetwork(tmp_path / "small.onnx", threads=1), DIGITS.test, DIGITS)
+    assert exported.loss == pytest.approx(results["verify"]["loss"], rel=1e-4)
+
+
 def test_few_images_are_enough_to_distil_on() -> None:
     few = replace(DIGITS, train=DIGITS.train.subsample(10))
     inputs = AugmentedInputs(few, network(), 2048, seed=0, held_out=2)

@@ -186,7 +186,11 @@ class Job:
 
     @cached_property
     def small(self) -> nn.Module:
-        """The small network, on the dense one's device."""
+        """The small network as the last step left it, on the dense one's device."""
+        return self.read_small()
+
+    def read_small(self) -> nn.Module:
+        """Read the small network that is in the folder, onto the dense one's device."""
         device = next(self.model.parameters()).device
         return load(self._file(SMALL), model=self.model).to(device)
 

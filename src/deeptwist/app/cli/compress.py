@@ -317,6 +317,7 @@ class ImageJob:
         )
         with telling("train", run) as shown:
             summary = train(run, self.folder, resume=True, latency_batch=None, **shown)
+        self.steps.small = self.steps.read_small()  # in place of the distilled one
         return {"accuracy": summary["accuracy"], "untrained": summary["accuracy_untrained"]}
 
     def verify(self, goal: float | None) -> Values:
