@@ -406,6 +406,30 @@ def test_what_is_told_after_distilling_and_training_is_of_the_trained_network(
     assert exported.loss == pytest.approx(results["verify"]["loss"], rel=1e-4)
 
 
+def test_a_network_learns_from_the_dense_one_in_the_recipe_s_precision(
+    weights: Path, tmp_path: Path
+) -> None:
+    learned = []
+    for precision in ("32-true", "bf16-mixed"):
+        recipe = make_recipe(
+            {
+                "model": "tests.test_compress:network",
+                "weights": str(weights),
+                "data": {"source": "digits"},
+                "precision": precision,
+                "compression": {"ratio": 8},
+            }
+        )
+        options = CompressOptions(distill_steps=2, distill_images=256)
+        job = ImageJob(recipe, options, tmp_path, has_goal=False)
+        job.steps.choose_plan()
+        job.distill()
+        learned.append(torch.cat([p.flatten() for p in job.steps.small.parameters()]))
+    change = (learned[0] - learned[1]).norm() / learned[0].norm()
+    assert 1e-6 < change < 1e-2  # rounding, and of bf16
+    assert learned[1].dtype == torch.float32
+
+
 def test_few_images_are_enough_to_distil_on() -> None:
     few = replace(DIGITS, train=DIGITS.train.subsample(10))
     inputs = AugmentedInputs(few, network(), 2048, seed=0, held_out=2)

@@ -292,7 +292,8 @@ class ImageJob:
         calibration = self.steps.calibration
         self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
         minutes = self.options.distill_minutes
-        values = self.steps.distill(inputs, steps=steps, minutes=minutes)
+        with self._autocast():
+            values = self.steps.distill(inputs, steps=steps, minutes=minutes)
         return {**values, "images": inputs.count}
 
     def train(self, dense: Values) -> Values:
@@ -361,14 +362,20 @@ class ImageJob:
         """Return a network that a ratio is judged by: a share of what the one chosen will get."""
         if not share:
             return self._choose_batch_norm(small)[0]
-        return distill(
-            small,
-            self.model,
-            self._inputs_to_distill(held_out=0),  # its score is its judge
-            steps=math.ceil(share * (self.options.distill_steps or 0)),
-            minutes=share * self.options.distill_minutes,
-            held_out=0,
-        )
+        with self._autocast():
+            return distill(
+                small,
+                self.model,
+                self._inputs_to_distill(held_out=0),  # its score is its judge
+                steps=math.ceil(share * (self.options.distill_steps or 0)),
+                minutes=share * self.options.distill_minutes,
+                held_out=0,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        """Return what a network learns from the dense one in: no scaled loss, so no fp16."""
+        is_half = self.recipe.precision == "bf16-mixed"
+        return torch.autocast(own_device().type, torch.bfloat16, enabled=is_half)
 
     def _choose_batch_norm(self, small: nn.Module) -> tuple[nn.Module, int]:
         """Return a decomposed network and the batches of its batch norms.

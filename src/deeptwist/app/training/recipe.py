@@ -249,8 +249,9 @@ class Recipe:
             the end decomposes once, at the end.
         batch_size: Images in a step, of all processes together.
         seed: Of initial weights, of the order of the images and their augmentation.
-        precision: Lightning Fabric's name for it: bf16-mixed is bf16 autocast, 16-mixed fp16's with
-            a scaled loss; a step that overflows is taken again, at half the scale.
+        precision: Lightning Fabric's name for it: bf16-mixed is bf16 autocast, of compress's
+            distillation too; 16-mixed is fp16's with a scaled loss; a step that overflows is taken
+            again, at half the scale.
         cuda_graphs: Replay a step's forward and backward passes as CUDA graphs, several times as
             fast for small networks on a GPU; elsewhere it changes nothing.
         compile: torch.compile's backend for a step's passes, inductor say, which with cuda_graphs
