@@ -305,6 +305,7 @@ def test_what_cannot_be_done_is_one_line(error_of: Callable[..., str]) -> None:
     other = nn.Sequential(nn.Conv2d(3, 8, 3))
     assert "small is not made of this dense" in error_of(distill, small, other, batches(3), steps=1)
     frozen = copy.deepcopy(small).requires_grad_(False)
+    assert "distill(small, dense, batches)" in error_of(distill, dense, small, batches(3))
     assert "all is frozen" in error_of(distill, frozen, dense, batches(3), steps=1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.cases import EVERY_LAYER, PLANNED_METHODS, error_of, every_layer, works_or_is_refused
 from torch import Tensor, nn
 
-from deeptwist import SVD, Decomposition, DeepTwist, Plan, decompose, plan
+from deeptwist import SVD, Decomposition, DeepTwist, Plan, Tucker, decompose, plan
 from deeptwist.layers.geometry import weight_to_kernel
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -531,10 +531,11 @@ def test_a_state_that_is_none_changes_nothing(state: Any) -> None:
     assert (twist.steps, twist.history) == (1, records)
 
 
-def test_the_factors_of_another_rank_are_refused() -> None:
+@pytest.mark.parametrize("decomposition", [SVD(rank=2), Tucker(rank=(2, 2))], ids=repr)
+def test_the_factors_of_another_plan_are_refused(decomposition: Decomposition) -> None:
     model, twist = twisted()
     twist.step()
-    other = DeepTwist(model, plan(model, SVD(rank=2), example_input=X, layers=EVERY_LAYER), 1)
+    other = DeepTwist(model, plan(model, decomposition, example_input=X, layers=EVERY_LAYER), 1)
     assert "another plan" in error_of(other.load_state_dict, twist.state_dict())
 
 

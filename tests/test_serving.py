@@ -174,8 +174,7 @@ def test_the_commands(folder: Path, onnx: Path, pictures: Path, tmp_path: Path) 
     assert lines[0].startswith(f"{image}: ")
     assert lines[0].count("%") == 2
     exported = tmp_path / "again.onnx"
-    words = [TINY, "--num-classes", 3, "--input", "3x16x16", "--small", folder]
-    run("export", *words, "--out", exported)
+    run("export", TINY, "--input", "3x16x16", "--small", folder, "--out", exported)
     assert OnnxNetwork(exported, 1).metadata == OnnxNetwork(onnx, 1).metadata
     told = refused("predict", onnx, folder / "config.json")
     assert told.endswith("config.json' (UnidentifiedImageError)\n")

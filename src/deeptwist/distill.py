@@ -89,13 +89,16 @@ def distill(
     """
     _check_budget(steps, minutes)
     check_int("held_out", held_out, 0)
+    if factored_layers(dense) and not factored_layers(small):
+        raise DeepTwistError("the dense network is the teacher: distill(small, dense, batches)")
     device = next(small.parameters()).device
     stream = read_batches(_repeated(batches, held_out), inputs, device)
     judges = [*islice(stream, held_out)]
     student = swap(small, {}).eval()
     broadcast([*student.state_dict().values()], source=0)
     start = swap(student, {})
-    for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
+    norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
         norm.train()
     learning = [p for p in student.parameters() if p.requires_grad]
     if not learning:
@@ -122,7 +125,7 @@ def distill(
             on_step()
     result = _recalibrated(student, seen)
     if judges:  # of equals the first: what changed nothing is no result
-        candidates = start, _recalibrated(start, seen), result
+        candidates = [start, *([_recalibrated(start, seen)] if norms else ()), result]
         judge = partial(divergence_from, dense, batches=judges, loss=loss)
         result = min(candidates, key=lambda network: mean_over_ranks(partial(judge, network)))
     for module, source in zip(result.modules(), small.modules(), strict=True):

@@ -362,13 +362,15 @@ def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Facto
     """Return factors of a checkpoint.
 
     Raises:
-        DeepTwistError: if they are for another plan.
-        RuntimeError, TypeError, ValueError: if they are no factors.
+        DeepTwistError: if they are no factors, or for another plan.
     """
-    factors = _factors(layer, tensors)
     expected = [part.kernel_shape for part in layer.decomposition.parts(layer.convolution)]
-    if [tuple(kernel.shape) for kernel in factors.kernels()] != expected:
-        raise DeepTwistError(f"the factors of layer {layer.name!r} are for another plan")
+    problem = f"the state's factors of layer {layer.name!r} are for another plan"
+    with explaining(problem, errors=(LookupError, RuntimeError, TypeError, ValueError)):
+        factors = _factors(layer, tensors)
+        shapes = [tuple(kernel.shape) for kernel in factors.kernels()]
+    if shapes != expected:
+        raise DeepTwistError(problem)
     return factors
 
 

@@ -232,19 +232,22 @@ def _make_small_job(network: NetworkOptions, options: PlanOptions, small: Path |
         raise DeepTwistError(
             "the network in --small is decomposed already: leave out the options of a plan"
         )
-    small = small and find_small(small)
-    from deeptwist.compress import Job
-    from deeptwist.plan.planner import plan_from_model
-    from deeptwist.save import load, read_saved
-
     if small is None:
         job = make_job(network, options)
         job.choose_plan()
         job.decompose()
         return job
+    small = find_small(small)
+    from deeptwist.compress import Job
+    from deeptwist.plan.planner import plan_from_model
+    from deeptwist.save import load, read_saved
+
+    metadata = read_saved(small).metadata
+    if network.num_classes is None:
+        network = replace(network, num_classes=metadata.get("num_classes"))
     dense = network.build(network.sizes, bare=True)
     decomposed = load(small, model=dense)
     plan = plan_from_model(decomposed, dense, network.example_input())
     job = Job(dense, lambda calibration, ratio: plan, list, progress=console.progress_bar)
-    job.plan, job.small, job.metadata = plan, decomposed, read_saved(small).metadata
+    job.plan, job.small, job.metadata = plan, decomposed, metadata
     return job
