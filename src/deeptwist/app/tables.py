@@ -5,7 +5,7 @@ from typing import Any
 
 Values = dict[str, Any]  # as JSON holds them
 HEADER = "", "dense", "small", ""
-SWEEP_HEADER = "ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""
+_SWEEP = ["ratio", "relative error", "fewer weights", "fewer MACs", "accuracy, untrained", ""]
 
 
 def job_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -39,8 +39,8 @@ def job_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def sweep_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return a row for each ratio of a sweep under `SWEEP_HEADER`, and which is the knee."""
+def sweep_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the header and a row for each ratio of a sweep, and which is the knee."""
     rows = [
         [
             f"{point['ratio']:g}×",
@@ -52,9 +52,9 @@ def sweep_rows(result: Mapping[str, Any]) -> list[list[str]]:
         ]
         for point in result["points"]
     ]
-    if result["dense_accuracy"] is not None:
-        rows.insert(0, ["dense", "", "", "", percent(result["dense_accuracy"]), ""])
-    return rows
+    if result["dense_accuracy"] is None:
+        return [row[:4] + row[5:] for row in (_SWEEP, *rows)]
+    return [_SWEEP, ["dense", "", "", "", percent(result["dense_accuracy"]), ""], *rows]
 
 
 def int8_changes(results: Mapping[str, Any]) -> dict[str, float]:

@@ -19,12 +19,11 @@ from rich.table import Table
 
 from deeptwist.app.tables import (
     HEADER,
-    SWEEP_HEADER,
     Values,
     job_rows,
     medians,
     percent,
-    sweep_rows,
+    sweep_table,
 )
 
 if TYPE_CHECKING:
@@ -202,7 +201,8 @@ def print_benchmark(name: str, result: Values) -> None:
 
 def print_sweep(title: str, result: Values) -> None:
     """Print a row for each ratio, and which of them is the knee."""
-    print_table(title, SWEEP_HEADER, sweep_rows(result))
+    header, *rows = sweep_table(result)
+    print_table(title, header, rows)
 
 
 def print_exported(result: Values) -> None:

@@ -17,7 +17,7 @@ from deeptwist.app.report.records import (
     dense_networks,
     read_record,
 )
-from deeptwist.app.tables import HEADER, SWEEP_HEADER, sweep_rows
+from deeptwist.app.tables import HEADER, sweep_table
 from deeptwist.errors import DeepTwistError, require_extra
 from deeptwist.files import explaining_writes, write_text
 from deeptwist.plan.plan import Plan, layer_row
@@ -281,5 +281,6 @@ def write_sweep(sweep: Mapping[str, Any], path: Path, *, title: str) -> None:
             decomposed=[100 * point["accuracy"] for point in points],
             dense=[100 * dense] * len(points),
         )
-    table = Table("The whole network, planned at each ratio.", SWEEP_HEADER, sweep_rows(sweep))
+    header, *rows = sweep_table(sweep)
+    table = Table("The whole network, planned at each ratio.", header, rows)
     _write_page(path, title, [{"table": table, "charts": drawn}])
