@@ -87,7 +87,7 @@ def test_a_network_without_factors_learns_the_outputs_alone() -> None:
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
     )
     unseen = [(x,) for x in batches(4, seed=1)]
-    learned = distill(narrow, dense, batches(10), steps=60)
+    learned = distill(narrow, dense, batches(10), steps=60, lr=4e-3)
     before, after = (divergence_from(dense, model, unseen) for model in (narrow, learned))
     assert after < before / 2
 
@@ -143,6 +143,19 @@ def test_an_autocast_that_is_held_open_learns_too() -> None:
     unseen = batches(4, seed=1)
     before, after = (divergence_from(dense, model, unseen) for model in (small, learned))
     assert after < before / 3
+
+
+def test_the_rate_is_lower_where_no_blocks_are_compared() -> None:
+    dense, small = pair()
+    narrow = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    for network, lr in ((small, 4e-3), (narrow, 1e-3)):
+        default, given = (
+            state(distill(network, dense, batches(4), steps=3, held_out=0, lr=rate))
+            for rate in (None, lr)
+        )
+        assert equal(default, given)
 
 
 def test_labels_are_not_read_and_a_generator_is_gone_through_again() -> None:

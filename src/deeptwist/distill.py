@@ -34,6 +34,7 @@ Pair = tuple[Tensor, Tensor]  # the small network's, the dense one's
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 HELD_OUT = 2  # batches, by default
+_LR, _LR_WITHOUT_BLOCKS = 4e-3, 1e-3  # outputs alone tell less of where to go
 _RISE = 0.3  # of the budget: the rate rises, from a 25th, and falls to nothing in the rest
 _NORM_BATCHES = 16  # that batch norm's statistics are taken anew on in the end
 _CHECKPOINT_STEPS = 100  # between two
@@ -46,7 +47,7 @@ def distill(
     *,
     steps: int | None = 600,
     minutes: float | None = None,
-    lr: float = 4e-3,
+    lr: float | None = None,
     block_weight: float = 10.0,
     held_out: int = HELD_OUT,
     loss: Loss | None = None,
@@ -69,7 +70,7 @@ def distill(
             and again, augmented by whoever gives them.
         steps: of the optimizer, one a batch; `None` for no limit beside `minutes`.
         minutes: by the clock, at most.
-        lr: the highest learning rate.
+        lr: the highest learning rate; without it 4e-3, and 1e-3 where no blocks are compared.
         block_weight: of the blocks' loss beside the outputs'.
         held_out: the first so many batches are not learned from, unless the loader shuffles: on
             them it is decided whether the result is better than the start, as it is or with batch
@@ -103,7 +104,7 @@ def distill(
     learning = [p for p in student.parameters() if p.requires_grad]
     if not learning:
         raise DeepTwistError(f"nothing in {type(small).__name__} is to be learned: all is frozen")
-    optimizer = torch.optim.AdamW(learning, lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learning, weight_decay=0.0)
     progress = _Progress(student, optimizer, steps, minutes, checkpoint)
     seen = deque(islice(stream, progress.done), maxlen=_NORM_BATCHES)
     for _ in range(progress.done):
@@ -111,10 +112,12 @@ def distill(
     with eval_mode(dense), _side_by_side(student, dense) as run:
         while (share := progress.share) < 1:
             seen.append(x := next(stream))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * one_cycle(share)
             with explaining(f"{type(small).__name__} cannot learn on a batch"):
-                value = _total(*run(x), loss, block_weight)
+                outputs, blocks = run(x)
+                value = _total(outputs, blocks, loss, block_weight)
+            highest = lr or (_LR if blocks else _LR_WITHOUT_BLOCKS)
+            for group in optimizer.param_groups:
+                group["lr"] = highest * one_cycle(share)
             optimizer.zero_grad()
             value.backward()
             average([p.grad for p in learning if p.grad is not None])

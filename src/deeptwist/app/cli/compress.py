@@ -47,7 +47,7 @@ _SANITY_IMAGES = 256  # test images that tell whether the dense network is what 
 _SEARCH_IMAGES, _SEARCH_IMAGES_LEARNING = 1000, 5000
 _NORM_BATCHES = 8  # for batch norm, where nothing is trained: training leaves statistics that fit
 _NORM_IMAGES = 1000  # training images that tell whether the new statistics are the better ones
-_DISTILL_STEPS = 1500  # where nothing is trained
+_DISTILL_STEPS = 1500  # at most, and no more than are trained afterwards
 _INT8_IMAGES = 512  # training images that activations' ranges are taken from
 _INT8_LOSS = 0.01  # of accuracy beside fp32: what is lost beyond it is warned of
 
@@ -83,8 +83,8 @@ def run_compress(
         with require_extra("onnx"):
             import onnxruntime  # noqa: F401 (said before the work, not after it)
             import onnxscript  # noqa: F401
-    if options.distill_steps is None:
-        options = replace(options, distill_steps=0 if recipe.schedule.epochs else _DISTILL_STEPS)
+    if options.distill_steps is None and recipe.mode != "finetune":  # it begins with the dense one
+        options = replace(options, distill_steps=0)
     optional = (
         recipe.calibration_images > 0,
         goal is not None,
@@ -160,7 +160,7 @@ def _steps(
     ratio = None if goal is None else results["search"]["ratio"]
     plan = partial(steps.choose_plan, ratio)
     yield "plan", recipe.compression.label, plan, _describe_plan
-    if options.distill_steps:
+    if job.distill_steps:
         yield "distill", f"the dense {recipe.model}, without labels", job.distill, _LEARNED
     epochs = recipe.schedule.epochs
     what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
@@ -213,6 +213,7 @@ class ImageJob:
         recipe: the network, the data, what is compressed and how it is trained.
         options: what else was asked for.
         folder: of the job.
+        distill_steps: in which the decomposed network learns from the dense one.
         data: the images, without those held out or searched on; the test images tell results.
         search_images: those that a goal's ratio is searched on; no result is told on them.
         model: the dense network.
@@ -227,11 +228,14 @@ class ImageJob:
         self.search_images = data.test
         if has_goal:
             rows = torch.arange(len(data.test.labels))
-            most = _SEARCH_IMAGES_LEARNING if options.distill_steps else _SEARCH_IMAGES
+            most = _SEARCH_IMAGES if options.distill_steps == 0 else _SEARCH_IMAGES_LEARNING
             self.search_images = data.test.subset(rows[::2]).subsample(most)
             data = replace(data, test=data.test.subset(rows[1::2]))
         self._run = build_run(replace(recipe, mode="dense"), data, name="dense")
         self.recipe, self.options, self.folder = recipe, options, folder
+        steps = options.distill_steps
+        default = min(self._run.steps or _DISTILL_STEPS, _DISTILL_STEPS)
+        self.distill_steps = default if steps is None else steps
         self.data = self._run.data
         self.model = self._run.model.to(own_device()).eval()
         self.example_input = partial(test_inputs, self.data, self.model)
@@ -282,26 +286,25 @@ class ImageJob:
         def score(network: nn.Module) -> float:
             return float(dense.mean() + (accuracies(network) - dense).min())
 
-        learns = bool(self.options.distill_steps)
+        learns = self.distill_steps > 0
         return self.steps.search(score, float(dense.mean()) - max_loss, learns=learns)
 
     def distill(self) -> Values:
         """Decompose, learn from the dense network, and keep what came out."""
-        steps, inputs = self.options.distill_steps, self._inputs_to_distill()
-        assert steps
+        inputs = self._inputs_to_distill()
         calibration = self.steps.calibration
         self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
         minutes = self.options.distill_minutes
         with self._autocast():
-            values = self.steps.distill(inputs, steps=steps, minutes=minutes)
+            values = self.steps.distill(inputs, steps=self.distill_steps, minutes=minutes)
         return {**values, "images": inputs.count}
 
     def train(self, dense: Values) -> Values:
         """Decompose and train as the recipe says, and write the run's folder."""
         recipe, is_trained = self.recipe, self.recipe.schedule.epochs > 0
         calibration, plan, small = self.steps.calibration, self.steps.plan, None
-        untrained = "distilled" if self.options.distill_steps else "no training"
-        if self.options.distill_steps:
+        untrained = "distilled" if self.distill_steps else "no training"
+        if self.distill_steps:
             small = load(self.folder / DISTILLED, model=self.model)
         elif not is_trained and not recipe.batch_norm_batches:
             small = decompose(self.model, plan, calibration=calibration)
@@ -367,7 +370,7 @@ class ImageJob:
                 small,
                 self.model,
                 self._inputs_to_distill(held_out=0),  # its score is its judge
-                steps=math.ceil(share * (self.options.distill_steps or 0)),
+                steps=math.ceil(share * self.distill_steps),
                 minutes=share * self.options.distill_minutes,
                 held_out=0,
             )

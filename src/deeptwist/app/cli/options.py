@@ -335,8 +335,8 @@ class CompressOptions(BenchmarkOptions):
         goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
             keeps it without training is searched.
         distill_steps: Steps in which the decomposed network learns from the dense one, without
-            labels; as many as --distill-minutes allows, 1,500 at most, where nothing is trained
-            (--epochs 0), and none where something is.
+            labels, before it is trained with them; without it as many as are then trained, 1,500 at
+            most, and as --distill-minutes allows. For --mode finetune.
         distill_minutes: Minutes of it, at most.
         distill_images: Training images that it learns on, augmented as in training.
         int8: Quantise both networks by onnxruntime too.
