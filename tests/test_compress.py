@@ -227,7 +227,7 @@ FAST = ["--rounds", 2, "--threads", 1, "--batch", 8]
 def job(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
     """A whole job: its command line and its folder."""
     out = tmp_path_factory.mktemp("job")
-    goal = ["--goal", "accuracy>=dense-0.03", "--epochs", 1, "--int8"]
+    goal = ["--goal", "accuracy>=dense-0.03", "--epochs", 1, "--distill-steps", 0, "--int8"]
     words = [*WORDS, *FAST, "--weights", weights, *goal, "--out", out]
     done = run(*words)
     assert done.returncode == 0, done.stderr
@@ -397,9 +397,10 @@ def test_what_is_told_after_distilling_and_training_is_of_the_trained_network(
     weights: Path, tmp_path: Path
 ) -> None:
     words = ["--weights", weights, "--ratio", 8, "--runtime", "onnxruntime", *FAST]
-    words += ["--distill-steps", 5, "--distill-images", 512, "--epochs", 1]
+    words += ["--distill-images", 512, "--epochs", 1]
     done = run(*WORDS, *words, "--out", tmp_path, "--json")
     results = json.loads(done.stdout)["results"]
+    assert results["distill"]["steps"] == 1437 // 128  # as many as are trained
     assert results["train"]["accuracy"] != results["train"]["untrained"]
     assert results["verify"]["accuracy"] == results["train"]["accuracy"]
     exported = evaluate(OnnxNetwork(tmp_path / "small.onnx", threads=1), DIGITS.test, DIGITS)
