@@ -1,6 +1,6 @@
 """What to use when: structured pruning, low rank and both, each in int8 too, beside each other.
 
-At about equal MACs of the whole network, channels and ranks in eights. Pruning is Torch-Pruning's:
+At about equal MACs of the whole network, channels and ranks in sixteens. Pruning is Torch-Pruning's:
 one share of all groups, by norm. Low rank: a calibrated budget of MACs, spatial SVD. Accuracy is of
 ResNet-18 on imagenette at 64 pixels: batch norm anew; distilled without labels (a pruned network's
 blocks are narrower than the dense one's: it learns the outputs alone), or fine-tuned at the better
@@ -50,7 +50,7 @@ LEARNED = "untrained", "distilled", "fine_tuned"
 
 Task = tuple[nn.Module, ImageData, list[Tensor]]  # trained, and what calibrates it, (B, 3, 64, 64)
 SIDE, ROUNDS = 224, 9  # pixels of what is timed, and how often
-MULTIPLE = 8  # that channels left, and ranks, are of: what kernels compute with AVX
+MULTIPLE = 16  # that channels left, and ranks, are of: what kernels compute with AVX-512
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def anew(model: nn.Module, images: list[Tensor]) -> nn.Module:
 
 
 def prune(model: nn.Module, ratio: float, x: Tensor) -> nn.Module:
-    """Return a network pruned to about so many times fewer MACs: channels are left in eights."""
+    """Return a network pruned to about so many times fewer MACs: channels are left in sixteens."""
     low, high, dense = 0.0, 0.95, macs(model, x)
     while high - low > 0.004:  # of a group's channels
         share = (low + high) / 2

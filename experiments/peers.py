@@ -9,8 +9,14 @@ from experiments.plots import Curve, draw
 
 RESULTS, PICTURE = Path("results/peers"), Path("docs/peers.svg")
 KEY = ["network", "ratio", "way"]
-WAYS = {"deeptwist": 0, "pruning": 1}  # and their colours
-LEARNED = {"distilled": "minutes, no labels", "untrained": "no training"}
+DISTILLED, UNTRAINED = "minutes, no labels", "no training"
+CURVES = [  # a way, a column, how it is called, the colour
+    ("deeptwist", "distilled", f"deeptwist, {DISTILLED}", 0),
+    ("both", "distilled", f"pruned, then deeptwist, {DISTILLED}", 2),
+    ("pruning", "distilled", f"pruning, {DISTILLED}", 1),
+    ("deeptwist", "untrained", f"deeptwist, {UNTRAINED}", 0),
+    ("pruning", "untrained", f"pruning, {UNTRAINED}", 1),
+]
 
 
 def main() -> None:
@@ -21,9 +27,8 @@ def main() -> None:
     both = both[both.network == "resnet18"]
     dense = both[both.way == "dense"].iloc[0]
     curves = [
-        Curve(f"{way}, {label}", _points(both[both.way == way], y), color, dashed=y == "untrained")
-        for way, color in WAYS.items()
-        for y, label in LEARNED.items()
+        Curve(label, _points(both[both.way == way], column), color, dashed=column == "untrained")
+        for way, column, label, color in CURVES
     ]
     (figure,) = draw(
         "peers",
