@@ -1,13 +1,14 @@
 """What to use when: structured pruning, low rank and both, each in int8 too, beside each other.
 
-At about equal MACs of the whole network, channels and ranks in sixteens. Pruning is Torch-
-Pruning's: one share of all groups, by norm. Low rank: a calibrated budget of MACs, spatial SVD.
-Accuracy is of ResNet-18 on imagenette at 64 pixels: batch norm anew; distilled without labels (a
-pruned network's blocks are narrower than the dense one's: it learns the outputs alone), or fine-
-tuned at the better of two rates, by the loss on training images held out: 120 steps each. Speed is
-at 224 pixels, as many times as fast as the dense network as it is left: in PyTorch, contiguous; as
-each is handed out; with batch norm folded and in channels_last, all of them; in onnxruntime; there
-in int8. ResNet-50 has random weights. What is in the tables is not computed again.
+At about equal MACs of the whole network, channels and ranks in sixteens. Pruning is
+Torch-Pruning's: one share of all groups, by norm. Low rank: a calibrated budget of MACs, spatial
+SVD. Accuracy is of ResNet-18 on imagenette at 64 pixels: batch norm anew; distilled without labels
+(a pruned network's blocks are narrower than the dense one's: it learns the outputs alone), or
+fine-tuned at the better of two rates, by the loss on training images held out: 120 steps each.
+Speed is at 224 pixels, as many times as fast as the dense network as it is left: in PyTorch,
+contiguous; as each is handed out; with batch norm folded and in channels_last, all of them; in
+onnxruntime; there in int8. ResNet-50 has random weights. What is in the tables is not computed
+again.
 
 deeptwist train recipes/resnet18-imagenette-short.yaml --data imagenette224 --mode dense \
     --epochs 8 --lr 0.05 --out runs/r18
