@@ -87,8 +87,8 @@ def compress(
 ) -> None:
     r"""Make a trained network smaller: the whole job in one command and one folder.
 
-    Evaluates the dense network, calibrates, plans, decomposes, trains, takes batch norm's
-    statistics anew, exports both networks to ONNX, times them in turn, writes a report. Unless a
+    Evaluates the dense network, calibrates, plans, decomposes, has the small network learn from
+    the dense one, trains it, exports both to ONNX, times them in turn, writes a report. Unless a
     recipe or an option says otherwise: spatial SVD on all convolutions but the first, calibrated
     on 1,024 images, and 6 epochs of conventional fine-tuning from a learning rate of 0.02. What a
     recipe leaves out is as `deeptwist train --help` says.

@@ -333,7 +333,7 @@ class CompressOptions(BenchmarkOptions):
 
     Attributes:
         goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
-            keeps it without training is searched.
+            keeps it without labels is searched.
         distill_steps: Steps in which the decomposed network learns from the dense one, without
             labels, before it is trained with them; without it as many as are then trained, 1,500 at
             most, and as --distill-minutes allows. For --mode finetune.
