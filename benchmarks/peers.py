@@ -80,7 +80,8 @@ def main() -> None:
     if options.part == "table":
         accuracies, speeds = (pd.read_csv(options.out / f"{x}.csv") for x in ("accuracy", "speed"))
         means = accuracies.groupby(["network", "ratio", "way"], as_index=False).mean()
-        print(speeds.merge(means, "outer", sort=False).round(2).to_string(index=False, na_rep=""))
+        both = speeds.merge(means, "outer", ["network", "ratio", "way"], sort=False)
+        print(both.round(2).to_string(index=False, na_rep=""))
 
 
 def load_task(options: argparse.Namespace) -> Task:
@@ -151,22 +152,28 @@ def measure_accuracy(path: Path, task: Task, options: argparse.Namespace) -> Non
     for ratio, way in options.wanted:
         row = {"network": "resnet18", "ratio": ratio, "way": way, "seed": options.seed}
         row |= read(path).get(tuple(row.values()), {})
-        columns = [x for x in LEARNED[: 1 if way == DENSE else None] if x not in row]
-        if not columns:
+        learned = LEARNED[:1] if way == DENSE else LEARNED
+        missing = [name for name in learned if not {name, *_int8(name, way)} <= row.keys()]
+        if not missing:
             continue
         small = make_smaller(dense, way, ratio, images)
         row["macs"] = macs(dense, images[0][:1]) / macs(small, images[0][:1])
         sizes = [sum(map(Tensor.numel, m.parameters())) for m in (dense, small)]
         row["weights"] = sizes[0] / sizes[1]
-        for name in columns:
+        for name in missing:
             network = learn(name, small, task, options.seed)
             row[name] = accuracy(network, data)
-            if name == "fine_tuned" or way == DENSE:
+            for column in _int8(name, way):
                 with tempfile.TemporaryDirectory() as folder:
                     some = torch.cat(images[:2]).split(32)
                     _, file = write_onnx(network, Path(folder) / "small.onnx", some)
-                    row["int8"] = accuracy(OnnxNetwork(file, 1), data)
+                    row[column] = accuracy(OnnxNetwork(file, 1), data)
             write(path, row)
+
+
+def _int8(name: str, way: str) -> list[str]:
+    """Return the column of a network in int8, where it has one: what is left untrained has none."""
+    return [f"{name}_int8"] if name != LEARNED[0] or way == DENSE else []
 
 
 def learn(name: str, small: nn.Module, task: Task, seed: int) -> nn.Module:

@@ -22,8 +22,7 @@ CURVES = [  # a way, a column, how it is called, the colour
 def main() -> None:
     """Draw accuracy over speed from the tables."""
     accuracy = pd.read_csv(RESULTS / "accuracy.csv").groupby(KEY, as_index=False).mean()
-    speed = pd.read_csv(RESULTS / "speed.csv").rename(columns={"int8": "int8_speed"})
-    both = accuracy.merge(speed, on=KEY)
+    both = accuracy.merge(pd.read_csv(RESULTS / "speed.csv"), on=KEY)
     both = both[both.network == "resnet18"]
     dense = both[both.way == "dense"].iloc[0]
     curves = [

@@ -71,6 +71,7 @@ def names_of_a_page(page: str, folder: Path) -> dict[str, Any]:
         "loss": nn.functional.cross_entropy,
         "optimizer": optimizer,
         "factory": network,
+        "pruned": network(),
         "plan": plan,
         "total_steps": 10,
         "batches": [x, x, x],

@@ -163,7 +163,8 @@ def _steps(
     if job.distill_steps:
         yield "distill", f"the dense {recipe.model}, without labels", job.distill, _LEARNED
     epochs = recipe.schedule.epochs
-    what = f"decompose, {recipe.mode} for {epochs} epochs" if epochs else "decompose, no training"
+    what = f"{recipe.mode} for {epochs} epochs" if epochs else "no training"
+    what = what if job.distill_steps else f"decompose, {what}"
     yield "train", what, partial(job.train, dense), _TRAINED
     verify = partial(job.verify, None if goal is None else goal(dense["accuracy"]))
     yield "verify", f"what is in {job.folder / SMALL}", verify, _EVALUATED
