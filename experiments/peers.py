@@ -15,8 +15,7 @@ CURVES = [  # a way, a column, how it is called, the colour
     ("both", "distilled", f"pruned, then deeptwist, {DISTILLED}", 2),
     ("pruning", "distilled", f"pruning, {DISTILLED}", 1),
     ("deeptwist", "untrained", f"deeptwist, {UNTRAINED}", 0),
-    ("pruning", "untrained", f"pruning, {UNTRAINED}", 1),
-]
+]  # pruning without training is far below
 
 
 def main() -> None:
