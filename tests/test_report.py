@@ -602,5 +602,5 @@ def test_a_sweep_has_a_page(tmp_path: Path, dense: float | None) -> None:
     assert html.texts["h1"] == [HOSTILE]
     titles = ["Predicted error", "What is saved", "Accuracy without training"]
     assert [*html.drawings] == titles[: 2 if dense is None else 3]
-    accuracy = "" if dense is None else "80.00%"
-    assert html.tables[0][-2] == ["2.5×", "0.125", "2.00×", "2.25×", accuracy, "knee"]
+    accuracy = [] if dense is None else ["80.00%"]
+    assert html.tables[0][-2] == ["2.5×", "0.125", "2.00×", "2.25×", *accuracy, "knee"]
