@@ -221,6 +221,7 @@ def test_a_score_that_the_least_ratio_does_not_keep_may_be_kept_by_a_larger_one(
 
 WORDS = ["compress", "tests.test_compress:network", "--data", "digits", "--calibration-images", 128]
 FAST = ["--rounds", 2, "--threads", 1, "--batch", 8]
+RECIPE: dict[str, object] = {"model": WORDS[1], "data": {"source": "digits"}}
 
 
 @pytest.fixture(scope="module")
@@ -270,15 +271,8 @@ def test_a_job_s_table_is_what_its_files_are(
 def test_a_ratio_is_judged_by_the_half_of_its_images_that_it_does_worse_on(
     weights: Path, trained: nn.Module, tmp_path: Path
 ) -> None:
-    recipe = make_recipe(
-        {
-            "model": "tests.test_compress:network",
-            "weights": str(weights),
-            "data": {"source": "digits"},
-            "batch_norm_batches": 4,
-            "compression": {"ratio": 2},
-        }
-    )
+    changes = {"batch_norm_batches": 4, "compression": {"ratio": 2}}
+    recipe = make_recipe(RECIPE | {"weights": str(weights)} | changes)
     job = ImageJob(recipe, CompressOptions(distill_steps=0), tmp_path, has_goal=True)
     tried = job.search(0.2)["tried"]
     test = DIGITS.test
@@ -412,15 +406,8 @@ def test_a_network_learns_from_the_dense_one_in_the_recipe_s_precision(
 ) -> None:
     learned = []
     for precision in ("32-true", "bf16-mixed"):
-        recipe = make_recipe(
-            {
-                "model": "tests.test_compress:network",
-                "weights": str(weights),
-                "data": {"source": "digits"},
-                "precision": precision,
-                "compression": {"ratio": 8},
-            }
-        )
+        changes = {"precision": precision, "compression": {"ratio": 8}}
+        recipe = make_recipe(RECIPE | {"weights": str(weights)} | changes)
         options = CompressOptions(distill_steps=2, distill_images=256)
         job = ImageJob(recipe, options, tmp_path, has_goal=False)
         job.steps.choose_plan()
