@@ -80,8 +80,7 @@ def main() -> None:
     if options.part == "table":
         accuracies, speeds = (pd.read_csv(options.out / f"{x}.csv") for x in ("accuracy", "speed"))
         means = accuracies.groupby(["network", "ratio", "way"], as_index=False).mean()
-        both = speeds.merge(means, "outer", ["network", "ratio", "way"], sort=False)
-        print(both.round(2).to_string(index=False, na_rep=""))
+        print(speeds.merge(means, "outer", sort=False).round(2).to_string(index=False, na_rep=""))
 
 
 def load_task(options: argparse.Namespace) -> Task:

@@ -9,12 +9,12 @@ from experiments.plots import Curve, draw
 
 RESULTS, PICTURE = Path("results/peers"), Path("docs/peers.svg")
 KEY = ["network", "ratio", "way"]
-DISTILLED, UNTRAINED = "minutes, no labels", "no training"
+DISTILLED = "minutes, no labels"
 CURVES = [  # a way, a column, how it is called, the colour
     ("deeptwist", "distilled", f"deeptwist, {DISTILLED}", 0),
     ("both", "distilled", f"pruned, then deeptwist, {DISTILLED}", 2),
     ("pruning", "distilled", f"pruning, {DISTILLED}", 1),
-    ("deeptwist", "untrained", f"deeptwist, {UNTRAINED}", 0),
+    ("deeptwist", "untrained", "deeptwist, no training", 0),
 ]  # pruning without training is far below
 
 

@@ -365,8 +365,8 @@ def _checked_factors(layer: CompressedLayer, tensors: Iterable[Tensor]) -> Facto
         DeepTwistError: if they are no factors, or for another plan.
     """
     expected = [part.kernel_shape for part in layer.decomposition.parts(layer.convolution)]
-    problem = f"the state's factors of layer {layer.name!r} are for another plan"
-    with explaining(problem, errors=(LookupError, RuntimeError, TypeError, ValueError)):
+    problem = f"the factors of layer {layer.name!r} are for another plan"
+    with explaining(problem):
         factors = _factors(layer, tensors)
         shapes = [tuple(kernel.shape) for kernel in factors.kernels()]
     if shapes != expected:
