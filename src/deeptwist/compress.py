@@ -8,7 +8,7 @@ results, or skip those that are done calls them one by one, as the command line 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -31,11 +31,12 @@ from deeptwist.plan.calibration import Calibration, calibrate
 from deeptwist.plan.plan import Plan, read_plan
 from deeptwist.plan.planner import plan
 from deeptwist.save import load, save
-from deeptwist.search import LEARNING, RATIOS, UNTRAINED, most_scores, search_ratio
+from deeptwist.search import RATIOS, most_scores, search_ratio
 
 CALIBRATION, PLAN, SMALL = "calibration.safetensors", "plan.json", "model"  # in a job's folder
 DISTILLING, DISTILLED = "distilling.pt", "distilled"
-BUDGETS = ("ratio", "weights", "macs", "latency")  # arguments of `plan` that say how small
+SIZES = "ratio", "weights", "macs", "latency"  # arguments of `plan` that say how small
+FIND = "macs"  # of these, where a goal is given
 
 Values = dict[str, Any]  # what a step came to, as JSON holds it
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -81,6 +82,7 @@ def compress(
     eval_fn: Callable[[nn.Module], float],
     *,
     goal: float | None = None,
+    find: str = FIND,
     distill_steps: int = 0,
     train_fn: Callable[[nn.Module], object] | None = None,
     calibration_batches: int = 8,
@@ -93,7 +95,8 @@ def compress(
         model: any trained network, for any task.
         train_loader: batches to calibrate on, and to take batch norm's statistics from.
         eval_fn: a network → its score, the higher the better.
-        goal: the least score, instead of a ratio: the largest ratio that keeps it is searched.
+        goal: the least score, instead of a size: the smallest network that keeps it is searched.
+        find: what a goal finds the largest of: `"ratio"`, `"weights"`, `"macs"` or `"latency"`.
         distill_steps: in which the decomposed network learns from the dense one, on the loader's
             batches without their labels, see `deeptwist.distill`; 0 for none.
         train_fn: trains the decomposed network in place, in your own loop; none for no training.
@@ -106,41 +109,42 @@ def compress(
             kept; or if one of the steps fails.
     """
     options = {"decomposition": SpatialSVD(), **options}
-    _check_budget(options, goal)
+    _check_size(options, goal, find)
     device = next(model.parameters()).device
     taken = [*islice(train_loader, calibration_batches)]
     batches = [*read_batches(taken, inputs, device)]
     options["example_input"] = batches[0]
 
     def make_plan(calibration: Calibration | None, ratio: float | None) -> Plan:
-        asked = options if ratio is None else {**options, "ratio": ratio}
+        asked = options if ratio is None else {**options, find: ratio}
         return plan(model, calibration=calibration, **asked)
 
     if distill_steps and isinstance(train_loader, Iterator):  # some of its batches are taken
         train_loader = [*taken, *train_loader]
 
-    def recover(network: nn.Module, share: float) -> nn.Module:
+    def recover(network: nn.Module, learns: bool) -> nn.Module:
         network = recalibrate_batch_norm(network, batches)
-        steps = math.ceil(share * distill_steps)
-        if not steps:
+        if not learns:
             return network
         # Judged by what it learned, not by whether that is nearer to the dense network.
-        return distill(network, model, train_loader, steps=steps, held_out=0, inputs=inputs)
+        return distill(network, model, train_loader, steps=distill_steps, held_out=0, inputs=inputs)
 
     job = Job(model, make_plan, batches=lambda: batches, recover=recover)
-    before, ratio = eval_fn(model), None
+    before, has_learned = eval_fn(model), False
     with explaining("eval_fn gives no number", "let it return the score", (TypeError, ValueError)):
         float(before)
     job.calibrate()
-    if goal is not None:
+    if goal is None:
+        job.choose_plan()
+    else:
         search = job.search(eval_fn, goal, learns=distill_steps > 0)
         if not search["kept"]:
-            raise DeepTwistError(f"no ratio from {RATIOS[0]} on keeps the score at {goal}")
-        ratio = search["ratio"]
-    job.choose_plan(ratio)
-    job.decompose()
-    if distill_steps:
-        job.distill(train_loader, inputs, steps=distill_steps)
+            raise DeepTwistError(f"no {find} from {RATIOS[0]} on keeps the score at {goal}")
+        has_learned = search["learned"]
+    if not has_learned:
+        job.decompose()
+        if distill_steps:
+            job.distill(train_loader, inputs, steps=distill_steps)
     if train_fn is not None:
         train_fn(job.small)
     return Compressed(job.small, job.plan, before, eval_fn(job.small))
@@ -155,11 +159,10 @@ class Job:
 
     Attributes:
         model: the dense network; left as it is.
-        make_plan: a calibration, or none, and a ratio in place of the one asked for → the plan.
+        make_plan: a calibration, or none, and a ratio in place of the size asked for → the plan.
         batches: gives the inputs to calibrate on, a batch at a time.
         recover: what every decomposed network goes through before it is evaluated or trained:
-            batch norm's statistics anew, say; and, with a share above 0, so much of what the one
-            chosen will learn, as the search for a ratio asks for.
+            batch norm's statistics anew, say; and, where it learns in a search, that.
         folder: of the job; none to keep things in memory.
         progress: a label and a number of rounds → shows them; gives the call that tells of one.
         metadata: what the ONNX files are to say of their network, see `deeptwist.save`.
@@ -168,7 +171,7 @@ class Job:
     model: nn.Module
     make_plan: Callable[[Calibration | None, float | None], Plan]
     batches: Callable[[], Iterable[Inputs | Tensor]]
-    recover: Callable[[nn.Module, float], nn.Module] = lambda network, share: network
+    recover: Callable[[nn.Module, bool], nn.Module] = lambda network, learns: network
     folder: Path | None = None
     progress: Progress = no_progress
     metadata: Values | None = None
@@ -204,7 +207,9 @@ class Job:
     def search(
         self, score: Callable[[nn.Module], float], least: float, *, learns: bool = False
     ) -> Values:
-        """Find the largest ratio whose network keeps a score before it is trained on labels.
+        """Choose the plan of the largest ratio that keeps a score, without labels.
+
+        Where its network learned to, that is the small one.
 
         Args:
             score: a network → its score, the higher the better.
@@ -212,37 +217,59 @@ class Job:
             learns: whether the one chosen will learn from the dense network, see `search_ratio`.
 
         Returns:
-            Whether any ratio keeps it, the largest that does or else the smallest there is, and
-            all that were tried: the ratio, the score, the share of what there is to learn.
+            Whether any ratio keeps it, the largest that does or else the smallest there is, whether
+            its network has learned, and all that were tried: the ratio, the score, and whether that
+            one had learned.
         """
         tried: list[list[float]] = []
+        plans: dict[float, Plan] = {}
+        learned: dict[float, nn.Module] = {}  # the largest that keeps the score, of those that did
 
-        def score_after(share: float, ratio: float) -> float:
-            tried.append([ratio, score(self.make_small(self._plan(ratio), share)), share])
+        def score_of(ratio: float, learns: bool) -> float:
+            value = -math.inf
+            with suppress(DeepTwistError):  # more than the layers can save
+                plans[ratio] = self._plan(ratio)
+            if ratio in plans:
+                network = self.make_small(plans[ratio], learns)
+                value = score(network)
+                tried.append([ratio, value, learns])
+                if learns and value >= least:
+                    learned.clear()
+                    learned[ratio] = network
             advance()
-            return tried[-1][1]
+            return value
 
-        rungs = LEARNING if learns else UNTRAINED
-        with self.progress("search", most_scores(rungs)) as advance:
-            ratio = search_ratio(score_after, least, rungs)
-        kept = ratio is not None
-        return {"least": least, "kept": kept, "ratio": ratio or RATIOS[0], "tried": tried}
+        with self.progress("search", most_scores(learns=learns)) as advance:
+            found = search_ratio(score_of, least, learns=learns)
+        ratio = found or RATIOS[0]
+        self._keep(plans.get(ratio) or self._plan(ratio))
+        if ratio in learned:
+            self._keep_distilled(learned[ratio])
+        return {
+            "least": least,
+            "kept": found is not None,
+            "ratio": ratio,
+            "learned": ratio in learned,
+            "tried": tried,
+        }
 
-    def choose_plan(self, ratio: float | None = None) -> Values:
-        """Plan as asked, or at the ratio that was found.
+    def choose_plan(self) -> Values:
+        """Plan as asked.
 
         Raises:
             DeepTwistError: if the plan compresses no layer.
         """
-        self.plan = self._plan(ratio)
-        if self.folder is not None:
-            write_text(self.folder / PLAN, self.plan.to_json())
+        self._keep(self._plan(None))
+        return self.describe_plan()
+
+    def describe_plan(self) -> Values:
+        """Return what the plan that was chosen comes to."""
         promise = None if self.plan.latency is None else str(self.plan.latency)
         return {"layers": len(self.plan.compressed), **_sizes(self.plan), "promise": promise}
 
-    def make_small(self, plan: Plan, share: float = 0.0) -> nn.Module:
+    def make_small(self, plan: Plan, learns: bool = False) -> nn.Module:
         """Return the network of a plan, decomposed and recovered, see `recover`; not trained."""
-        return self.recover(decompose(self.model, plan, calibration=self.calibration), share)
+        return self.recover(decompose(self.model, plan, calibration=self.calibration), learns)
 
     def decompose(self) -> nn.Module:
         """Decompose as planned: the small network is there, to be trained in place or as it is."""
@@ -267,7 +294,7 @@ class Job:
 
         limit = "" if minutes is None else f", {minutes:g} minutes at most"
         with self.progress(f"distill{limit}", steps) as advance:
-            self.small = distill(
+            distilled = distill(
                 self.small,
                 self.model,
                 batches,
@@ -277,8 +304,7 @@ class Job:
                 on_step=on_step,
                 checkpoint=None if self.folder is None else self.folder / DISTILLING,
             )
-        if self.folder is not None:
-            save(self.small, self.folder / DISTILLED)
+        self._keep_distilled(distilled)
         return {"steps": done}
 
     def export(self, example_input: Tensor) -> Values:
@@ -353,6 +379,16 @@ class Job:
             raise DeepTwistError("the plan compresses no layer: 'deeptwist plan' shows the reasons")
         return plan
 
+    def _keep(self, plan: Plan) -> None:
+        self.plan = plan
+        if self.folder is not None:
+            write_text(self.folder / PLAN, plan.to_json())
+
+    def _keep_distilled(self, small: nn.Module) -> None:
+        self.small = small
+        if self.folder is not None:
+            save(small, self.folder / DISTILLED)
+
     def _file(self, name: str) -> Path:
         if self.folder is None:
             raise DeepTwistError(f"a job without a folder has no {name}")
@@ -377,14 +413,16 @@ def _sizes(plan: Plan) -> Values:
     return {name: getattr(plan, name) for name in names}
 
 
-def _check_budget(options: Values, goal: float | None) -> None:
+def _check_size(options: Values, goal: float | None, find: str) -> None:
     """Check, before any work, the options' names, and that something says how small."""
     known = inspect.signature(plan).parameters
     for name in options.keys() - known:
         raise unknown_name_error("option", name, known)
-    given = [name for name in BUDGETS if options.get(name) is not None]
+    if find not in SIZES:
+        raise unknown_name_error("size to find", find, SIZES)
+    given = [name for name in SIZES if options.get(name) is not None]
     if goal is not None and given:
-        raise DeepTwistError(f"a goal finds the ratio: leave out {', '.join(given)}")
+        raise DeepTwistError(f"a goal finds the size: leave out {', '.join(given)}")
     methods = options["decomposition"]
     methods = [methods] if isinstance(methods, Decomposition | str) else methods
     is_open = any(isinstance(method, str) or method.needs_ratio for method in methods)

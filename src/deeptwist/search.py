@@ -1,39 +1,43 @@
-"""Search the largest ratio at which a network keeps a score."""
+"""Search the smallest network that keeps a score."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 RATIOS = tuple(round(1.2 * 1.06**k, 2) for k in range(45))  # up to 15.58, searched among
-# A rung: the share of what there is to learn, and how far beyond the last rung's ratio it looks.
-Rung = tuple[float, float]
-UNTRAINED: tuple[Rung, ...] = ((0.0, RATIOS[-1]),)
-LEARNING: tuple[Rung, ...] = (*UNTRAINED, (0.1, 2.0), (0.3, 2.0), (1.0, 1.4))
+_DOUBLING = 12  # of them
 
 
 def search_ratio(
-    score: Callable[[float, float], float], goal: float, rungs: tuple[Rung, ...] = UNTRAINED
+    score: Callable[[float, bool], float], goal: float, *, learns: bool = False
 ) -> float | None:
     """Return the largest ratio whose network keeps a score; `None` if none does.
 
-    Networks that will learn are judged in rungs, as in successive halving (Jamieson and Talwalkar,
-    2016): many as they are, and of those larger than the last that kept the score then fewer,
-    after longer. (A short while at the full rate may cost more than it brings.)
+    By bisection; where networks learn, from the largest that keeps the score before: doubled as
+    long as it is kept, then bisected (Bentley and Yao, 1976). Each learns all that it can: after a
+    short while at the full rate some networks are worse than they began.
 
     Args:
-        score: the share of what there is to learn, and a ratio → the network's score.
+        score: a ratio, and whether its network learns → the network's score.
         goal: the least score.
-        rungs: `LEARNING`, or `UNTRAINED` for networks that are judged as they are.
+        learns: whether the one chosen will learn.
     """
-    kept = None
-    for share, reach in rungs:
-        least = kept or RATIOS[0]
-        candidates = [r for r in RATIOS if r <= reach * least and (kept is None or r > kept)]
-        kept = largest_kept(partial(score, share), goal, candidates) or kept
+    kept = _largest_kept(lambda ratio: score(ratio, False) >= goal, RATIOS)
+    larger = [ratio for ratio in RATIOS if learns and (kept is None or ratio > kept)]
+    while larger:
+        *between, doubled = larger[:_DOUBLING]
+        if score(doubled, True) < goal:
+            return _largest_kept(lambda ratio: score(ratio, True) >= goal, between) or kept
+        kept, larger = doubled, larger[_DOUBLING:]
     return kept
 
 
-def largest_kept(score: Callable[[float], float], goal: float, ratios: list[float]) -> float | None:
-    """Return the largest of ascending ratios that keeps a score, which mostly falls with them.
+def most_scores(*, learns: bool) -> int:
+    """Return how many scores a search asks for, at most."""
+    doublings = -(-len(RATIOS) // _DOUBLING)
+    return len(RATIOS).bit_length() + learns * (doublings + (_DOUBLING - 1).bit_length())
+
+
+def _largest_kept(is_kept: Callable[[float], bool], ratios: Sequence[float]) -> float | None:
+    """Return the largest of ascending ratios that is kept, as smaller ones mostly are.
 
     By bisection, which asks for neither end first: a score that the least ratio does not keep may
     be kept by a larger one, whose network learned more than it lost.
@@ -41,11 +45,5 @@ def largest_kept(score: Callable[[float], float], goal: float, ratios: list[floa
     low, high = -1, len(ratios)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if score(ratios[middle]) >= goal else (low, middle)
+        low, high = (middle, high) if is_kept(ratios[middle]) else (low, middle)
     return None if low < 0 else ratios[low]
-
-
-def most_scores(rungs: tuple[Rung, ...]) -> int:
-    """Return how many scores a search asks for, at most."""
-    counts = (sum(ratio <= reach * RATIOS[0] for ratio in RATIOS) for _, reach in rungs)
-    return sum(count.bit_length() for count in counts)

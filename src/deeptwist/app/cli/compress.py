@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from deeptwist.app.training.evaluation import (
 )
 from deeptwist.app.training.recipe import Recipe
 from deeptwist.app.training.run import build_run, train
-from deeptwist.compress import CALIBRATION, DISTILLED, SMALL, Job, Values
+from deeptwist.compress import CALIBRATION, DISTILLED, FIND, SMALL, Job, Values
 from deeptwist.decompose import decompose, recalibrate_batch_norm
 from deeptwist.distill import HELD_OUT, distill
 from deeptwist.errors import DeepTwistError, require_extra
@@ -153,15 +152,16 @@ def _steps(
     if goal is not None:
         max_loss = dense["accuracy"] - goal(dense["accuracy"])
         what = (
-            f"the largest ratio that costs at most {100 * max_loss:.2f} points on "
-            f"either half of {len(job.search_images.labels):,} other images"
+            f"the largest {options.find or FIND} that costs at most {100 * max_loss:.2f} points "
+            f"on either half of {len(job.search_images.labels):,} other images"
         )
         yield "search", what, partial(job.search, max_loss), _describe_search
-    ratio = None if goal is None else results["search"]["ratio"]
-    plan = partial(steps.choose_plan, ratio)
+    plan = steps.choose_plan if goal is None else steps.describe_plan
     yield "plan", recipe.compression.label, plan, _describe_plan
     if job.distill_steps:
-        yield "distill", f"the dense {recipe.model}, without labels", job.distill, _LEARNED
+        has_learned = goal is not None and results["search"]["learned"]
+        distill = partial(job.distill, has_learned=has_learned)
+        yield "distill", f"the dense {recipe.model}, without labels", distill, _LEARNED
     epochs = recipe.schedule.epochs
     what = f"{recipe.mode} for {epochs} epochs" if epochs else "no training"
     what = what if job.distill_steps else f"decompose, {what}"
@@ -181,12 +181,12 @@ def _steps(
 
 
 def _describe_search(
-    least: float, kept: bool, ratio: float, tried: list[tuple[float, float, float]]
+    least: float, kept: bool, ratio: float, learned: bool, tried: list[tuple[float, float, bool]]
 ) -> str:
     in_order = sorted(tried, key=lambda case: (case[2], case[0]))
     shown = ", ".join(
-        f"{ratio:g}×: {accuracy:.2%}" + (f" after {share:.0%}" if share else "")
-        for ratio, accuracy, share in in_order
+        f"{ratio:g}×: {accuracy:.2%}" + (" distilled" if learns else "")
+        for ratio, accuracy, learns in in_order
     )
     short = "" if kept else ", which costs more untrained"
     return f"{ratio:g}×{short} (at least {least:.2%}; {shown})"
@@ -243,7 +243,12 @@ class ImageJob:
         self.training_inputs = partial(training_inputs, self.data, self.model)
         self.steps = Job(
             self.model,
-            partial(recipe.compression.make_plan, self.model, self.example_input(2)),
+            partial(
+                recipe.compression.make_plan,
+                self.model,
+                self.example_input(2),
+                find=(options.find or FIND).replace("-", "_"),
+            ),
             partial(self.training_inputs, recipe.calibration_images, progress=progress_bar),
             self._recover,
             folder,
@@ -269,7 +274,7 @@ class ImageJob:
         return {**self.evaluate(self.model), "bytes": size}
 
     def search(self, max_loss: float) -> Values:
-        """Find the largest ratio that costs no more accuracy, on either half of the search images.
+        """Find the largest size that costs no more accuracy, on either half of the search images.
 
         The largest of many is flattered by the images that it was found on: other images are to
         keep the goal too.
@@ -290,9 +295,11 @@ class ImageJob:
         learns = self.distill_steps > 0
         return self.steps.search(score, float(dense.mean()) - max_loss, learns=learns)
 
-    def distill(self) -> Values:
-        """Decompose, learn from the dense network, and keep what came out."""
+    def distill(self, *, has_learned: bool = False) -> Values:
+        """Decompose, learn from the dense network, and keep what came out, if no search did."""
         inputs = self._inputs_to_distill()
+        if has_learned:
+            return {"steps": self.distill_steps, "images": inputs.count}
         calibration = self.steps.calibration
         self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
         minutes = self.options.distill_minutes
@@ -362,17 +369,17 @@ class ImageJob:
         count, seed = self.options.distill_images, self.recipe.seed
         return AugmentedInputs(self.data, self.model, count, seed=seed, held_out=held_out)
 
-    def _recover(self, small: nn.Module, share: float) -> nn.Module:
-        """Return a network that a ratio is judged by: a share of what the one chosen will get."""
-        if not share:
+    def _recover(self, small: nn.Module, learns: bool) -> nn.Module:
+        """Return a network that a size is judged by, of batch norms anew, or distilled."""
+        if not learns:
             return self._choose_batch_norm(small)[0]
         with self._autocast():
             return distill(
                 small,
                 self.model,
                 self._inputs_to_distill(held_out=0),  # its score is its judge
-                steps=math.ceil(share * self.distill_steps),
-                minutes=share * self.options.distill_minutes,
+                steps=self.distill_steps,
+                minutes=self.options.distill_minutes,
                 held_out=0,
             )
 

@@ -271,7 +271,7 @@ def make_job(
                 batches.append(x)
                 yield x
 
-    def recover(small: "nn.Module", share: float) -> "nn.Module":
+    def recover(small: "nn.Module", learns: bool) -> "nn.Module":
         return recalibrate_batch_norm(small, batches) if recalibrate else small
 
     metadata: dict[str, Any] = {k: v for k, v in network.sizes.items() if v is not None}
@@ -332,8 +332,9 @@ class CompressOptions(BenchmarkOptions):
     """What the whole job takes besides a recipe.
 
     Attributes:
-        goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a ratio: the largest ratio that
-            keeps it without labels is searched.
+        goal: 'accuracy>=0.90' or 'accuracy>=dense-0.01', instead of a size: the smallest network
+            that keeps it without labels is searched.
+        find: Which of these options a goal finds the largest value of; macs without it.
         distill_steps: Steps in which the decomposed network learns from the dense one, without
             labels, before it is trained with them; without it as many as are then trained, 1,500 at
             most, and as --distill-minutes allows. For --mode finetune.
@@ -345,6 +346,9 @@ class CompressOptions(BenchmarkOptions):
     """
 
     goal: Annotated[str | None, Parameter(group=HOW)] = None
+    find: Annotated[
+        Literal["ratio", "weight-budget", "macs", "latency"] | None, Parameter(group=HOW)
+    ] = None
     distill_steps: Annotated[CountOrNone | None, Parameter(group="Training")] = None
     distill_minutes: Annotated[Positive, Parameter(group="Training")] = 10.0
     distill_images: Annotated[Count, Parameter(group="Training")] = 2048
@@ -374,11 +378,13 @@ class CompressOptions(BenchmarkOptions):
                 f"mode {recipe.mode} begins from the dense network: distill with --mode finetune"
             )
         if self.goal is None:
+            if self.find is not None:
+                raise DeepTwistError("--find is a goal's: add --goal")
             check_size(recipe.compression, or_goal=True)
             return None
         given = given_sizes(recipe.compression)
         if given:
-            raise DeepTwistError(f"a --goal finds the ratio: leave out {', '.join(given)}")
+            raise DeepTwistError(f"a --goal finds the size: leave out {', '.join(given)}")
         match = re.fullmatch(r"accuracy>=(dense-)?(0?\.\d+)", self.goal.replace(" ", ""))
         if match is None:
             raise DeepTwistError(

@@ -161,15 +161,21 @@ class CompressionRecipe(Layers):
         example_input: "Tensor | tuple[Tensor, ...]",
         calibration: "Calibration | None" = None,
         ratio: float | None = None,
+        *,
+        find: str = "ratio",
     ) -> "Plan":
-        """Read or make the plan for a model, see `deeptwist.plan`; at a ratio, if one is given."""
+        """Read or make the plan for a model, see `deeptwist.plan`.
+
+        With a ratio it is the value of the option `find`, which says how small.
+        """
         from deeptwist.decompose import check_plan
         from deeptwist.plan.latency import Latency, exclude_slow_layers
         from deeptwist.plan.plan import read_plan
         from deeptwist.plan.planner import plan
 
         if ratio is not None:
-            return replace(self, ratio=ratio).make_plan(model, example_input, calibration)
+            sized = replace(self, **{find: ratio})  # type: ignore[arg-type]
+            return sized.make_plan(model, example_input, calibration)
         if self.plan is not None:
             made = read_plan(Path(self.plan))
             check_plan(model, made)
