@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from deeptwist.networks.build import build_model
 from deeptwist.networks.weights import load_weights
 from deeptwist.plan.plan import CompressedLayer
 
-WAYS = "plain", "preconditioned", "deeptwist"
+WAYS = "plain", "frobenius", "preconditioned", "deeptwist"
 KEY = "way", "lr", "dense_steps", "epochs", "seed"
-_BATCH, _DAMPING = 128, 1e-4
+_BATCH, _DAMPING, _DECAY = 128, 1e-4, 5e-4
 
 
 class Product(nn.Module):
@@ -81,6 +82,7 @@ def train(row: dict[str, Any], data: ImageData, options: argparse.Namespace) -> 
     twist = dt.DeepTwist(model, plan, options.interval) if distorts else None
     steps = row["epochs"] * (len(data.train.labels) // _BATCH)
     held: list[tuple[Product, list[nn.Parameter]]] = []
+    is_frobenius = row["way"] == "frobenius"  # the product decays: Khodak et al. (2021)
     losses, started = [], time.process_time()
     optimizer = _sgd(model)
     model.train()
@@ -88,13 +90,17 @@ def train(row: dict[str, Any], data: ImageData, options: argparse.Namespace) -> 
     for step, (images, labels) in enumerate(batches):
         if twist is None and step == row["dense_steps"]:
             held = hold_as_factors(model, plan)
-            optimizer = _sgd(model)
+            factors = [parameter for _, parameters in held for parameter in parameters]
+            optimizer = _sgd(model, without_decay=factors if is_frobenius else ())
         for group in optimizer.param_groups:
             group["lr"] = row["lr"] * (1 + math.cos(math.pi * step / steps)) / 2
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(preprocess(images, model, data))
         loss = functional.cross_entropy(logits.float(), labels)
         loss.backward()
+        if held and is_frobenius:
+            weights = [model.get_submodule(layer.name).weight for layer in plan.compressed]
+            torch.stack([_DECAY / 2 * weight.square().sum() for weight in weights]).sum().backward()
         if row["way"] == "preconditioned":
             precondition(held)
         optimizer.step()
@@ -109,8 +115,13 @@ def train(row: dict[str, Any], data: ImageData, options: argparse.Namespace) -> 
     return row | {"accuracy": accuracy, "loss": sum(last) / len(last), "seconds": seconds}
 
 
-def _sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+def _sgd(model: nn.Module, without_decay: Sequence[nn.Parameter] = ()) -> torch.optim.SGD:
+    free = {*map(id, without_decay)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if id(p) not in free], "weight_decay": _DECAY},
+        {"params": [*without_decay]},
+    ]
+    return torch.optim.SGD(groups, lr=0, momentum=0.9, nesterov=True)
 
 
 def main() -> None:
