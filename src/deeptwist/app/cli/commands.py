@@ -70,9 +70,9 @@ def demo(*, out: Path = Path("runs/demo"), epochs: int = 10, seed: int = 0) -> N
 
 @app.command(
     help_formatter=console.CommonOptions(
-        "--network --out --weights --data --image-size --ratio --macs --latency --goal --exclude "
-        "--decomposition --mode --epochs --lr --batch-size --calibration-images --distill-steps "
-        "--int8 --runtime --batch --threads --resume --json",
+        "--network --out --weights --data --image-size --ratio --macs --latency --goal --find "
+        "--exclude --decomposition --mode --epochs --lr --batch-size --calibration-images "
+        "--distill-steps --int8 --runtime --batch --threads --resume --json",
         COMPRESS_DEFAULTS,
     )
 )
