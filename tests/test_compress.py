@@ -114,7 +114,7 @@ def test_a_goal_is_kept_by_a_network_near_the_smallest_that_keeps_it(
 
 def test_a_goal_that_cannot_be_kept_is_refused(trained: nn.Module, error_of) -> None:  # type: ignore[no-untyped-def]
     message = error_of(dt.compress, trained, loader(), accuracy, goal=1.01)
-    assert "no factor of macs from 1.2 on keeps the score at 1.01" in message
+    assert "no factor of macs from 1.2 on keeps a score of 1.01" in message
 
 
 def test_nothing_is_done_before_it_is_clear_how_small(trained: nn.Module, error_of) -> None:  # type: ignore[no-untyped-def]
