@@ -106,8 +106,8 @@ def train(row: dict[str, Any], data: ImageData, options: argparse.Namespace) -> 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if twist is not None:
-            twist.step()
+        if twist is not None and step >= row["dense_steps"] - options.interval:
+            twist.step()  # after the first interval it distorts
     small = model if twist is None else twist.finish()
     seconds = time.process_time() - started
     accuracy = 100 * evaluate(small, data.test, data).accuracy
@@ -145,7 +145,7 @@ def main() -> None:
     for seed, dense, lr, way in product(
         options.seeds, options.dense_steps, options.lrs, options.ways
     ):
-        dense_steps = options.interval if way == "deeptwist" else dense
+        dense_steps = max(dense, options.interval) if way == "deeptwist" else dense
         row = dict(zip(KEY, (way, lr, dense_steps, options.epochs, seed), strict=True))
         if row in known:
             continue
