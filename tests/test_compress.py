@@ -407,6 +407,24 @@ def test_the_job_distils_where_nothing_is_trained(weights: Path, tmp_path: Path)
     assert json.loads(again.stdout)["results"] == after
 
 
+def test_what_the_search_distilled_is_the_small_network(weights: Path, tmp_path: Path) -> None:
+    words = ["--weights", weights, "--epochs", 0, "--runtime", "eager", *FAST, "--out", tmp_path]
+    words += ["--goal", "accuracy>=dense-0.04", "--find", "weight-budget", "--distill-steps", 30]
+    done = run(*WORDS, *words, "--distill-images", 512, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "in the search, on 512 images" in done.stderr
+    results = json.loads(done.stdout)["results"]
+    least, tried = results["search"]["least"], results["search"]["tried"]
+    untrained = [ratio for ratio, score, learned in tried if score >= least and not learned]
+    assert results["search"]["learned"]
+    assert results["search"]["ratio"] > max(untrained)
+    small, distilled = (dt.load(tmp_path / name, model=network) for name in ("model", "distilled"))
+    told = type(DIGITS.test)(DIGITS.test.images[1::2], DIGITS.test.labels[1::2])
+    assert results["verify"]["accuracy"] == evaluate(small, told, DIGITS).accuracy
+    for a, b in zip(small.parameters(), distilled.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_is_told_after_distilling_and_training_is_of_the_trained_network(
     weights: Path, tmp_path: Path
 ) -> None:

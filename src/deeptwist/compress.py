@@ -139,9 +139,7 @@ def compress(
     else:
         search = job.search(eval_fn, goal, learns=distill_steps > 0)
         if not search["kept"]:
-            raise DeepTwistError(
-                f"no factor of {find} from {RATIOS[0]} on keeps a score of {goal}"
-            )
+            raise DeepTwistError(f"no factor of {find} from {RATIOS[0]} on keeps a score of {goal}")
         has_learned = search["learned"]
     if not has_learned:
         job.decompose()

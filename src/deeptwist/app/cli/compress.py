@@ -53,7 +53,6 @@ _INT8_LOSS = 0.01  # of accuracy beside fp32: what is lost beyond it is warned o
 # What a step came to, in a line.
 _EVALUATED = "accuracy {accuracy:.2%}, loss {loss:.4f}".format
 _TRAINED = "accuracy {untrained:.2%} untrained, {accuracy:.2%} at the end".format
-_LEARNED = "{steps:,} steps on {images:,} images, without their labels".format
 _EXPORTED = (
     "{dense:,} → {small:,} bytes; outputs differ from PyTorch's by {difference:.0e} at most"
 ).format
@@ -161,7 +160,7 @@ def _steps(
     if job.distill_steps:
         has_learned = goal is not None and results["search"]["learned"]
         distill = partial(job.distill, has_learned=has_learned)
-        yield "distill", f"the dense {recipe.model}, without labels", distill, _LEARNED
+        yield "distill", f"the dense {recipe.model}, without labels", distill, _describe_distill
     epochs = recipe.schedule.epochs
     what = f"{recipe.mode} for {epochs} epochs" if epochs else "no training"
     what = what if job.distill_steps else f"decompose, {what}"
@@ -197,6 +196,11 @@ def _describe_plan(layers: int, promise: str | None = None, **sizes: int) -> str
     macs = sizes["dense_macs"] / max(1, sizes["macs"])
     text = f"{layers} layers, {weights:.2f}× fewer weights, {macs:.2f}× fewer MACs"
     return text + (f", {promise}" if promise else "")
+
+
+def _describe_distill(steps: int | None, images: int) -> str:
+    how = "in the search" if steps is None else f"{steps:,} steps"
+    return f"{how}, on {images:,} images, without their labels"
 
 
 def _describe_times(machine: str, settings: list[Values]) -> str:
@@ -299,7 +303,7 @@ class ImageJob:
         """Decompose, learn from the dense network, and keep what came out, if no search did."""
         inputs = self._inputs_to_distill()
         if has_learned:
-            return {"steps": self.distill_steps, "images": inputs.count}
+            return {"steps": None, "images": inputs.count}
         calibration = self.steps.calibration
         self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
         minutes = self.options.distill_minutes
