@@ -227,8 +227,9 @@ class Job:
 
         def score_of(ratio: float, learns: bool) -> float:
             value = -math.inf
-            with suppress(DeepTwistError):  # more than the layers can save
-                plans[ratio] = self._plan(ratio)
+            if ratio not in plans:
+                with suppress(DeepTwistError):  # more than the layers can save
+                    plans[ratio] = self._plan(ratio)
             if ratio in plans:
                 network = self.make_small(plans[ratio], learns)
                 value = score(network)
