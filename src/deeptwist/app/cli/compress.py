@@ -151,8 +151,8 @@ def _steps(
     if goal is not None:
         max_loss = dense["accuracy"] - goal(dense["accuracy"])
         what = (
-            f"the largest {options.find or FIND} that costs at most {100 * max_loss:.2f} points "
-            f"on either half of {len(job.search_images.labels):,} other images"
+            f"the largest factor of {options.find or FIND} that costs at most {100 * max_loss:.2f} "
+            f"points on either half of {len(job.search_images.labels):,} other images"
         )
         yield "search", what, partial(job.search, max_loss), _describe_search
     plan = steps.choose_plan if goal is None else steps.describe_plan
