@@ -151,8 +151,8 @@ def _steps(
     if goal is not None:
         max_loss = dense["accuracy"] - goal(dense["accuracy"])
         what = (
-            f"the largest factor of {options.find or FIND} that costs at most {100 * max_loss:.2f} "
-            f"points on either half of {len(job.search_images.labels):,} other images"
+            f"the largest factor of {job.find} that costs at most {100 * max_loss:.2f} points on "
+            f"either half of {len(job.search_images.labels):,} other images"
         )
         yield "search", what, partial(job.search, max_loss), _describe_search
     plan = steps.choose_plan if goal is None else steps.describe_plan
@@ -224,6 +224,7 @@ class ImageJob:
         model: the dense network.
         example_input: a number of test images → them as the network gets them.
         training_inputs: the same of training images, always the same ones, in batches.
+        find: the option that a goal finds the largest value of.
         steps: those of every job.
     """
 
@@ -245,13 +246,14 @@ class ImageJob:
         self.model = self._run.model.to(own_device()).eval()
         self.example_input = partial(test_inputs, self.data, self.model)
         self.training_inputs = partial(training_inputs, self.data, self.model)
+        self.find = options.find or FIND
         self.steps = Job(
             self.model,
             partial(
                 recipe.compression.make_plan,
                 self.model,
                 self.example_input(2),
-                find=(options.find or FIND).replace("-", "_"),
+                find=self.find.replace("-", "_"),
             ),
             partial(self.training_inputs, recipe.calibration_images, progress=progress_bar),
             self._recover,
@@ -301,9 +303,9 @@ class ImageJob:
 
     def distill(self, *, has_learned: bool = False) -> Values:
         """Decompose, learn from the dense network, and keep what came out, if no search did."""
-        inputs = self._inputs_to_distill()
         if has_learned:
-            return {"steps": None, "images": inputs.count}
+            return {"steps": None, "images": self._inputs_to_distill(held_out=0).count}
+        inputs = self._inputs_to_distill()
         calibration = self.steps.calibration
         self.steps.small = decompose(self.model, self.steps.plan, calibration=calibration)
         minutes = self.options.distill_minutes
